@@ -1,0 +1,168 @@
+"""The n-by-m matrix in memory, on any device: two forms of one algorithm.
+
+`Dense` takes every softmin in the log domain, as it is written. `Absorbed` moves potentials into a stored kernel
+
+    K_ij = exp((f0_i + g0_j - C_ij) / eps)
+
+once, after which an iteration is two matrix-vector products and no exponential. Same iterates, to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..geometry import Geometry, weigh
+from ..penalties import Penalty
+from ..problem import Problem
+from .products import both_products, by_rows
+
+
+class Dense(Geometry):
+    """The readable form, and the truth in tests. C is (*batch, n, m); potentials may carry further batch axes in front."""
+
+    def __init__(self, C: Tensor) -> None:
+        self.inputs = (C,)
+        self.C = C.detach()
+        self.dtype = C.dtype
+
+    @property
+    def T(self) -> Dense:
+        return Dense(self.inputs[0].mT)
+
+    def softmin(self, h: Tensor, eps: float) -> Tensor:
+        parts = []
+        for rows in self._blocks(h):
+            z = h.unsqueeze(-2) - self.C[..., rows, :]  # in the type of h: wide
+            top = z.amax(-1, keepdim=True)
+            top = torch.where(top > -math.inf, top, 0.0)  # a row that reaches nothing: -inf - 0, not -inf - -inf
+            total = z.sub_(top).div_(eps).to(self.dtype).exp_().sum(-1)
+            parts.append(-top.squeeze(-1) - eps * total.to(h.dtype).log())
+        return torch.cat(parts, -1)
+
+    def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
+        v = v.to(self.dtype)
+        return torch.cat([self._exp(k, h, eps, rows) @ v for rows in self._blocks(h)], -2).to(h.dtype)
+
+    def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
+        P = self.C.new_empty(*torch.broadcast_shapes(k.shape[:-1], self.C.shape[:-2]), *self.C.shape[-2:])
+        for rows in self._blocks(h):
+            P[..., rows, :] = self._exp(k, h, eps, rows)
+        return P
+
+    def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
+        grad = self.plan(k, h, eps).mul_(w.to(self.dtype).unsqueeze(-1))
+        return (grad.sum_to_size(self.C.shape),)
+
+    def _exp(self, k: Tensor, h: Tensor, eps: float, rows: slice) -> Tensor:
+        z = h.unsqueeze(-2) - self.C[..., rows, :]
+        return z.add_(k[..., rows].unsqueeze(-1)).div_(eps).to(self.dtype).exp_()
+
+    def _blocks(self, h: Tensor) -> Iterator[slice]:
+        """Blocks of rows whose wide temporaries stay in the cache of a CPU, or small beside the matrix on a GPU."""
+        n, m = self.C.shape[-2:]
+        budget = 2**18 if self.C.device.type == "cpu" else 2**26
+        return by_rows(n, max(1, budget // (m * max(1, h.shape[:-1].numel(), self.C.shape[:-2].numel()))))
+
+
+class Absorbed(Dense):
+    """The fast form: matrix-vector products on a stabilised kernel, re-absorbed when its precision would suffer.
+
+    The kernel is absorbed at g and f0 = min_j (C_ij - g_j), so each row's largest entry is 1 and nothing overflows. Entries
+    under `dropped` are stored as 0. A product is trusted while every sum it gives is so large that all dropped entries together
+    could not change its last digit; otherwise the kernel is absorbed anew, and if that is not enough, the iteration
+    is taken in the log domain. Schmitzer 2019, arXiv:1610.06519, section 3.1.
+    """
+
+    def __init__(self, C: Tensor) -> None:
+        super().__init__(C)
+        self.K: Tensor | None = None
+        self.eps = math.nan
+        self.trust = 1  # iterations to run before looking at the range; doubled while it holds
+        # exp(-64) and exp(-650) keep even K_ij v_j clear of subnormal numbers, which CPUs multiply slowly.
+        self.log_dropped = -64.0 if self.dtype == torch.float32 else -650.0
+        self.safe = math.exp(self.log_dropped) / torch.finfo(self.dtype).eps
+
+    def advance(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        f = fresh = g
+        done = 0
+        while done < k:
+            g = fresh
+            just_absorbed = self.K is None or eps != self.eps
+            if just_absorbed:
+                self._absorb(g, eps)
+            step = min(self.trust, k - done)
+            moved = self._multiply(problem, g, eps, step)
+            if moved is not None:
+                f, g, fresh = moved
+                done += step
+                self.trust = min(2 * self.trust, 64)
+                continue
+            if just_absorbed and step == 1:
+                f, g, fresh = super().advance(problem, g, eps, 1)
+                done += 1
+            self.trust = 1
+            self.K = None
+        return f, g, fresh
+
+    def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
+        if self.K is None or eps != self.eps or k.shape[:-1] != self.K.shape[:-2]:
+            return super().plan(k, h, eps)
+        u, v = ((k - self.f0) / eps).exp().to(self.dtype), ((h - self.g0) / eps).exp().to(self.dtype)
+        if not bool((u.isfinite().all() & v.isfinite().all()).item()):
+            return super().plan(k, h, eps)
+        return (self.K * u.unsqueeze(-1)).mul_(v.unsqueeze(-2))
+
+    def _absorb(self, g: Tensor, eps: float) -> None:
+        extra = g.ndim - 1 - (self.C.ndim - 2)
+        self.g0 = g.mean(tuple(range(extra))) if extra > 0 else g  # histograms over one cost share one kernel
+        self.eps = eps
+        self.K = torch.empty_like(self.C, memory_format=torch.contiguous_format)
+        tops = []
+        for rows in self._blocks(self.g0):
+            z = self.g0.unsqueeze(-2) - self.C[..., rows, :]
+            top = z.amax(-1, keepdim=True)
+            z = z.sub_(top).div_(eps).to(self.dtype)
+            self.K[..., rows, :] = torch.threshold_(z, self.log_dropped, -math.inf).exp_()
+            tops.append(top.squeeze(-1))
+        self.f0 = -torch.cat(tops, -1)
+
+    def _multiply(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """k iterations by products alone; None when some sum left the range in which it is exact to rounding."""
+        assert self.K is not None
+        a, b = problem.a.to(self.dtype), problem.b.to(self.dtype)
+        rows = _HalfStep(problem.penalties[0], self.f0, eps)
+        columns = _HalfStep(problem.penalties[1], self.g0, eps)
+        w = ((weigh(g, problem.b, eps) - self.g0) / eps).exp().to(self.dtype)  # column weights times scalings
+        s, t = both_products(self.K, w, a, rows.scaling)
+        before = None
+        for _ in range(k - 1):
+            before, w = t, b * columns.scaling(t)
+            s, t = both_products(self.K, w, a, rows.scaling)
+        mass = (a * rows.scaling(s)).sum(-1, keepdim=True)
+        # Sinkhorn's steps shrink, so a range that holds at both ends of the k iterations has held between them; anything
+        # that overflowed is still inf or NaN here.
+        exact = (s >= self.safe * w.sum(-1, keepdim=True)).all() & (t >= self.safe * mass).all() & mass.isfinite().all()
+        exact &= s.isfinite().all() & t.isfinite().all()
+        if not bool(exact.item()):
+            return None
+        return rows.potential(s), g if before is None else columns.potential(before), columns.potential(t)
+
+
+class _HalfStep:
+    """From the sums of the absorbed kernel to the other side's scaling, and to its potential."""
+
+    def __init__(self, penalty: Penalty, offset: Tensor, eps: float) -> None:
+        self.penalty, self.offset, self.eps = penalty, offset, eps
+
+    def potential(self, sums: Tensor, part: slice = slice(None)) -> Tensor:
+        offset = self.offset[..., part]
+        return self.penalty.damp(offset - self.eps * sums.to(offset.dtype).log(), self.eps)
+
+    def scaling(self, sums: Tensor, part: slice = slice(None)) -> Tensor:
+        if self.penalty.balanced:  # damp is the identity: no logarithm needed
+            return sums.reciprocal()
+        return ((self.potential(sums, part) - self.offset[..., part]) / self.eps).exp().to(sums.dtype)

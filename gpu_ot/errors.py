@@ -1,0 +1,96 @@
+"""What can be refused, and how it is said: the argument, what was found, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ProblemError(ValueError):
+    """The question has no answer as posed: a shape, a weight, a cost or a regularisation is wrong."""
+
+
+class UnequalMasses(ProblemError):
+    """A balanced problem whose two measures weigh differently."""
+
+
+class BackendError(RuntimeError):
+    """No backend, or not the one asked for, can serve this problem."""
+
+
+class NotConverged(RuntimeError):
+    """Raised only on request (`strict=True`): the loop stopped before its tolerance."""
+
+
+def shape(of: Sequence[int]) -> str:
+    return "(" + ", ".join(map(str, of)) + ("," if len(of) == 1 else "") + ")"
+
+
+def not_a_tensor(name: str, found: object) -> ProblemError:
+    return ProblemError(f"{name} must be a tensor of numbers, found {type(found).__name__}.")
+
+
+def unusable_tensor(name: str, kind: str, remedy: str) -> ProblemError:
+    return ProblemError(f"{name} is {kind}; transport needs dense, real numbers. {remedy}")
+
+
+def mixed_devices(found: dict[str, str]) -> ProblemError:
+    where = ", ".join(f"{name} on {device}" for name, device in found.items())
+    return ProblemError(
+        f"all inputs must live on one device, found {where}. Move them with .to(device) first: nothing is copied in silence."
+    )
+
+
+def wrong_shape(name: str, found: Sequence[int], expected: str) -> ProblemError:
+    return ProblemError(f"{name} has shape {shape(found)}, expected {expected}.")
+
+
+def empty_problem(n: int, m: int) -> ProblemError:
+    return ProblemError(f"the cost has shape ({n}, {m}): both sides need at least one point.")
+
+
+def bad_weights(name: str, n_nan: int, n_negative: int, n_infinite: int) -> ProblemError:
+    counts = {"NaN": n_nan, "negative": n_negative, "infinite": n_infinite}
+    found = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    return ProblemError(f"{name} must hold finite weights >= 0, found {found}. Zero is legal and means an empty atom.")
+
+
+def no_mass(name: str) -> ProblemError:
+    return ProblemError(
+        f"{name} sums to 0: there is no mass to move. Pass weights with a positive sum, or leave {name} out for uniform ones."
+    )
+
+
+def nan_cost(name: str, rows: int) -> ProblemError:
+    return ProblemError(
+        f"{name} holds NaN or -inf in {rows} of its rows. Mend the cost where it is computed; a forbidden pair is written +inf."
+    )
+
+
+def forbidden_lines(name: str, line: str, count: int, weights: str) -> ProblemError:
+    return ProblemError(
+        f"{count} {line}{'s' if count > 1 else ''} of {name} with positive weight in {weights} hold only +inf: their mass may go "
+        f"nowhere. Allow at least one pair in each {line}, or set those entries of {weights} to 0."
+    )
+
+
+def bad_eps(name: str, found: object) -> ProblemError:
+    return ProblemError(
+        f"{name} must be a finite number > 0 in units of the cost, found {found}. Around 1 % of the typical cost is sharp; "
+        "unregularised transport is another algorithm (POT's ot.emd)."
+    )
+
+
+def unequal_masses(mass_a: float, mass_b: float) -> UnequalMasses:
+    return UnequalMasses(
+        f"balanced transport moves every unit of mass, but sum(a) = {mass_a:.6g} and sum(b) = {mass_b:.6g}. "
+        "Normalise the weights, or let mass appear and vanish: penalty=KL(tau) with tau near the "
+        "longest distance (in cost units) that is still worth travelling."
+    )
+
+
+def unknown(name: str, found: object, known: Sequence[str]) -> ProblemError:
+    return ProblemError(f"{name} = {found!r} is not known; choose one of {', '.join(map(repr, known))}.")
+
+
+def backend_refused(name: str, why: str) -> BackendError:
+    return BackendError(f'backend "{name}" cannot serve this problem: {why}')

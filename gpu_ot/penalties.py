@@ -1,0 +1,83 @@
+"""How dearly a marginal is held: exactly, or at a price.
+
+Each penalty appears in the algorithm only through two maps: `damp`, what a softmin becomes when mass may leak, and
+`reward`, what a unit of mass at a given potential earns in the dual.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import ProblemError
+
+
+class Penalty(Protocol):
+    @property
+    def balanced(self) -> bool: ...
+
+    def damp(self, f: Tensor, eps: float) -> Tensor: ...
+
+    def reward(self, f: Tensor) -> Tensor: ...
+
+
+def _checked(tau: float) -> None:
+    if not tau > 0:
+        raise ProblemError(f"tau must be > 0 in units of the cost, or math.inf for a hard constraint, found {tau}.")
+
+
+@dataclass(frozen=True)
+class KL:
+    """Marginal penalty tau * KL(P1 | a). `tau = inf` is the hard constraint P1 = a.
+
+    `tau` has the units of the cost: below it, moving a unit of mass is worth it; far above,
+    dropping the mass is. Séjourné et al. 2019, arXiv:1910.12958, Table 1 (their rho).
+    """
+
+    tau: float = math.inf
+
+    def __post_init__(self) -> None:
+        _checked(self.tau)
+
+    @property
+    def balanced(self) -> bool:
+        return math.isinf(self.tau)
+
+    def damp(self, f: Tensor, eps: float) -> Tensor:
+        return f / (1 + eps / self.tau)  # eps / inf is exactly 0, so balanced needs no branch
+
+    def reward(self, f: Tensor) -> Tensor:
+        """What a unit of mass at potential `f` earns in the dual, -phi*(-f); `f` itself as tau -> inf."""
+        if self.balanced:
+            return f
+        return -self.tau * torch.expm1(-f / self.tau)  # 1 - exp(-f/tau) has no digits left once f << tau
+
+
+BALANCED = KL()
+
+
+@dataclass(frozen=True)
+class TV:
+    """Marginal penalty tau * |P1 - a|_1: mass travels at most a cost of 2 tau, or stays where it is.
+
+    Séjourné et al. 2019, arXiv:1910.12958, Table 1.
+    """
+
+    tau: float
+
+    def __post_init__(self) -> None:
+        _checked(self.tau)
+
+    @property
+    def balanced(self) -> bool:
+        return math.isinf(self.tau)
+
+    def damp(self, f: Tensor, eps: float) -> Tensor:
+        return f.clamp(-self.tau, self.tau)
+
+    def reward(self, f: Tensor) -> Tensor:
+        return f.clamp(max=self.tau)

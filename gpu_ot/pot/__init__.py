@@ -1,0 +1,1 @@
+"""The drop-in: POT's functions under POT's own names."""
