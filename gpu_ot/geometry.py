@@ -45,6 +45,10 @@ class Geometry(ABC):
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
         """The gradient in each of `inputs` of a function whose derivative in C_ij is w_i exp((k_i + h_j - C_ij) / eps)."""
 
+    def first(self, h: Tensor, eps: float) -> Tensor:
+        """The column update of the row potentials h = f + eps log a, from which the loop starts: T.softmin(h)."""
+        return self.T.softmin(h, eps)
+
     def advance(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """k >= 1 iterations from g: (f, g, fresh), where f is the update of the g returned and `fresh` the update of f.
 

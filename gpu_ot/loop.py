@@ -88,7 +88,7 @@ def iterate(
     penalty_b = problem.penalties[1]
     eps, b = schedule.target, problem.b
     first = next(schedule.approach(), eps)
-    g = penalty_b.damp(geometry.T.softmin(start, first), first)
+    g = penalty_b.damp(geometry.first(start, first), first)
     n_iter = 0
     for warm in schedule.approach():
         g = geometry.advance(problem, g, warm, 1)[2]

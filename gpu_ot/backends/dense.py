@@ -18,7 +18,7 @@ from torch import Tensor
 from ..geometry import Geometry, weigh
 from ..penalties import Penalty
 from ..problem import Problem
-from .products import both_products, by_rows
+from .products import Products, by_rows
 
 
 class Dense(Geometry):
@@ -36,7 +36,7 @@ class Dense(Geometry):
     def softmin(self, h: Tensor, eps: float) -> Tensor:
         parts = []
         for rows in self._blocks(h):
-            z = h.unsqueeze(-2) - self.C[..., rows, :]  # in the type of h: wide
+            z = self._gaps(h, rows)
             top = z.amax(-1, keepdim=True)
             top = torch.where(top > -math.inf, top, 0.0)  # a row that reaches nothing: -inf - 0, not -inf - -inf
             total = z.sub_(top).div_(eps).to(self.dtype).exp_().sum(-1)
@@ -58,8 +58,12 @@ class Dense(Geometry):
         return (grad.sum_to_size(self.C.shape),)
 
     def _exp(self, k: Tensor, h: Tensor, eps: float, rows: slice) -> Tensor:
-        z = h.unsqueeze(-2) - self.C[..., rows, :]
+        z = self._gaps(h, rows)
         return z.add_(k[..., rows].unsqueeze(-1)).div_(eps).to(self.dtype).exp_()
+
+    def _gaps(self, h: Tensor, rows: slice) -> Tensor:
+        """h_j - C_ij for these rows, in the type of h: wide. (Converted first: an operation on two types is many times slower.)"""
+        return h.unsqueeze(-2) - self.C[..., rows, :].to(h.dtype)
 
     def _blocks(self, h: Tensor) -> Iterator[slice]:
         """Blocks of rows whose wide temporaries stay in the cache of a CPU, or small beside the matrix on a GPU."""
@@ -71,7 +75,7 @@ class Dense(Geometry):
 class Absorbed(Dense):
     """The fast form: matrix-vector products on a stabilised kernel, re-absorbed when its precision would suffer.
 
-    The kernel is absorbed at g and f0 = min_j (C_ij - g_j), so each row's largest entry is 1 and nothing overflows. Entries
+    The kernel is absorbed at g0 and f0 = min_j (C_ij - g0_j), so each row's largest entry is 1 and nothing overflows. Entries
     under `dropped` are stored as 0. A product is trusted while every sum it gives is so large that all dropped entries together
     could not change its last digit; otherwise the kernel is absorbed anew, and if that is not enough, the iteration
     is taken in the log domain. Schmitzer 2019, arXiv:1610.06519, section 3.1.
@@ -79,7 +83,7 @@ class Absorbed(Dense):
 
     def __init__(self, C: Tensor) -> None:
         super().__init__(C)
-        self.K: Tensor | None = None
+        self.kernel: Products | None = None
         self.eps = math.nan
         self.trust = 1  # iterations to run before looking at the range; doubled while it holds
         # exp(-64) and exp(-650) keep even K_ij v_j clear of subnormal numbers, which CPUs multiply slowly.
@@ -91,7 +95,7 @@ class Absorbed(Dense):
         done = 0
         while done < k:
             g = fresh
-            just_absorbed = self.K is None or eps != self.eps
+            just_absorbed = self.kernel is None or eps != self.eps
             if just_absorbed:
                 self._absorb(g, eps)
             step = min(self.trust, k - done)
@@ -105,43 +109,57 @@ class Absorbed(Dense):
                 f, g, fresh = super().advance(problem, g, eps, 1)
                 done += 1
             self.trust = 1
-            self.K = None
+            self.kernel = None
         return f, g, fresh
 
     def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
-        if self.K is None or eps != self.eps or k.shape[:-1] != self.K.shape[:-2]:
+        """The kernel itself becomes the plan: no second array, and no exponential. What follows absorbs anew."""
+        if self.kernel is None or eps != self.eps or k.shape[:-1] != self.C.shape[:-2]:
             return super().plan(k, h, eps)
         u, v = ((k - self.f0) / eps).exp().to(self.dtype), ((h - self.g0) / eps).exp().to(self.dtype)
         if not bool((u.isfinite().all() & v.isfinite().all()).item()):
             return super().plan(k, h, eps)
-        return (self.K * u.unsqueeze(-1)).mul_(v.unsqueeze(-2))
+        P, self.kernel = self.kernel.K, None
+        for rows in self._blocks(h):
+            P[..., rows, :].mul_(u[..., rows].unsqueeze(-1)).mul_(v.unsqueeze(-2))
+        return P
+
+    def first(self, h: Tensor, eps: float) -> Tensor:
+        """Absorbed at h and the cheapest pair of each column, so that the start costs no second round of exponentials."""
+        if h.ndim != self.C.ndim - 1 or not bool(h.isfinite().all().item()):
+            return super().first(h, eps)
+        lows = [(self.C[..., rows, :].to(h.dtype) - h[..., rows].unsqueeze(-1)).amin(-2) for rows in self._blocks(h)]
+        self._store(h, torch.stack(lows).amin(0), eps)
+        assert self.kernel is not None
+        t = self.kernel.K.sum(-2)  # each column holds an entry 1: no precision to lose
+        return self.g0 - eps * t.to(h.dtype).log()
 
     def _absorb(self, g: Tensor, eps: float) -> None:
-        extra = g.ndim - 1 - (self.C.ndim - 2)
-        self.g0 = g.mean(tuple(range(extra))) if extra > 0 else g  # histograms over one cost share one kernel
-        self.eps = eps
-        self.K = torch.empty_like(self.C, memory_format=torch.contiguous_format)
-        tops = []
-        for rows in self._blocks(self.g0):
-            z = self.g0.unsqueeze(-2) - self.C[..., rows, :]
-            top = z.amax(-1, keepdim=True)
-            z = z.sub_(top).div_(eps).to(self.dtype)
-            self.K[..., rows, :] = torch.threshold_(z, self.log_dropped, -math.inf).exp_()
-            tops.append(top.squeeze(-1))
-        self.f0 = -torch.cat(tops, -1)
+        """At g and the cheapest pair of each row. Histograms over one cost share the kernel of their mean potential."""
+        extra = g.ndim - (self.C.ndim - 1)
+        g0 = g.mean(tuple(range(extra))) if extra > 0 else g
+        tops = [self._gaps(g0, rows).amax(-1) for rows in self._blocks(g0)]
+        self._store(-torch.cat(tops, -1), g0, eps)
+
+    def _store(self, f0: Tensor, g0: Tensor, eps: float) -> None:
+        K = torch.empty_like(self.C, memory_format=torch.contiguous_format)
+        for rows in self._blocks(g0):
+            block = K[..., rows, :].copy_(self._gaps(g0, rows).add_(f0[..., rows].unsqueeze(-1)).div_(eps))
+            torch.threshold_(block, self.log_dropped, -math.inf).exp_()
+        self.kernel, self.f0, self.g0, self.eps = Products(K), f0, g0, eps
 
     def _multiply(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """k iterations by products alone; None when some sum left the range in which it is exact to rounding."""
-        assert self.K is not None
+        assert self.kernel is not None
         a, b = problem.a.to(self.dtype), problem.b.to(self.dtype)
         rows = _HalfStep(problem.penalties[0], self.f0, eps)
         columns = _HalfStep(problem.penalties[1], self.g0, eps)
         w = ((weigh(g, problem.b, eps) - self.g0) / eps).exp().to(self.dtype)  # column weights times scalings
-        s, t = both_products(self.K, w, a, rows.scaling)
+        s, t = self.kernel.both(w, a, rows.scaling)
         before = None
         for _ in range(k - 1):
             before, w = t, b * columns.scaling(t)
-            s, t = both_products(self.K, w, a, rows.scaling)
+            s, t = self.kernel.both(w, a, rows.scaling)
         mass = (a * rows.scaling(s)).sum(-1, keepdim=True)
         # Sinkhorn's steps shrink, so a range that holds at both ends of the k iterations has held between them; anything
         # that overflowed is still inf or NaN here.

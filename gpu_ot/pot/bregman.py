@@ -132,11 +132,16 @@ def _stabilized_log(done: _Transport) -> dict[str, Any]:
     return {**_scaling_log(done), "logu": logu, "logv": logv}
 
 
+def _greenkhorn_log(done: _Transport) -> dict[str, Any]:
+    return done.scalings()
+
+
 _METHODS = {
     "sinkhorn": _Method(_knopp_log),
     "sinkhorn_log": _Method(_log_log, uniform_start=False, joint=False),
     "sinkhorn_stabilized": _Method(_stabilized_log, check_every=20, potentials=True),
     "sinkhorn_epsilon_scaling": _Method(_scaling_log, potentials=True),
+    "greenkhorn": _Method(_greenkhorn_log),
 }
 
 
@@ -300,9 +305,15 @@ def sinkhorn_epsilon_scaling(
     return _run("sinkhorn_epsilon_scaling", a, b, M, reg, **_own(locals()))
 
 
+def greenkhorn(a, b, M, reg, numItermax=10000, stopThr=1e-9, verbose=False, log=False, warn=True, warmstart=None):
+    """POT's `ot.bregman.greenkhorn`: the plan it converges to, by full sweeps, at most `numItermax` of them, each as parallel as the
+    machine; greedy single-entry updates would be serial. `log` holds u, v, n_iter."""
+    return _run("greenkhorn", a, b, M, reg, **_own(locals()))
+
+
 def _own(arguments: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of a front door, its **kwargs (which POT ignores, too) spread among them."""
-    return {k: v for k, v in {**arguments.pop("kwargs"), **arguments}.items() if k not in ("a", "b", "M", "reg", "method")}
+    return {k: v for k, v in {**arguments.pop("kwargs", {}), **arguments}.items() if k not in ("a", "b", "M", "reg", "method")}
 
 
 def _known(method: str, among: Iterable[str]) -> str:
@@ -320,7 +331,7 @@ def sinkhorn(a, b, M, reg, method="sinkhorn", numItermax=1000, stopThr=1e-9, ver
     b          weights (m,), or (m, k) for k problems with the same a and M.
     M          costs (n, m); +inf forbids a pair.
     reg        > 0, in units of M; a 0-d tensor may carry a gradient.
-    method     "sinkhorn", "sinkhorn_log", "sinkhorn_stabilized" or "sinkhorn_epsilon_scaling": one solver, four shapes of `log`.
+    method     "sinkhorn", "sinkhorn_log", "sinkhorn_stabilized", "sinkhorn_epsilon_scaling" or "greenkhorn": one solver, five logs.
     numItermax, stopThr   stop when the columns' marginals are within `stopThr` (Euclidean norm), looked at every 10 iterations.
     warmstart  (log u, log v) of an earlier call.
 
@@ -340,5 +351,5 @@ def sinkhorn2(
 
     Returns a 0-d result, or (k,) for k histograms; otherwise as `sinkhorn`, but silent unless `warn=True`.
     """
-    among = [name for name in _METHODS if name != "sinkhorn_epsilon_scaling"]  # as in POT
+    among = [name for name in _METHODS if name not in ("sinkhorn_epsilon_scaling", "greenkhorn")]  # as in POT
     return _run(_known(method, among), a, b, M, reg, loss=True, **_own(locals()))

@@ -1,0 +1,252 @@
+"""`gpu-ot demo`: two photographs exchange their colours through one plan, beside POT's numbers for the same plan."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ot
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from sklearn.datasets import load_sample_images
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+from tqdm import tqdm
+
+from . import errors
+from .errors import ProblemError
+from .pot.bregman import sinkhorn
+
+#: The same for all four solvers; `TOLERANCE` is POT's stopThr, the Euclidean norm of the column marginal's error.
+MAX_ITER, TOLERANCE = 2000, 1e-6
+#: Numbers in the largest array of the map, a chunk of pixels by all samples: 32 MiB in float32.
+CHUNK = 2**23
+#: Rows and columns in the picture's close-up of the plan.
+ZOOM = 60
+#: Brightness of linear RGB, ITU-R BT.709; good enough to sort by.
+LUMINANCE = (0.2126, 0.7152, 0.0722)
+
+
+def run(*, device: str, pixels: int, reg: float, out: str) -> None:
+    """Solve between `pixels` colours of each photograph, recolour both photographs, print the table and write the PNG.
+
+    device   where gpu_ot runs; POT runs in numpy.
+    reg      > 0, in units of the cost, the squared distance in RGB with channels in [0, 1].
+    out      the PNG; its folder is created.
+
+    Raises ProblemError, naming the option and the way out, before any work is done.
+    """
+    where, path = _device(device), Path(out)
+    if not 0 < reg < math.inf:
+        raise errors.bad_eps("--reg", reg)
+    china, flower = photographs()
+    largest = min(len(p.reshape(-1, 3)) for p in (china, flower))
+    if not 2 <= pixels <= largest:
+        raise ProblemError(f"--pixels must be between 2 and {largest}, the size of the photographs, found {pixels}. 800 are plenty.")
+    _make_room(path)
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = sample(china, pixels, generator), sample(flower, pixels, generator)
+    C = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+    entries = compare(C, reg, where)
+    print(table(entries, C, reg))
+
+    _, _, ours, _ = entries
+    with tqdm(total=2 * largest, desc="recolouring", unit="px", unit_scale=True) as bar:
+        painted = [
+            recolour(china, y, ours.log["log_v"], reg, where, bar),
+            recolour(flower, x, ours.log["log_u"], reg, where, bar),
+        ]
+    draw(path, (china, flower), painted, (x, y), ours.plan, reg)
+    print(f"wrote {path}")
+
+
+def photographs() -> tuple[Tensor, Tensor]:
+    """china and flower, (427, 640, 3) in [0, 1], float64: files inside scikit-learn."""
+    china, flower = (torch.tensor(image, dtype=torch.float64) / 255 for image in load_sample_images().images)
+    return china, flower
+
+
+def sample(photo: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """(size, 3) colours of as many different pixels."""
+    colours = photo.reshape(-1, 3)
+    return colours[torch.randperm(len(colours), generator=generator)[:size]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One solver's answer. `plan` is (n, n) in float64 on the host; `ended` is what the solver said about how it went."""
+
+    solver: str
+    seconds: float
+    plan: Tensor
+    log: dict[str, Any]
+    ended: str
+
+    @property
+    def marginal_error(self) -> float:
+        """|P1 - a|_1 + |P^T 1 - b|_1 for uniform weights."""
+        return sum(float((self.plan.sum(axis) - 1 / len(self.plan)).abs().sum()) for axis in (0, 1))
+
+
+def compare(C: Tensor, reg: float, device: torch.device) -> list[Entry]:
+    """POT `sinkhorn` and `sinkhorn_log` in numpy, ours in fp64 and fp32 on `device`: the same call, to the same tolerance, on one thread of the CPU."""
+    a = torch.full((len(C),), 1 / len(C), dtype=C.dtype)
+    host = a.numpy(), C.numpy()
+    double, single = ((a.to(device, dtype), C.to(device, dtype)) for dtype in (torch.float64, torch.float32))
+    contestants: list[tuple[str, Callable[..., Any], str, tuple[Any, Any]]] = [
+        ("POT sinkhorn", ot.sinkhorn, "sinkhorn", host),
+        ("POT sinkhorn_log", ot.sinkhorn, "sinkhorn_log", host),
+        (f"gpu_ot fp64, {device}", sinkhorn, "sinkhorn_log", double),
+        (f"gpu_ot fp32, {device}", sinkhorn, "sinkhorn_log", single),
+    ]
+    entries = []
+    # At this size a second thread gains nothing, and one that waits for its turn on a busy machine costs a hundredfold.
+    with tqdm(contestants, unit="solver") as bar, threadpool_limits(1):
+        for name, solver, method, (weights, costs) in bar:
+            bar.set_description(name)
+            entries.append(_timed(name, solver, weights, costs, reg, method))
+    return entries
+
+
+def _timed(name: str, solver: Callable[..., Any], a: Any, C: Any, reg: float, method: str) -> Entry:
+    options = dict(method=method, stopThr=TOLERANCE, log=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        solver(a, a, C, reg, numItermax=1, warn=False, **options)  # loads libraries and kernels, off the clock
+        said.clear()
+        start = time.perf_counter()
+        plan, log = solver(a, a, C, reg, numItermax=MAX_ITER, **options)
+        plan = torch.as_tensor(plan).double().cpu()  # also waits for the device
+        seconds = time.perf_counter() - start
+    # POT has no status: what it warned about is all that it tells.
+    ended = log["status"].name if "status" in log else _gist([str(w.message) for w in said])
+    return Entry(name, seconds, plan, log, ended)
+
+
+def _gist(messages: list[str]) -> str:
+    """The first sentence of each warning, once."""
+    sentences = dict.fromkeys(m.removeprefix("Warning: ").partition(". ")[0] for m in messages)
+    return "warned: " + "; ".join(sentences) if sentences else "no warning"
+
+
+def table(entries: list[Entry], C: Tensor, reg: float) -> str:
+    """One line a solver; plans are compared with POT's `sinkhorn_log`, the most careful of POT's own."""
+    _, careful, _, _ = entries
+    truth = careful.plan
+    lines = [
+        f"{len(C)} pixels of each photograph, uniform weights; squared RGB distance, largest {float(C.max()):.2f}; reg = {reg:g}. One thread.",
+        f"All: at most {MAX_ITER} iterations, stopping at {TOLERANCE:g} (Euclidean norm, columns). Plan difference: largest entry of",
+        f"|P - P'| with P' from POT's sinkhorn_log in float64, whose own largest entry is {float(truth.max()):.1e}.",
+        "",
+        f"{'solver':<20}{'seconds':>8}{'iterations':>12}{'marginal error':>16}{'plan difference':>17}  ended",
+    ]
+    for entry in entries:
+        difference = "reference" if entry.plan is truth else f"{float((entry.plan - truth).abs().max()):.1e}"
+        iterations = entry.log["niter"] + 1  # POT counts from 0
+        numbers = f"{entry.seconds:>8.2f}{iterations:>12}{entry.marginal_error:>16.1e}{difference:>17}"
+        lines.append(f"{entry.solver:<20}{numbers}  {entry.ended}")
+    return "\n".join(lines)
+
+
+def extend(x: Tensor, y: Tensor, log_v: Tensor, reg: float) -> Tensor:
+    """(k, 3) colours -> the (k, 3) colours they become: T(x) = sum_j w_j y_j, w_j proportional to v_j exp(-|x - y_j|^2 / reg).
+
+    Here v_j = b_j exp(g_j / reg). At a sampled x_i the weights are row i of the plan, u_i exp(-C_ij / reg) v_j, over its sum: T(x_i) is
+    the plan's barycentric map (P y)_i / (P 1)_i. But u_i has dropped out, so the formula answers for pixels never sampled, too.
+
+    Seguy et al. 2018, arXiv:1711.02283; Pooladian & Niles-Weed 2021, arXiv:2109.12004 (the entropic map).
+    """
+    # |x|^2 is the same for all j and leaves the softmax: what is left is one matrix product.
+    return torch.addmm(log_v - y.square().sum(-1) / reg, x, y.T, alpha=2 / reg).softmax(-1) @ y
+
+
+def recolour(photo: Tensor, y: Tensor, log_v: Tensor, reg: float, device: torch.device, bar: tqdm[Any]) -> Tensor:
+    """Every pixel of `photo` through `extend`, a chunk at a time."""
+    # float32 leaves an exponent of 3 / reg off by 3 / reg * 6e-8: invisible among 256 shades until reg is tiny.
+    dtype = torch.float32 if reg > 1e-4 else torch.float64
+    y, log_v = y.to(device, dtype), log_v.to(device, dtype)
+    painted = []
+    for pixels in photo.reshape(-1, 3).split(max(1, CHUNK // len(y))):
+        painted.append(extend(pixels.to(y), y, log_v, reg).cpu())
+        bar.update(len(pixels))
+    return torch.cat(painted).reshape(photo.shape)
+
+
+def draw(
+    path: Path, photos: tuple[Tensor, Tensor], painted: list[Tensor], samples: tuple[Tensor, Tensor], plan: Tensor, reg: float
+) -> None:
+    """Originals, results, the plan and a close-up of it, in one PNG. A Figure of its own: no window, no global state."""
+    figure = Figure(figsize=(13.2, 6.5), dpi=110, layout="constrained")
+    axes = figure.subplots(2, 3, width_ratios=(1.5, 1.5, 1.15))
+    titles = (("china", "china in the colours of flower"), ("flower", "flower in the colours of china"))
+    for row, photo, result, names in zip(axes, photos, painted, titles, strict=True):
+        for ax, image, name in zip(row, (photo, result), names, strict=False):
+            ax.imshow(image.clamp(0, 1).numpy())
+            ax.set_title(name)
+            ax.axis("off")
+
+    order_x, order_y = (z.mv(z.new_tensor(LUMINANCE)).argsort() for z in samples)
+    x, y, shares = samples[0][order_x], samples[1][order_y], len(plan) * plan[order_x][:, order_y]
+    top, left, size = _liveliest(shares, y)
+    down, across = slice(top, top + size), slice(left, left + size)
+    whole, close = axes[:, 2]
+    _draw_plan(whole, shares, x, y)
+    whole.add_patch(Rectangle((left - 0.5, top - 0.5), size, size, fill=False, edgecolor="white", linewidth=1.2))
+    whole.set_title(f"the plan, {len(plan)} × {len(plan)} sampled pixels")
+    image = _draw_plan(close, shares[down, across], x[down], y[across])
+    close.set_title(f"the marked {size} × {size} of it")
+    label = f"share of a china pixel that goes to a flower pixel, reg = {reg:g}"
+    figure.colorbar(image, ax=[whole, close], label=label, extend="both", shrink=0.9, aspect=40)
+    figure.savefig(path, format="png")
+
+
+def _liveliest(shares: Tensor, y: Tensor) -> tuple[int, int, int]:
+    """(top, left, size) of the close-up: the window with most mass times spread of colours, so that there is something to see."""
+    size = min(ZOOM, len(shares))
+    mass = torch.nn.functional.avg_pool2d(shares[None], size, stride=1)[0]
+    spread = y.unfold(0, size, 1).var(-1).sum(-1)
+    top, left = divmod(int((mass * spread).nan_to_num().argmax()), mass.shape[1])
+    return top, left, size
+
+
+def _draw_plan(ax: Axes, shares: Tensor, x: Tensor, y: Tensor) -> Any:
+    """Dark to light, downwards and to the right; strips show the colours that the rows and columns stand for."""
+    image = ax.imshow(shares.numpy(), norm=LogNorm(1e-4, 1e-1, clip=True), cmap="magma")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for colours, place, shape in ((x, (-0.07, 0, 0.05, 1), (-1, 1, 3)), (y, (0, -0.07, 1, 0.05), (1, -1, 3))):
+        strip = ax.inset_axes(place)
+        strip.imshow(colours.reshape(shape).numpy(), aspect="auto", interpolation="nearest")
+        strip.axis("off")
+    return image
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float64, device=device).item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as problem:
+        why = str(problem).splitlines()[0].rstrip(".")
+        raise ProblemError(f"--device {name} cannot be used here ({why}). --device cpu works everywhere.") from None
+    return device
+
+
+def _make_room(path: Path) -> None:
+    """Finds out whether `path` can be written before a minute is spent on what goes there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as problem:
+        raise ProblemError(f"--out {path} cannot be written ({problem.strerror}). Name a file in a folder of yours.") from None
