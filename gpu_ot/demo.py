@@ -98,7 +98,7 @@ class Entry:
 
 
 def compare(C: Tensor, reg: float, device: torch.device) -> list[Entry]:
-    """POT `sinkhorn` and `sinkhorn_log` in numpy, ours in fp64 and fp32 on `device`: the same call, to the same tolerance, on one thread of the CPU."""
+    """POT `sinkhorn` and `sinkhorn_log` in numpy, ours in fp64 and fp32 on `device`: the same call, the same tolerance, one CPU thread."""
     a = torch.full((len(C),), 1 / len(C), dtype=C.dtype)
     host = a.numpy(), C.numpy()
     double, single = ((a.to(device, dtype), C.to(device, dtype)) for dtype in (torch.float64, torch.float32))
@@ -109,7 +109,7 @@ def compare(C: Tensor, reg: float, device: torch.device) -> list[Entry]:
         (f"gpu_ot fp32, {device}", sinkhorn, "sinkhorn_log", single),
     ]
     entries = []
-    # At this size a second thread gains nothing, and one that waits for its turn on a busy machine costs a hundredfold.
+    # At this size a second thread gains nothing, and one that waits its turn on a busy machine can cost a hundredfold.
     with tqdm(contestants, unit="solver") as bar, threadpool_limits(1):
         for name, solver, method, (weights, costs) in bar:
             bar.set_description(name)
@@ -143,9 +143,9 @@ def table(entries: list[Entry], C: Tensor, reg: float) -> str:
     _, careful, _, _ = entries
     truth = careful.plan
     lines = [
-        f"{len(C)} pixels of each photograph, uniform weights; squared RGB distance, largest {float(C.max()):.2f}; reg = {reg:g}. One thread.",
-        f"All: at most {MAX_ITER} iterations, stopping at {TOLERANCE:g} (Euclidean norm, columns). Plan difference: largest entry of",
-        f"|P - P'| with P' from POT's sinkhorn_log in float64, whose own largest entry is {float(truth.max()):.1e}.",
+        f"{len(C)} pixels of each photograph, uniform weights; squared RGB distance, largest {float(C.max()):.2f}; reg = {reg:g}.",
+        f"All: one CPU thread, at most {MAX_ITER} iterations, stopping at a column error of {TOLERANCE:g} (Euclidean norm).",
+        f"Plan difference: largest entry of |P - P'|, P' from POT's sinkhorn_log, whose own largest entry is {float(truth.max()):.1e}.",
         "",
         f"{'solver':<20}{'seconds':>8}{'iterations':>12}{'marginal error':>16}{'plan difference':>17}  ended",
     ]

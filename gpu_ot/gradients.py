@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .geometry import Geometry, weigh
 from .problem import Problem
@@ -29,8 +28,9 @@ class _Softmin(torch.autograd.Function):
         return s
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():  # create_graph=True: what follows is not recorded, and half a second derivative would pass for a whole
+            raise NotImplementedError("second derivatives of a transport plan or value are not available yet; leave out create_graph=True.")
         (grad,) = grad_outputs
         s, g, b = ctx.saved_tensors
         geometry, eps = ctx.geometry, ctx.eps

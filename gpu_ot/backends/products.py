@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+#: Below this many entries a product takes less time than waking another core.
+LONE_ENTRIES = 2**17
 #: Up to here a kernel stays in the last cache from one product to the next, and is one block.
 CACHED_BYTES = 2**24
 #: Per block of a larger one. Measured on 2 cores with n = 3000, ms an iteration at 1.4, 2.4, 6, 12 and 72 MB: 2.6, 2.6, 2.7, 2.9, 3.1
@@ -56,7 +58,7 @@ def by_rows(n: int, block: int) -> Iterator[slice]:
 def _blocks(K: Tensor) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
     """(rows, cores, K[rows] as (cores, size, m), its transpose) over all rows; the few that do not share out evenly come last."""
     n, m = K.shape
-    cores = min(torch.get_num_threads(), n)
+    cores = min(torch.get_num_threads(), n) if K.numel() > LONE_ENTRIES else 1
     even = n // cores * cores
     size = K.numel() * K.itemsize if K.numel() * K.itemsize <= CACHED_BYTES else BLOCK_BYTES
     for rows in by_rows(even, max(1, size // (cores * m * K.itemsize)) * cores):

@@ -129,7 +129,8 @@ def _scaling_log(done: _Transport) -> dict[str, Any]:
 
 def _stabilized_log(done: _Transport) -> dict[str, Any]:
     logu, logv = done.logarithms()
-    return {**_scaling_log(done), "logu": logu, "logv": logv}
+    alpha, beta = done.logarithms(done.reg)
+    return {"err": done.err(), "logu": logu, "logv": logv, "alpha": alpha, "beta": beta, "warmstart": (alpha, beta)}
 
 
 def _greenkhorn_log(done: _Transport) -> dict[str, Any]:
@@ -181,6 +182,8 @@ def _transport(
     if tM is None or tM.ndim != 2:
         raise errors.wrong_shape("M", () if tM is None else tM.shape, "(n, m), one row for each weight of a")
     n, m = tM.shape
+    if n == 0 or m == 0:
+        raise errors.empty_problem(n, m)
     many = tb is not None and tb.ndim == 2
     if ta is not None and ta.shape != (n,):
         raise errors.wrong_shape("a", ta.shape, f"({n},) to match M with shape ({n}, {m})")
@@ -189,13 +192,16 @@ def _transport(
     if tb is not None and many:
         tb = tb.mT
 
-    cost, eps, schedule = tM, reg, None
+    cost, schedule = tM, None
     if isinstance(reg, Tensor) and reg.requires_grad:
         cost, eps = tM / reg, 1.0  # P depends on M / reg alone, so the gradient in reg is the one in M
+        reg = reg.detach()
     elif float(reg) == 0:
         eps = reg = _smallest_eps(tM)
         schedule = Anneal(1e3 * eps, eps)  # straight at so small an eps, the first iterations would move nothing
         _warn(f"Warning: numerical errors at iteration 0. reg = 0 is unregularised transport; this is the plan at reg = {eps:.3g}.")
+    else:
+        eps = reg
     try:
         problem = Problem(cost, eps, ta, tb)
     except errors.UnequalMasses as refusal:

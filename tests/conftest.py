@@ -1,0 +1,30 @@
+"""Problems that tests share. Nothing here is imported by the package."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import pytest
+import torch
+
+with contextlib.redirect_stdout(io.StringIO()):  # geomloss, which POT imports, greets on stdout through KeOps
+    pytest.importorskip("ot")
+
+# Small problems, and maybe other work on the machine: a second thread would mostly wait for its turn.
+torch.set_num_threads(1)
+
+
+def random_problem(n: int, m: int, d: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64):
+    """(a, b, M): random weights of mass 1 and squared distances with largest entry 1."""
+    gen = torch.Generator().manual_seed(seed)
+    x, y = torch.rand(n, d, generator=gen, dtype=torch.float64), torch.rand(m, d, generator=gen, dtype=torch.float64) + 0.2
+    a, b = torch.rand(n, generator=gen, dtype=torch.float64) + 0.1, torch.rand(m, generator=gen, dtype=torch.float64) + 0.1
+    M = torch.cdist(x, y).square()
+    return (a / a.sum()).to(dtype), (b / b.sum()).to(dtype), (M / M.max()).to(dtype)
+
+
+@pytest.fixture
+def problem():
+    """The factory above, as a fixture: tests are imported by path and cannot import each other."""
+    return random_problem

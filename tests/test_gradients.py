@@ -1,0 +1,159 @@
+"""Gradients: against finite differences in float64, for the plan, the loss and the value; finite where POT's are NaN."""
+
+from __future__ import annotations
+
+import ot
+import pytest
+import torch
+
+import gpu_ot
+from gpu_ot import KL, TV
+from gpu_ot.problem import Problem
+
+#: One iteration count for every perturbation, so that differences see a smooth function.
+FIXED = dict(numItermax=150, stopThr=0.0, warn=False)
+
+
+def gradcheck(function, inputs):
+    # BLAS sums in an order that depends on where its arguments lie in memory, so a repeated backward may differ in the last digit.
+    return torch.autograd.gradcheck(function, inputs, nondet_tol=1e-12)
+
+
+def leaves(problem, n=6, m=5):
+    return [z.clone().requires_grad_() for z in problem(n, m)]
+
+
+@pytest.mark.parametrize("method", ["sinkhorn", "sinkhorn_log", "sinkhorn_stabilized"])
+def test_loss(problem, method):
+    a, b, M = leaves(problem)
+    assert gradcheck(lambda a, b, M: gpu_ot.sinkhorn2(a, b, M, 0.1, method=method, **FIXED), (a, b, M))
+
+
+@pytest.mark.parametrize("iterations", [1, 4, 150])
+def test_any_function_of_the_plan(problem, iterations):
+    """Truncated runs give the derivative of what was computed, not of what it would converge to."""
+    R = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def function(a, b, M):
+        P = gpu_ot.sinkhorn(a, b, M, 0.1, **FIXED | dict(numItermax=iterations))
+        return (R * P).sum() + P.square().sum() + P.sum(0)
+
+    assert gradcheck(function, leaves(problem))
+
+
+def test_regularisation_as_a_tensor(problem):
+    a, b, M = problem(6, 5)
+    reg = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda reg: gpu_ot.sinkhorn2(a, b, M, reg, **FIXED), reg)
+
+
+def test_several_histograms(problem):
+    a, b, M = leaves(problem)
+    B = torch.stack((b.detach(), b.detach().flip(0)), 1).requires_grad_()
+    assert gradcheck(lambda a, B, M: gpu_ot.sinkhorn(a, B, M, 0.1, **FIXED), (a, B, M))
+
+
+@pytest.mark.parametrize("name", ["M", "a", "b"])
+def test_gradients_are_pots_at_convergence(problem, name):
+    """In the weights up to a constant: a balanced problem has no derivative in its mass."""
+    grads = []
+    for library in (gpu_ot, ot):
+        given = dict(zip("abM", problem(20, 15), strict=True))
+        given[name] = given[name].clone().requires_grad_()
+        loss = library.sinkhorn2(**given, reg=0.05, stopThr=1e-13, numItermax=3000)
+        (grad,) = torch.autograd.grad(loss, given[name])
+        grads.append(grad if name == "M" else grad - grad.mean())
+    torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("side", ["a", "b", "both"])
+def test_zero_weights_have_finite_and_true_gradients(problem, side):
+    a, b, M = leaves(problem, 8, 7)
+    with torch.no_grad():
+        for name, w in (("a", a), ("b", b)):
+            if side in (name, "both"):
+                w[:2] = 0
+                w /= w.sum()
+    R = torch.rand(8, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad((gpu_ot.sinkhorn(a, b, M, 0.1, **FIXED) * R).sum(), (a, b, M))
+    assert all(g.isfinite().all() for g in grads)
+
+    # Mass can only be added to an empty atom, so the difference is one-sided.
+    step, name = 1e-7, "b" if side == "b" else "a"
+    w = (b if name == "b" else a).detach().clone()
+    w[0] += step
+    moved = gpu_ot.sinkhorn(w if name == "a" else a, w if name == "b" else b, M, 0.1, **FIXED)
+    still = gpu_ot.sinkhorn(a, b, M, 0.1, **FIXED)
+    difference = float(((moved - still) * R).sum() / step)
+    assert difference == pytest.approx(float(grads[0 if name == "a" else 1][0]), rel=1e-4)
+
+    if side == "a":
+        theirs = torch.autograd.grad((ot.sinkhorn(a, b, M, 0.1) * R).sum(), (a, b, M))
+        assert all(g.isnan().any() for g in theirs)
+
+
+def test_gradients_with_forbidden_pairs(problem):
+    a, b, M = leaves(problem, 6, 6)
+    hole = torch.zeros(6, 6, dtype=torch.bool)
+    hole[0, 3:] = hole[4, 0] = True
+    loss = gpu_ot.sinkhorn2(a, b, M.masked_fill(hole, torch.inf), 0.1, **FIXED)
+    grads = torch.autograd.grad(loss, (a, b, M))
+    assert all(g.isfinite().all() for g in grads) and (grads[2][hole] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_come_back_in_the_inputs_type(problem, dtype):
+    a, b, M = (z.to(dtype).requires_grad_() for z in problem(9, 8))
+    truth = [z.detach().double().requires_grad_() for z in (a, b, M)]
+    ours = torch.autograd.grad(gpu_ot.sinkhorn2(a, b, M, 0.1, warn=False), (a, b, M))
+    exact = torch.autograd.grad(gpu_ot.sinkhorn2(*truth, 0.1, warn=False), truth)
+    for g, e in zip(ours, exact, strict=True):
+        assert g.dtype == dtype
+        assert (g.double() - e).norm() <= 10 * torch.finfo(dtype).eps * e.norm()
+
+
+@pytest.mark.parametrize("penalty", [KL(), KL(0.4), (KL(), KL(0.2)), TV(0.15)], ids=str)
+@pytest.mark.parametrize("mode", ["envelope", "unroll"])
+def test_value(problem, penalty, mode):
+    """Without any rescaling the envelope is exact for relaxed marginals, too."""
+    a, b, M = leaves(problem)
+
+    def value(a, b, M):
+        a, b = a / a.sum(), b / b.sum()
+        return gpu_ot.solve(Problem(M, 0.1, a, b, penalty), grad=mode, tol=0.0, max_iter=300).value
+
+    assert gradcheck(value, (a, b, M))
+
+
+def test_value_reaches_the_points():
+    x, y = (torch.rand(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (6, 5))
+
+    def value(x, y):
+        cost = 0.7 * gpu_ot.SqEuclidean(x, y) + 0.3 * gpu_ot.Cosine(x, y)
+        return gpu_ot.solve(Problem(cost, 0.1), tol=0.0, max_iter=300).value
+
+    assert gradcheck(value, (x, y))
+
+
+def test_batches_have_the_gradients_of_their_problems(problem):
+    a, b, M = (torch.stack(z).requires_grad_() for z in zip(*(problem(6, 5, seed=s) for s in range(3)), strict=True))
+    value = gpu_ot.solve(Problem(M, 0.1, a, b), tol=0.0, max_iter=200).value
+    (grad,) = torch.autograd.grad(value.sum(), M)
+    for k in range(3):
+        one = M[k].detach().requires_grad_()
+        (alone,) = torch.autograd.grad(gpu_ot.solve(Problem(one, 0.1, a[k], b[k]), tol=0.0, max_iter=200).value, one)
+        torch.testing.assert_close(grad[k], alone, rtol=1e-8, atol=1e-12)
+
+
+def test_no_graph_is_kept_when_none_is_asked_for(problem):
+    a, b, M = leaves(problem)
+    with torch.no_grad():
+        assert not gpu_ot.sinkhorn(a, b, M, 0.1).requires_grad
+    assert not gpu_ot.sinkhorn(*(z.detach() for z in (a, b, M)), 0.1).requires_grad
+
+
+def test_second_derivatives_refuse_instead_of_being_wrong(problem):
+    a, b, M = leaves(problem)
+    loss = gpu_ot.sinkhorn2(a, b, M, 0.1, **FIXED)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(loss, M, create_graph=True)

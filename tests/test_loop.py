@@ -1,0 +1,120 @@
+"""The loop alone, on stub geometries: its bugs and a backend's cannot mask each other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gpu_ot.backends.dense import Dense
+from gpu_ot.geometry import Geometry
+from gpu_ot.loop import Outcome, Stop, iterate
+from gpu_ot.problem import Problem
+from gpu_ot.schedule import Anneal, Constant
+
+
+class Halving(Geometry):
+    """Not transport: each iteration halves the distance of g to zero, down to a rounding floor."""
+
+    dtype = torch.float64
+    inputs = ()
+
+    def __init__(self, floor: float = 0.0):
+        self.floor, self.calls = floor, []
+
+    @property
+    def T(self):
+        return self
+
+    def softmin(self, h, eps):
+        return torch.ones_like(h)
+
+    def apply(self, k, h, eps, v):
+        raise NotImplementedError
+
+    plan = pull_back = apply
+
+    def advance(self, problem, g, eps, k):
+        self.calls.append((eps, k))
+        for _ in range(k):
+            g, last = (g / 2).clamp(min=self.floor), g
+        return last, last, g
+
+
+@pytest.fixture
+def square():
+    return Problem(torch.zeros(4, 4, dtype=torch.float64), 1.0)
+
+
+def run(geometry, problem, tol=1e-6, max_iter=1000, check_every=10, schedule=None, norm="l1") -> Outcome:
+    start = torch.zeros_like(problem.a)
+    return iterate(geometry, problem, schedule or Constant(problem.eps), start, Stop(tol, norm), max_iter, check_every)
+
+
+def test_looks_after_1_11_21(square):
+    geometry = Halving()
+    outcome = run(geometry, square, tol=1e-6)
+    assert [k for _, k in geometry.calls] == [1, 10, 10] and outcome.n_iter == 21
+    assert outcome.status.name == "converged" and outcome.converged.all()
+    assert float(outcome.errors[-1]) <= 1e-6 < float(outcome.errors[-2])
+
+
+@pytest.mark.parametrize("max_iter", [1, 2, 11, 15])
+def test_runs_exactly_as_long_as_it_may(square, max_iter):
+    geometry = Halving()
+    outcome = run(geometry, square, tol=0.0, max_iter=max_iter)
+    assert outcome.n_iter == sum(k for _, k in geometry.calls) == max_iter
+    assert outcome.status.name == "max_iter" and not outcome.converged.any()
+
+
+def test_a_tolerance_below_rounding_ends_as_stalled(square):
+    outcome = run(Halving(), square, tol=0.0)
+    assert outcome.status.name == "stalled" and outcome.n_iter < 100
+
+
+class Noisy(Halving):
+    def advance(self, problem, g, eps, k):
+        self.calls.append((eps, k))
+        wobble = 1e-13 * (1.5 + math.sin(7 * len(self.calls)))
+        return g, g, g + wobble
+
+
+def test_noise_near_the_floor_ends_as_stalled(square):
+    assert run(Noisy(), square, tol=0.0).status.name == "stalled"
+
+
+class Exploding(Halving):
+    def advance(self, problem, g, eps, k):
+        return g, g, g * math.nan
+
+
+def test_nan_ends_the_loop_in_words(square):
+    outcome = run(Exploding(), square)
+    assert outcome.status.name == "diverged" and outcome.n_iter == 1
+
+
+def test_the_schedule_comes_first_one_iteration_each(square):
+    geometry = Halving()
+    run(geometry, square, schedule=Anneal(8.0, 1.0))
+    assert geometry.calls[:4] == [(8.0, 1), (4.0, 1), (2.0, 1), (1.0, 1)]
+
+
+def test_the_error_is_the_marginal_error(problem):
+    """b expm1((g - fresh) / eps) is the excess of the column marginal: the stopping test needs no pass over the costs."""
+    a, b, M = problem(8, 9)
+    bound = Problem(M, 0.05, a, b)
+    geometry = Dense(M)
+    for norm, size in (("l1", lambda z: z.abs().sum()), ("l2", lambda z: z.norm())):
+        outcome = run(geometry, bound, tol=0.0, max_iter=5, norm=norm)
+        k, h = outcome.f + 0.05 * a.log(), outcome.g + 0.05 * b.log()
+        P = geometry.plan(k, h, 0.05)
+        torch.testing.assert_close(P.sum(1), a)
+        torch.testing.assert_close(outcome.errors[-1], size(P.sum(0) - b), rtol=1e-8, atol=0)
+
+
+def test_plain_sinkhorn_never_raises_the_l1_error(problem):
+    a, b, M = problem(12, 9)
+    outcome = run(Dense(M), Problem(M, 0.01, a, b), tol=0.0, max_iter=300, check_every=1)
+    errors = torch.stack(outcome.errors)
+    assert (errors.diff() <= 1e-15).all()
