@@ -1,0 +1,256 @@
+"""A roofline without a GPU: compile every row of the tuning table offline and count what its inner loop issues.
+
+    python bench/static.py             every kernel, row and target; a few minutes
+    python bench/static.py --quick     a small subset for CI
+
+Per row: registers, spilled bytes, shared memory against the target's limit and blocks per multiprocessor. Per pair (i, j) of
+the inner loop, thread instructions by pipe, beside the floor. A multiprocessor issues 128 lanes per clock and computes 16
+exp2, so an exp2 costs eight issue slots whatever else happens; the tensor floor is in the same slots. A loop is as good
+as its floor once it issues less than that.
+
+Exits 1 when a row spills, does not fit, misses its tensor instruction, reads the row tile again, or breaks a bar below.
+Rows are compiled for as many features as their bucket holds, apply for as many columns again (the gradient).
+"""
+
+import argparse
+import collections
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+# The default flips in Triton 3.10 and changes both numerics and counts.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+os.environ.pop("TRITON_INTERPRET", None)  # nothing compiles in the interpreter
+
+import triton
+from gpu_ot.kernels import resident, tuning
+from gpu_ot.kernels.apply import apply_kernel
+from gpu_ot.kernels.resident import sinkhorn_kernel
+from gpu_ot.kernels.softmin import softmin_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes one block may use
+SHARED_SM = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
+RESERVED = {"sm_80": 1024, "sm_90": 1024, "sm_100": 1024, "gfx942": 0}  # bytes a block takes for itself
+HALF_FLOPS = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192}  # per clock and multiprocessor; tf32 runs at half of it
+STORED = {"pair": "*fp16", "half": "*fp16", "tf32": "*fp32"}
+
+# Issued instructions per pair of the sm_90 loop, at most. "half" up to 64 features is what fp32 packs up to ten coordinates into.
+BARS = {("softmin", "tf32", 16): 4.5, ("softmin", "tf32", 64): 5.5, ("softmin", "pair", 16): 8.5, ("softmin", "pair", 64): 12.0}
+BARS |= {("softmin", "half", bucket): 8.5 for bucket in (16, 32, 64)}
+BACKWARD = 2.1  # apply over softmin, same storage and bucket
+
+PIPES = (
+    ("ex2", r"MUFU\.EX2"),
+    ("mufu", r"MUFU"),
+    ("tensor", r"HGMMA|HMMA|QGMMA|WGMMA|IMMA|UTC.*MMA"),
+    ("fp32", r"FFMA|FADD|FMUL|FMNMX|FSEL|FSETP|FSET|FCHK|F2F|I2F|F2I|HADD2|HFMA2|HMUL2"),
+    ("shared", r"LDS|STS|LDSM|STSM|ATOMS|LDTM|STTM"),
+    ("global", r"LDG|STG|LDGSTS|UBLKCP|UTMA|RED|ATOM"),
+    ("local", r"LDL|STL"),
+    ("shuffle", r"SHFL"),
+    ("sync", r"BAR|WARPSYNC|DEPBAR|LDGDEPBAR|SYNCS|WARPGROUP|FENCE|MEMBAR|ERRBAR|CCTL"),
+    ("integer", r"."),  # integer arithmetic, moves, branches
+)
+
+
+def build(kernel, types: dict, constants: dict, target: GPUTarget, warps: int, stages: int = 2):
+    """The compiled kernel. Pointers and strides are taken as multiples of 16, as those of the launchers are."""
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = types.get(name, "*fp32")
+        if signature[name].startswith("*") or name in ("u_rows", "v_rows", "w_rows", "per_split"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    options = dict(num_warps=warps, num_stages=stages)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+
+
+INTEGERS = dict.fromkeys(("n", "m", "c", "u_rows", "v_rows", "w_rows", "splits", "per_split", "max_iter"), "i32")
+SCALARS = INTEGERS | dict.fromkeys(("eps", "damp_a", "damp_b", "tol"), "fp32")
+
+
+def streamed(kernel: str, storage: str, bucket: int, tile: tuning.Tile, target: GPUTarget):
+    """A row of the table, compiled: (binary, bytes of one column tile, tensor flops per pair at half-precision rate).
+
+    kernel is "softmin", "vector", "apply" for w = v (the gradient), or "other" for a w of its own in the rows of "apply".
+    """
+    D, parts = bucket or 320, 2 if storage == "pair" else 1
+    C = 1 if kernel == "vector" else D
+    same = kernel == "apply" and storage != "tf32" and D <= 128
+    types = SCALARS | dict(u=STORED[storage], v=STORED[storage], w="*fp32" if C == 1 else "*fp16")
+    constants = dict(
+        D=D, PARTS=parts, Q={16: 2, 32: 5, 64: 10}.get(D, 0) if storage == "half" else 0, SPARE=storage == "tf32" and D <= 32,
+        BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, STAGES=tile.stages,
+    )  # fmt: skip
+    column = D * (4 if storage == "tf32" else 2 * parts)
+    flops = 2 * D * {"pair": 3, "half": 1, "tf32": 2}[storage]
+    if kernel == "softmin":
+        constants |= dict(SHIFTED=True)
+    else:
+        chunk = D if same else min(C, tile.block_c)
+        pairs = 2 if storage == "pair" or (kernel == "other" and constants["Q"]) else 1  # fp32 packs few coordinates, never w
+        constants |= dict(WIDTH=C, C=chunk, W_PARTS=0 if C == 1 else pairs, SAME=same)
+        column += 0 if C == 1 or same else 2 * chunk * pairs
+        flops += 0 if C == 1 else 2 * chunk * (3 if pairs == 2 else 1)
+    function = softmin_kernel if kernel == "softmin" else apply_kernel
+    return build(function, types, constants, target, tile.warps, tile.stages), column * tile.block_m, flops
+
+
+def resources(binary, architecture: str) -> dict:
+    """Registers per thread, spilled bytes per thread, shared bytes per block, blocks per multiprocessor."""
+    shared = binary.metadata.shared
+    warps = binary.metadata.num_warps
+    if architecture == "gfx942":
+        text = binary.asm["amdgcn"]
+        registers, scratch, lost = (
+            int(re.findall(rf"\.{key}:\s+(\d+)", text)[-1]) for key in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+        )
+        spilled = scratch + 4 * lost
+        # 512 registers per lane and SIMD, four SIMDs, in steps of eight
+        blocks = 4 * (512 // (-(-registers // 8) * 8)) // warps
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+            f.write(binary.asm["cubin"])
+            f.flush()
+            command = [_tool("cuobjdump"), "--dump-resource-usage", f.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers = max(int(r) for r in re.findall(r"REG:(\d+)", text))
+        spilled = max(int(r) for r in re.findall(r"STACK:(\d+)", text)) + max(int(r) for r in re.findall(r"LOCAL:(\d+)", text))
+        blocks = 65536 // (32 * warps * (-(-registers // 8) * 8))
+    return dict(
+        registers=registers,
+        spilled=spilled,
+        shared=shared,
+        blocks=min(blocks, SHARED_SM[architecture] // (shared + RESERVED[architecture])),
+    )
+
+
+def _tool(name: str) -> str:
+    return os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+
+
+def loops(cubin: bytes) -> tuple[list[str], list[list[str]]]:
+    """All instructions, and those of every innermost loop that computes an exp2, in order of appearance."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        text = subprocess.run([_tool("nvdisasm"), "-c", f.name], capture_output=True, text=True, check=True).stdout
+    code, labels, jumps = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
+            to = re.search(r"`\((\.L_x_\d+)\)", found[2])
+            if found[1].startswith("BRA") and to:
+                jumps.append((to[1], len(code)))
+            code.append(found[1])
+    spans = [(labels[to], end) for to, end in jumps if labels.get(to, end + 1) <= end]
+    hot = [(a, b) for a, b in spans if any(op.startswith("MUFU.EX2") for op in code[a : b + 1])]
+    inner = [(a, b) for a, b in hot if not any((c, e) != (a, b) and a <= c and e <= b for c, e in hot)]
+    return code, [code[a : b + 1] for a, b in sorted(inner)]
+
+
+def mix(body: list[str], warps: int, pairs: int) -> dict[str, float]:
+    """Thread instructions per pair, by pipe: one SASS instruction is 32 of them, and every warp of the block issues it."""
+    count = collections.Counter(next(name for name, pattern in PIPES if re.match(pattern, op)) for op in body)
+    return {name: count[name] * warps * 32 / pairs for name, _ in PIPES} | {"issued": len(body) * warps * 32 / pairs}
+
+
+def fetched(body: list[str], warps: int) -> int:
+    """Bytes of points that one turn of the loop reads from global memory; points travel 16 bytes at a time, vectors do not."""
+    return sum(16 * 32 * warps for op in body if op.startswith("LDG") and op.endswith("128"))
+
+
+def examine(kernel: str, arch: str, storage: str, bucket: int, thin: bool) -> tuple[str, list[str], float]:
+    """One row of the table: (a line to print, what is wrong with it, issued per pair)."""
+    tile = tuning.row("apply" if kernel == "other" else kernel, arch, storage, bucket, thin)
+    binary, column, flops = streamed(kernel, storage, bucket, tile, TARGETS[arch])
+    used = resources(binary, arch)
+    shape = f"{tile.block_n}x{tile.block_m}x{tile.warps} s{tile.stages}"
+    line = f"{arch:7}{kernel:8}{storage:5}{bucket or '>256':>5}{' thin' if thin else '     '} {shape:15}" + summary(used)
+    wrong = ["spills"] * (used["spilled"] > 0) + ["too much shared memory"] * (used["shared"] > SHARED[arch])
+    if arch == "gfx942":
+        return line, wrong + ["no matrix instruction"] * ("v_mfma" not in binary.asm["amdgcn"]), 0.0
+    if not bucket:  # nested loops have no count per pair
+        return line, wrong, 0.0
+    pairs = tile.block_n * tile.block_m
+    code, bodies = loops(binary.asm["cubin"])
+    counted = [(mix(body, tile.warps, pairs), body) for body in bodies]
+    counted = sorted((x for x in counted if x[0]["ex2"] > 0.5), key=lambda x: x[0]["issued"])  # an exp2 per pair, not per row
+    counts, body = counted[0]  # of softmin's two loops, the shifted one
+    floor = max(8.0, flops / HALF_FLOPS[arch] * 128)
+    line += f"  issued {counts['issued']:5.2f} floor {floor:5.1f}  "
+    line += " ".join(f"{k} {v:.2f}" for k, v in counts.items() if v >= 0.005 and k != "issued")
+    if kernel == "softmin":
+        line += f"  | running maximum: issued {counted[-1][0]['issued']:.2f}"
+    # On sm_100 one elected thread issues the tensor instruction, and the compiler may place that outside the body of the loop.
+    tensor = mix(code, tile.warps, pairs)["tensor"] if arch == "sm_100" else counts["tensor"]
+    wrong += ["no tensor instruction"] * (not tensor)
+    wrong += ["the row tile is read again"] * (fetched(body, tile.warps) > column)
+    if arch == "sm_90" and not thin and counts["issued"] > BARS.get((kernel, storage, bucket), float("inf")):
+        wrong.append(f"issues more than {BARS[kernel, storage, bucket]}")
+    return line, wrong, counts["issued"]
+
+
+def summary(used: dict) -> str:
+    return f"{used['registers']:4} regs {used['spilled']:4} B spilled {used['shared'] / 1024:6.1f} KiB {used['blocks']:2} blocks"
+
+
+def examine_resident(arch: str, n: int, m: int) -> tuple[str, list[str]]:
+    block_n, block_m, warps = resident.shape(n, m)
+    constants = dict(WARM=True, BLOCK_N=block_n, BLOCK_M=block_m)
+    used = resources(build(sinkhorn_kernel, SCALARS | dict(steps="*i32"), constants, TARGETS[arch], warps), arch)
+    line = f"{arch:7}resident {n}x{m}".ljust(26) + f"{block_n}x{block_m}x{warps}".ljust(15) + summary(used)
+    return line, ["spills"] * (used["spilled"] > 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fp32 with 64 features on every target, and tf32 with 16 on sm_90")
+    parser.add_argument("--arch", choices=TARGETS, help="one target only")
+    options = parser.parse_args()
+    keys = [(*key, bucket, thin) for key in tuning.TABLE for bucket in tuning.BUCKETS for thin in (False, True)]
+    keys = [k for k in keys if not k[-1] or tuning.row(*k) != tuning.row(*k[:-1], False)]
+    small = [(16, 16), (64, 64), (128, 128), (256, 256)]
+    keys += [("other", *k[1:]) for k in keys if k[0] == "apply" and k[2] != "tf32" and 0 < k[3] <= 128]  # w is not v
+    if options.quick:
+        keys = [
+            k for k in keys if not k[-1] and (k[2:4] == ("pair", 64) or k[1:4] == ("sm_90", "tf32", 16)) and k[0] in ("softmin", "apply")
+        ]
+        small = [(64, 64)]
+    failures, issued = 0, {}
+    for key in keys:
+        if options.arch in (None, key[1]):
+            line, wrong, issued[key] = examine(*key)
+            forward = issued.get(("softmin", *key[1:]))
+            if key[:2] == ("apply", "sm_90") and 0 < key[3] <= 64 and not key[4] and forward:
+                line += f"  {issued[key] / forward:.2f}x softmin"
+                wrong += ["costs more than BACKWARD softmins"] * (issued[key] > BACKWARD * forward)
+            failures += report(line, wrong)
+    for arch in TARGETS:
+        for n, m in small:
+            if options.arch in (None, arch):
+                failures += report(*examine_resident(arch, n, m))
+    print(f"{failures} rows fail" if failures else "every row fits, without spills, within its bars")
+    return failures > 0
+
+
+def report(line: str, wrong: list[str]) -> bool:
+    print(line + "".join(f"  FAILS: {x}" for x in wrong), flush=True)
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

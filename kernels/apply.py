@@ -1,0 +1,135 @@
+"""out_i = sum_j exp((k_i + h_j + <u_i, v_j>) / eps) w_j: the plan times a matrix, streamed over j."""
+
+from math import gcd
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .softmin import on_device_of
+from .tiles import RESIDENT, Cloud, cloud, products, row_tile
+
+
+def apply(u: Tensor | Cloud, v: Tensor | Cloud, k: Tensor, h: Tensor, eps: float, w: Tensor | Cloud, *, precision: str = "fp32") -> Tensor:
+    """out (n, c) or (B, n, c), fp32: out_i = sum_j exp((k_i + h_j + <u_i, v_j>) / eps) w_j.
+
+    u, v    as for softmin
+    k, h    (n,), (m,) or (B, n), (B, m): -inf for an empty atom
+    w       (m, c) or (B, m, c), or a Cloud stored with weights=True. The gradient of a transport value is w = v: given the same
+            Cloud twice, a column tile is read once for both products (not when it is packed, d <= 10, nor in tf32).
+    """
+    u, v = (x if isinstance(x, Cloud) else cloud(x, precision) for x in (u, v))
+    k, h = k.float().contiguous(), h.float().contiguous()
+    batch, n, m = len(u.data), u.n, v.n
+    flat = not isinstance(w, Cloud) and w.shape[-1] == 1  # a vector: no tensor product, and w stays in fp32
+    if flat:
+        w = w.float().contiguous()
+    elif not isinstance(w, Cloud):
+        w = cloud(w, precision, weights=True)
+    assert flat or not w.packed, "a packed Cloud has no columns: pass the points, or cloud(points, weights=True)"
+    c, width = (1, 1) if flat else (w.d, w.width)
+    same = w is v and v.width <= 128
+    widest = max(u.width, min(width, RESIDENT))  # more columns than that only mean more programs
+    tile = tuning.tile("vector" if flat else "apply", u.data, u.parts, widest, n)
+    chunk = width if same else gcd(width, tile.block_c)
+    splits, per_split = tuning.split(n, m, batch, tile, u.data)
+    parts = torch.empty(batch, splits, n, c, dtype=torch.float32, device=h.device)
+    with on_device_of(h):
+        apply_kernel[(batch * splits * triton.cdiv(n, tile.block_n) * triton.cdiv(width, chunk),)](
+            u.data, v.data, w if flat else w.data, u.unit, v.unit, u.unit if flat else w.unit, k, h, parts,
+            n, m, c, u.data.shape[1], v.data.shape[1], m if flat else w.data.shape[1], splits, per_split, eps,
+            D=u.width, PARTS=u.parts, Q=u.packed, SPARE=u.spare, WIDTH=width, C=chunk,
+            W_PARTS=0 if flat else w.parts, SAME=same,
+            BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+    # Every part already carries its own exp(k), so a sum joins them.
+    out = parts.sum(1) if splits > 1 else parts[:, 0]
+    return out if h.dim() == 2 else out[0]
+
+
+# The plan is scaled row by row to at most 2^LIFT: just inside the range of a half, so that its low half stays in range too.
+LIFT = tl.constexpr(15.0)
+
+
+@triton.jit
+def apply_kernel(
+    u, v, w, unit_u, unit_v, unit_w, k, h, out, n, m, c, u_rows, v_rows, w_rows, splits, per_split, eps,
+    D: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, SPARE: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
+    W_PARTS: tl.constexpr, SAME: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_N rows and C columns of the result, and streams its share of the points once.
+
+    Traffic n (d + c) + (n / BLOCK_N) m (d + c + 1) words; SAME spares the c. The plan exists one tile at a time, relative to
+    the running maximum of its row and scaled to at most 2^15: there a pair of halves holds it as well as fp32 does (or one
+    half as well as tf32 does), and the second product needs no exchange between threads, as it would in tf32.
+    State per row: top, and C sums relative to it.
+    """
+    blocks = tl.cdiv(n, BLOCK_N)
+    pieces: tl.constexpr = (WIDTH + C - 1) // C
+    program = tl.program_id(0)
+    block = program % blocks
+    first = program // blocks % pieces * C
+    split = program // (blocks * pieces) % splits
+    batch = (program // (blocks * pieces * splits)).to(tl.int64)
+    scale = 1.4426950408889634 / eps
+    unit = tl.load(unit_u + batch) * tl.load(unit_v + batch)
+    row = u + (batch * u_rows + block * BLOCK_N) * (D * PARTS)
+    start = split * per_split
+    col = v + (batch * v_rows + start) * (D * PARTS)
+    stop = tl.minimum(start + per_split, m)
+    tl.assume(start < stop)  # without it ptxas sees a path around the loop and serialises the tensor instructions
+    u_hi, u_lo = row_tile(row, tl.zeros([BLOCK_N], tl.float32), D, PARTS, Q, SPARE, BLOCK_N)
+    h += batch * m
+    if W_PARTS == 0:
+        w += batch * w_rows
+        acc = tl.zeros([BLOCK_N], tl.float32)
+    else:
+        w += (batch * w_rows + start) * (WIDTH * W_PARTS) + first
+        acc = tl.zeros([BLOCK_N, C], tl.float32)
+    top = tl.full([BLOCK_N], -1e38, tl.float32)
+    for j in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
+        cols = j + tl.arange(0, BLOCK_M)  # [M]
+        weight = tl.load(h + cols, mask=cols < m, other=-float("inf"))  # [M]
+        s, v_hi, v_lo = products(u_hi, u_lo, row, col, D, PARTS, BLOCK_N, BLOCK_M)
+        col += BLOCK_M * D * PARTS
+        t = s * unit + weight[None, :]  # [N, M]
+        higher = tl.maximum(top, tl.max(t, 1) * scale - LIFT)
+        fade = tl.exp2(top - higher)
+        top = higher
+        p = tl.exp2(t * scale - top[:, None])  # [N, M], at most 2^LIFT
+        if W_PARTS == 0:
+            acc = acc * fade + tl.sum(p * tl.load(w + cols, mask=cols < m, other=0.0)[None, :], 1)
+        else:
+            acc = acc * fade[:, None]
+            if SAME:
+                w_hi = tl.trans(v_hi)
+                w_lo = tl.trans(v_lo)
+            else:
+                w_at = w + tl.arange(0, BLOCK_M)[:, None] * (WIDTH * W_PARTS) + tl.arange(0, C)[None, :]
+                w_hi = tl.load(w_at)  # [M, C]
+                w_lo = w_hi
+                if W_PARTS == 2:
+                    w_lo = tl.load(w_at + WIDTH)  # [M, C]
+                w += BLOCK_M * WIDTH * W_PARTS
+            if W_PARTS == 2:
+                # Cut to the eleven bits of a half, not rounded: what remains is then exact, and one instruction less.
+                coarse = (p.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+                acc = tl.dot((p - coarse).to(w_hi.dtype), w_hi, acc)
+                p = coarse
+                acc = tl.dot(p.to(w_hi.dtype), w_lo, acc)
+            acc = tl.dot(p.to(w_hi.dtype), w_hi, acc)  # [N, C]
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
+    # k + top cancels; per row, doubles cost nothing and spare the plan the rounding of both.
+    lift = tl.load(k + batch * n + rows, mask=rows < n, other=0.0).to(tl.float64) * scale + top
+    # A row that met only h = -inf has an empty plan, whatever its k: not inf - inf.
+    factor = tl.where(top > -1e37, tl.exp2(lift.to(tl.float32)), 0.0)
+    at = (batch * splits + split) * n + rows
+    if W_PARTS == 0:
+        tl.store(out + at, factor * acc, mask=rows < n)
+    else:
+        factor *= tl.load(unit_w + batch)
+        features = first + tl.arange(0, C)  # [C]
+        tl.store(out + at[:, None] * c + features[None, :], acc * factor[:, None], mask=(rows < n)[:, None] & (features < c)[None, :])

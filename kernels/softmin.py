@@ -1,0 +1,139 @@
+"""s_i = -eps log sum_j exp((h_j + <u_i, v_j>) / eps), streamed over j: nothing n by m is ever stored."""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .tiles import Cloud, cloud, products, row_tile
+
+
+def softmin(u: Tensor | Cloud, v: Tensor | Cloud, h: Tensor, eps: float, *, shift: Tensor | None = None, precision: str = "fp32") -> Tensor:
+    """s (n,) or (B, n), fp32: s_i = -eps log sum_j exp((h_j + <u_i, v_j>) / eps).
+
+    u, v    (n, d), (m, d), or with a leading B; Tensors are stored in `precision` first (see tiles.cloud), Clouds are used as they are
+    h       (m,) or (B, m), in units of the products; -inf for an empty atom. A row that meets only -inf gives +inf
+    shift   (n,) or (B, n): a guess of s, such as the previous potential. It stands in for the running maximum and saves
+            two instructions in seven. It need not be good: any row block whose sums leave 2^-60 ... 2^60 is swept again with the
+            running maximum, inside the same launch, so a bad guess costs time and never digits.
+    """
+    u, v = (x if isinstance(x, Cloud) else cloud(x, precision) for x in (u, v))
+    h = h.float().contiguous()
+    shift = shift if shift is None else shift.float().contiguous()
+    batch, n, m = len(u.data), u.n, v.n
+    tile = tuning.tile("softmin", u.data, u.parts, u.width, n)
+    splits, per_split = tuning.split(n, m, batch, tile, u.data)
+    out = torch.empty(batch, n, dtype=torch.float32, device=h.device)
+    parts = torch.empty(batch, splits, n, dtype=torch.float32, device=h.device) if splits > 1 else out
+    with on_device_of(h):
+        softmin_kernel[(batch * splits * triton.cdiv(n, tile.block_n),)](
+            u.data, v.data, u.unit, v.unit, h, h if shift is None else shift, parts,
+            n, m, u.data.shape[1], v.data.shape[1], splits, per_split, eps,
+            D=u.width, PARTS=u.parts, Q=u.packed, SPARE=u.spare, SHIFTED=shift is not None,
+            BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+        if splits > 1:
+            join_kernel[(triton.cdiv(n, 128), batch)](parts, out, n, splits, eps, SPLITS=triton.next_power_of_2(splits), BLOCK=128)
+    return out if h.dim() == 2 else out[0]
+
+
+def on_device_of(x: Tensor):
+    """Triton launches on the current device, which need not be the one that holds the data."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@triton.jit
+def softmin_kernel(
+    u, v, unit_u, unit_v, h, shift, out, n, m, u_rows, v_rows, splits, per_split, eps,
+    D: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, SPARE: tl.constexpr, SHIFTED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_N rows and streams its share of the columns once; the row tile stays on chip.
+
+    Traffic n d + (n / BLOCK_N) m (d + 1) words, no n-by-m buffer. Per pair: a multiply-add, an add, one exp2 and one add,
+    plus a maximum and the tensor instructions; state per row (top, total), the reference of the exponent and the sum.
+    """
+    blocks = tl.cdiv(n, BLOCK_N)
+    program = tl.program_id(0)
+    block = program % blocks  # neighbours in time share the columns, hence the L2
+    split = program // blocks % splits
+    batch = (program // (blocks * splits)).to(tl.int64)
+    # exp2 is one instruction; the change of base is folded into the scale.
+    scale = 1.4426950408889634 / eps
+    unit = tl.load(unit_u + batch) * tl.load(unit_v + batch)
+    row = u + (batch * u_rows + block * BLOCK_N) * (D * PARTS)
+    start = split * per_split
+    col = v + (batch * v_rows + start) * (D * PARTS)
+    h += batch * m
+    stop = tl.minimum(start + per_split, m)
+    tl.assume(start < stop)  # without it ptxas sees a path around the loop and serialises the tensor instructions
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
+    at = batch * n + rows  # [N]
+    none = tl.zeros([BLOCK_N], tl.float32)
+    if SHIFTED:
+        lift = tl.load(shift + at, mask=rows < n, other=0.0) * scale  # [N]
+        u_hi, u_lo = row_tile(row, lift / (scale * unit), D, PARTS, Q, SPARE, BLOCK_N)
+        top, total = sweep(
+            u_hi, u_lo, row, col, h, lift, start, stop, m, unit, scale, D, PARTS, SPARE, False, BLOCK_N, BLOCK_M, STAGES
+        )  # fmt: skip
+        good = (total > 8.7e-19) & (total < 1.2e18)  # 2^-60 ... 2^60, and not NaN
+        if tl.sum(((rows < n) & (good == 0)).to(tl.int32), 0) > 0:
+            u_hi, u_lo = row_tile(row, none, D, PARTS, Q, SPARE, BLOCK_N)
+            safe_top, safe = sweep(
+                u_hi, u_lo, row, col, h, none, start, stop, m, unit, scale, D, PARTS, SPARE, True, BLOCK_N, BLOCK_M, STAGES
+            )  # fmt: skip
+            top = tl.where(good, top, safe_top)
+            total = tl.where(good, total, safe)
+    else:
+        u_hi, u_lo = row_tile(row, none, D, PARTS, Q, SPARE, BLOCK_N)
+        top, total = sweep(
+            u_hi, u_lo, row, col, h, none, start, stop, m, unit, scale, D, PARTS, SPARE, True, BLOCK_N, BLOCK_M, STAGES
+        )  # fmt: skip
+    tl.store(out + (batch * splits + split) * n + rows, -(top + tl.log2(total)) / scale, mask=rows < n)
+
+
+@triton.jit
+def sweep(
+    u_hi, u_lo, row, col, h, lift, start, stop, m, unit, scale,
+    D: tl.constexpr, PARTS: tl.constexpr, SPARE: tl.constexpr, ONLINE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """(top, total) with sum_j exp2(t_ij) = total_i exp2(top_i); ONLINE finds top as it goes, otherwise it is -lift."""
+    # -1e38, not -inf: a row that has met only h = -inf would otherwise compute inf - inf.
+    top = tl.full([BLOCK_N], -1e38, tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for j in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
+        cols = j + tl.arange(0, BLOCK_M)  # [M]
+        weight = tl.load(h + cols, mask=cols < m, other=-float("inf"))  # [M]
+        s, _, _ = products(u_hi, u_lo, row, col, D, PARTS, BLOCK_N, BLOCK_M)
+        col += BLOCK_M * D * PARTS  # a pointer that walks has no index to overflow
+        if SPARE and not ONLINE:
+            total += tl.sum(tl.exp2(s * (scale * unit) + (weight * scale)[None, :]), 1)  # s holds lift already
+        else:
+            # Units are powers of two, so h + <u, v> rounds once, in its own scale; the next line rounds only what is left of it.
+            t = s * unit + weight[None, :]  # [N, M]
+            if ONLINE:
+                higher = tl.maximum(top, tl.max(t, 1) * scale)
+                total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(t * scale - higher[:, None]), 1)
+                top = higher
+            else:
+                total += tl.sum(tl.exp2(t * scale + lift[:, None]), 1)
+    if not ONLINE:
+        top = -lift
+    return top, total
+
+
+@triton.jit
+def join_kernel(parts, out, n, splits, eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """A softmin of softmins is a softmin: (B, splits, n) to (B, n)."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    split = tl.arange(0, SPLITS)[:, None]
+    batch = tl.program_id(1).to(tl.int64)
+    scale = 1.4426950408889634 / eps
+    t = tl.load(parts + (batch * splits + split) * n + rows, mask=(split < splits) & (rows < n), other=float("inf")) * -scale  # [S, N]
+    top = tl.maximum(tl.max(t, 0), -1e38)[None, :]
+    s = -(top + tl.log2(tl.sum(tl.exp2(t - top), 0))[None, :]) / scale
+    tl.store(out + batch * n + rows, s, mask=rows < n)

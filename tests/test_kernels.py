@@ -1,0 +1,236 @@
+"""Every kernel against its naive twin in float64, in Triton's interpreter. Budgets are torch's own error in fp32.
+
+Triton decides once, when it is imported, whether it interprets: test_kernels_static.py runs this module in a process of its own.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs with TRITON_INTERPRET=1, see test_kernels_static.py", allow_module_level=True)
+pytest.importorskip("triton")
+
+from gpu_ot.kernels import tuning
+from gpu_ot.kernels.apply import apply
+from gpu_ot.kernels.resident import sinkhorn
+from gpu_ot.kernels.softmin import softmin
+from gpu_ot.kernels.tiles import cloud
+
+# Overflow is what a bad shift is for; the interpreter says so, a GPU does not.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+SIZES = [(1, 1, 1), (63, 257, 3), (128, 100, 17), (70, 140, 8), (33, 50, 64), (20, 140, 130), (10, 30, 300)]
+INF = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """An output that a kernel forgets to write cannot pass for a right one."""
+    empty = torch.empty
+
+    def full_of_poison(*size, **options):
+        out = empty(*size, **options)
+        return out.fill_(float("nan") if out.is_floating_point() else -(10**9))
+
+    monkeypatch.setattr(torch, "empty", full_of_poison)
+
+
+def naive_softmin(u, v, h, eps):
+    return -eps * torch.logsumexp((h[..., None, :] + u @ v.mT) / eps, -1)
+
+
+def naive_apply(u, v, k, h, eps, w):
+    return ((k[..., :, None] + h[..., None, :] + u @ v.mT) / eps).exp() @ w
+
+
+def problem(n, m, d, *batch, seed=0):
+    torch.manual_seed(seed)
+    u, v, h = torch.randn(*batch, n, d), torch.randn(*batch, m, d), torch.randn(*batch, m)
+    if m > 2:
+        h[..., m // 2] = -INF  # an empty atom
+    return u / d**0.5, v, h
+
+
+def within(ours, naive, *args):
+    """At most twice the error that torch makes on the same fp32 inputs, plus 1e-6 of the result's size."""
+    truth = naive(*(x.double() if torch.is_tensor(x) else x for x in args))
+    peer = naive(*args)
+    assert ours.dtype == torch.float32 and ours.shape == truth.shape
+    size = max(1.0, truth[truth.isfinite()].abs().max().item())
+    worst, allowed = (ours - truth).abs().max().item(), 2 * (peer - truth).abs().max().item() + 1e-6 * size
+    assert worst <= allowed, f"off by {worst:.2e}, torch by {allowed / 2:.2e}"
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.1, 1.0, 100.0])
+@pytest.mark.parametrize("n, m, d", SIZES)
+def test_softmin_is_as_accurate_as_torch(n, m, d, eps):
+    u, v, h = problem(n, m, d)
+    within(softmin(u, v, h, eps), naive_softmin, u, v, h, eps)
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.1, 1.0])
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_any_shift_gives_the_same_softmin(precision, eps):
+    """A good shift takes the fast loop; one that over- or underflows, or is not a number, is noticed row by row."""
+    for n, m, d in [(63, 257, 3), (130, 100, 17)]:
+        u, v, h = problem(n, m, d)
+        plain = softmin(u, v, h, eps, precision=precision)
+        bad = plain + torch.tensor([0.0, 500 * eps, -500 * eps, INF, -INF, float("nan"), 20 * eps]).repeat(n)[:n]
+        for shift in (plain, plain + eps * torch.randn(n), bad, torch.zeros(n)):
+            torch.testing.assert_close(softmin(u, v, h, eps, shift=shift, precision=precision), plain, rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_row_that_meets_only_empty_atoms_is_inf(shifted):
+    u, v, h = problem(5, 40, 3)
+    s = softmin(u, v, torch.full_like(h, -INF), 0.1, shift=torch.zeros(5) if shifted else None)
+    assert (s == INF).all()
+    assert (apply(u, v, s, torch.full_like(h, -INF), 0.1, v) == 0).all(), "the plan of an empty measure is empty, not NaN"
+
+
+@pytest.mark.parametrize("d", [2, 40])
+def test_batches_are_independent(d):
+    u, v, h = problem(40, 150, d, 3)
+    h[1] = -INF
+    v[2] *= 100  # its own unit
+    s = softmin(u, v, h, 0.5)
+    assert (s[1] == INF).all()
+    for b in (0, 2):
+        within(s[b], naive_softmin, u[b], v[b], h[b], 0.5)
+    w = torch.randn(3, 150, 5)
+    within(apply(u, v, s.nan_to_num(posinf=0), h, 0.5, w)[2], naive_apply, u[2], v[2], s[2], h[2], 0.5, w[2])
+
+
+@pytest.mark.parametrize("n, m, d", [(5, 1500, 3), (70, 1111, 20)])
+def test_split_columns_join(monkeypatch, n, m, d):
+    """A softmin of softmins is a softmin, and the plan is a sum over its columns."""
+    u, v, h = problem(n, m, d)
+    monkeypatch.setattr(tuning, "processors", lambda device: 8)
+    splits, per_split = tuning.split(n, m, 1, tuning.tile("softmin", u, 1, 16, n), u)
+    assert splits > 1 and (splits - 1) * per_split < m
+    h[:per_split] = -INF  # the first split meets nothing
+    s = softmin(u, v, h, 0.3)
+    within(s, naive_softmin, u, v, h, 0.3)
+    torch.testing.assert_close(softmin(u, v, h, 0.3, shift=s), s, rtol=2e-6, atol=2e-6)
+    for w in (torch.randn(m, 7), torch.randn(m, 1)):
+        within(apply(u, v, s, h, 0.3, w), naive_apply, u, v, s, h, 0.3, w)
+
+
+@pytest.mark.parametrize("eps", [0.02, 1.0, 100.0])
+@pytest.mark.parametrize("n, m, d", SIZES)
+def test_apply_is_as_accurate_as_torch(n, m, d, eps):
+    """For a vector, a matrix, and the points themselves: the gradient of the value."""
+    u, v, h = problem(n, m, d)
+    k = naive_softmin(u, v, h, eps)
+    for w in (torch.randn(m, 1), torch.randn(m, 5), v):
+        within(apply(u, v, k, h, eps, w), naive_apply, u, v, k, h, eps, w)
+    stored = cloud(v)
+    if not stored.packed:
+        within(apply(u, stored, k, h, eps, stored), naive_apply, u, v, k, h, eps, v)
+
+
+@pytest.mark.parametrize("precision, allowed", [("fp32", None), ("fp16", 0.2)])
+@pytest.mark.parametrize("d", [4, 200, 300])
+def test_apply_to_more_columns_than_one_tile_holds(d, precision, allowed):
+    u, v, h = problem(30, 60, d)
+    k, w = naive_softmin(u, v, h, 0.5), torch.randn(60, 300)
+    ours = apply(u, v, k, h, 0.5, w, precision=precision)
+    if allowed is None:
+        within(ours, naive_apply, u, v, k, h, 0.5, w)
+    else:
+        assert (ours - naive_apply(u, v, k, h, 0.5, w)).abs().max() <= allowed
+
+
+def test_a_plan_of_any_scale():
+    """Rows are scaled before they are halved: masses of 1e-30 and 1e30 keep their digits."""
+    u, v, h = problem(40, 90, 6)
+    k = naive_softmin(u, v, h, 1.0) + torch.linspace(-69, 69, 40)
+    ours, truth = apply(u, v, k, h, 1.0, v), naive_apply(u.double(), v.double(), k.double(), h.double(), 1.0, v.double())
+    size = truth.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(ours / size, truth / size, rtol=0, atol=2e-5)
+
+
+def test_far_off_centre_after_centring():
+    """Clouds of unit size at distance 1e4 from the origin, both centred on one common mean as the costs do."""
+    torch.manual_seed(1)
+    x, y = torch.randn(50, 3, dtype=torch.float64) + 1e4, torch.randn(70, 3, dtype=torch.float64) + 1e4
+    mean = torch.cat([x, y]).mean(0)
+    u, v = (2**0.5 * (z - mean) for z in (x, y))
+    h = -v.square().sum(1) / 2
+    within(softmin(u.float(), v.float(), h.float(), 0.05), naive_softmin, u.float(), v.float(), h.float(), 0.05)
+
+
+@pytest.mark.parametrize("precision, bits", [("tf32", 11), ("fp16", 11), ("bf16", 8)])
+@pytest.mark.parametrize("d", [3, 16, 40])
+def test_lower_precisions_solve_a_rounded_problem_exactly(precision, bits, d):
+    """The points lose bits, once; what is computed from them loses no more than fp32 does."""
+    u, v, h = problem(60, 90, d)
+    stored = [cloud(x, precision) for x in (u, v)]
+    seen = [(c.data[0, : c.n, :d].double() * c.unit.double()) for c in stored]
+    for x, z in zip((u, v), seen, strict=True):
+        assert (x - z).abs().max() <= 2.0**-bits * x.abs().max()
+    if precision == "bf16":  # the interpreter multiplies the bits of a bf16; the same values in fp32 take the same path
+        stored = [replace(c, data=c.data.float()) for c in stored]
+    truth = naive_softmin(*seen, h.double(), 0.1)
+    assert (softmin(*stored, h, 0.1) - truth).abs().max() <= 1e-5
+
+
+def test_lower_precision_plans_are_close():
+    u, v, h = problem(60, 90, 12)
+    k = naive_softmin(u, v, h, 1.0)
+    truth = naive_apply(u, v, k, h, 1.0, v)
+    for precision in ("tf32", "fp16"):
+        assert (apply(u, v, k, h, 1.0, v, precision=precision) - truth).abs().max() <= 2e-2
+
+
+def test_points_of_any_scale_keep_their_digits():
+    """The unit of a cloud follows its largest coordinate, so halves serve 1e-12 and 1e12 alike."""
+    u, v, h = problem(30, 40, 5)
+    for scale in (1e-12, 1e12):
+        within(softmin(u * scale, v / scale, h, 0.1), naive_softmin, u, v, h, 0.1)
+
+
+def naive_sinkhorn(C, a, b, eps, damp_a, damp_b, g, tol, max_iter):
+    """The loop as the paper has it, in float64: (f, g, iterations, error)."""
+    for step in range(1, max_iter + 1):
+        f = -damp_a * eps * torch.logsumexp((g + eps * b.log() - C) / eps, 1)
+        fresh = -damp_b * eps * torch.logsumexp(((f + eps * a.log())[:, None] - C) / eps, 0)
+        error = ((b * ((g - fresh) / eps).expm1().abs()).sum() / b.sum()).item()
+        if error <= tol or step == max_iter:
+            return f, g, step, error
+        g = fresh
+
+
+@pytest.mark.parametrize("damp_a, damp_b", [(1, 1), (0.9, 0.8), (1, 0.5)])
+@pytest.mark.parametrize("n, m, eps", [(1, 1, 0.1), (5, 7, 0.1), (63, 40, 0.05), (63, 40, 1e-3), (70, 130, 0.02), (130, 256, 10.0)])
+def test_a_resident_problem_runs_the_same_loop(n, m, eps, damp_a, damp_b):
+    """Same potentials, iterations and error as the naive loop; a problem that stops early leaves the others running."""
+    torch.manual_seed(0)
+    C, a, b = torch.rand(2, n, m), torch.rand(2, n) + 0.1, torch.rand(2, m) + 0.1
+    C[1] *= 3
+    if n > 2:
+        a[0, 2] = b[0, 3] = 0  # empty atoms have potentials too
+    a, b = a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True)
+    f, g, steps, error = sinkhorn(C, a, b, eps, damp_a=damp_a, damp_b=damp_b, tol=1e-4, max_iter=30)
+    for k in range(2):
+        x, y, z = (t[k].double() for t in (C, a, b))
+        truth = naive_sinkhorn(x, y, z, eps, damp_a, damp_b, torch.zeros_like(z), 1e-4, 30)
+        assert abs(steps[k].item() - truth[2]) <= (abs(truth[3] - 1e-4) < 1e-6), f"{steps[k]} iterations, expected {truth[2]}"
+        assert error[k].item() == pytest.approx(truth[3], rel=1e-2, abs=2e-6)
+        for ours, theirs in ((f[k], truth[0]), (g[k], truth[1])):
+            torch.testing.assert_close(ours, theirs.float(), rtol=2e-6, atol=2e-6 * max(1, eps))
+
+
+def test_a_resident_problem_starts_where_it_is_told():
+    torch.manual_seed(0)
+    C, a, b = torch.rand(40, 30), torch.full((40,), 1 / 40), torch.full((30,), 1 / 30)
+    f, g, steps, error = sinkhorn(C, a, b, 0.05, tol=1e-5)
+    assert f.shape == (40,) and g.shape == (30,) and 3 < steps < 1000 and error <= 1e-5
+    again, same, once, _ = sinkhorn(C, a, b, 0.05, tol=1e-5, g=g)
+    assert once == 1 and torch.equal(same, g)
+    torch.testing.assert_close(again, f)
+    P = a[:, None] * b * ((f[:, None] + g - C) / 0.05).exp()
+    assert (P.sum(1) - a).abs().sum() <= 1e-5 and (P.sum(0) - b).abs().sum() <= 1.1e-5
