@@ -60,9 +60,10 @@ def no_mass(name: str) -> ProblemError:
     )
 
 
-def nan_cost(name: str, rows: int) -> ProblemError:
+def broken_cost(name: str, count: int, what: str) -> ProblemError:
     return ProblemError(
-        f"{name} holds NaN or -inf in {rows} of its rows. Mend the cost where it is computed; a forbidden pair is written +inf."
+        f"{name} holds NaN or an infinity of the wrong sign in {count} of its {what}. Mend it where it is computed; "
+        "in a matrix of costs, a forbidden pair is written +inf."
     )
 
 

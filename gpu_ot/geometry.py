@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .problem import Problem
+from .vectors import log
 
 
 class Geometry(ABC):
@@ -65,4 +66,4 @@ class Geometry(ABC):
 
 def weigh(g: Tensor, b: Tensor, eps: float) -> Tensor:
     """h = g + eps log b; an empty atom is -inf whatever its potential."""
-    return torch.where(b > 0, g + eps * b.log(), -math.inf)
+    return torch.where(b > 0, g + eps * log(b), -math.inf)

@@ -18,6 +18,7 @@ from .geometry import Geometry
 from .problem import Problem
 from .schedule import Anneal, Constant
 from .solution import CONVERGED, DIVERGED, MAX_ITER, STALLED, Status
+from .vectors import expm1
 
 #: Within `NEAR` rounding floors, so many looks without a new smallest error mean that rounding is all that is left.
 PATIENCE, NEAR = 10, 1e3
@@ -43,7 +44,7 @@ class Stop:
 
     def error(self, b: Tensor, gap: Tensor) -> Tensor:
         """gap = (g - fresh) / eps; b expm1(gap) is the excess of the column marginal, exactly so when it is a hard constraint."""
-        return self._size(torch.where(b > 0, b * gap.expm1(), 0.0), b)
+        return self._size(torch.where(b > 0, b * expm1(gap), 0.0), b)
 
     def floor(self, b: Tensor, g: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """The error that rounding alone makes: in the sums of the sweep, and in forming g / eps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from . import errors
 from .costs import Cost, Matrix
 from .penalties import BALANCED, Penalty
 
-#: Largest relative difference between two masses that is taken for rounding, by the size of the input's numbers.
-MASS_RTOL = {2: 1e-2, 4: 1e-5, 8: 1e-5}
+#: Largest relative difference between two masses that is taken for rounding: of halves, and of longer numbers.
+MASS_RTOL_HALF, MASS_RTOL = 1e-2, 1e-5
 
 
 def vector_dtype(device: torch.device) -> torch.dtype:
@@ -59,7 +59,7 @@ class Problem:
     def __init__(
         self,
         cost: Cost | Tensor,
-        eps: float,
+        eps: float | Tensor,
         a: Tensor | None = None,
         b: Tensor | None = None,
         penalties: Penalty | tuple[Penalty, Penalty] = BALANCED,
@@ -99,7 +99,7 @@ class Problem:
         wa, wb = (w.expand(*batch, w.shape[-1]) for w in weights)
 
         balanced = pair[0].balanced and pair[1].balanced
-        bound = _check_values(bound, wa, wb, balanced, MASS_RTOL[given.itemsize])
+        bound = _check_values(bound, wa, wb, balanced, MASS_RTOL if given.itemsize >= 4 else MASS_RTOL_HALF)
         if balanced:
             wb = matched(wa, wb)
         for field, value in dict(cost=bound, eps=number, a=wa, b=wb, penalties=pair, given_dtype=given).items():
@@ -153,16 +153,13 @@ def _look(w: Tensor) -> Tensor:
 
 
 def _check_values(cost: Cost, a: Tensor, b: Tensor, balanced: bool, mass_rtol: float) -> Cost:
-    """Every check that looks at numbers, at the price of one copy to the host (two when there are empty atoms)."""
-    mass_a, mass_b = a.detach().sum(-1), b.detach().sum(-1)
-    gap = ((mass_a - mass_b).abs() / torch.maximum(mass_a, mass_b)).reshape(-1)
-    worst = gap.nan_to_num(nan=0.0).argmax()
-    uneven = torch.stack([gap[worst], mass_a.reshape(-1)[worst], mass_b.reshape(-1)[worst]])
-    lows = _lowest(cost, None, None)
-    refused = torch.stack([_count(lows[0].isnan() | lows[0].isneginf()), _count(lows[0].isposinf()), _count(lows[1].isposinf())]).to(
-        a.dtype
-    )
-    host = torch.cat([_look(a.detach()), _look(b.detach()), uneven, refused]).tolist()
+    """Every check that looks at numbers, at the price of one copy to the host (more only when something is unusual)."""
+    wa, wb = a.detach(), b.detach()
+    mass_a, mass_b = wa.sum(-1).reshape(-1), wb.sum(-1).reshape(-1)
+    gap = ((mass_a - mass_b).abs() / torch.maximum(mass_a, mass_b)).nan_to_num(nan=0.0)
+    worst = gap.argmax()
+    flaws = _flaws(cost)
+    host = torch.cat([_look(wa), _look(wb), torch.stack([gap[worst], mass_a[worst], mass_b[worst]]), flaws.to(wa.dtype)]).tolist()
 
     looks = {"a": _Found(*host[:5]), "b": _Found(*host[5:10])}
     for name, found in looks.items():
@@ -170,43 +167,36 @@ def _check_values(cost: Cost, a: Tensor, b: Tensor, balanced: bool, mass_rtol: f
             raise errors.bad_weights(name, int(found.nan), int(found.negative), int(found.infinite))
         if found.lightest <= 0:
             raise errors.no_mass(name)
-    (gap_found, one, other), (n_nan, dead_rows, dead_columns) = host[10:13], host[13:]
-    if n_nan:
-        raise errors.nan_cost(" and ".join(cost.inputs), int(n_nan))
-    if balanced and gap_found > mass_rtol:
-        raise errors.unequal_masses(one, other)
-    empty_atoms = looks["a"].zero + looks["b"].zero > 0
-    if not (empty_atoms or dead_rows or dead_columns):
-        return cost
-    return _check_reach(cost, a.detach(), b.detach())
+    (uneven, heavier, lighter), (broken, closed_rows, closed_columns) = host[10:13], host[13:]
+    if broken:
+        raise errors.broken_cost(" or ".join(cost.inputs), int(broken), "rows" if isinstance(cost, Matrix) else "entries")
+    if balanced and uneven > mass_rtol:
+        raise errors.unequal_masses(heavier, lighter)
+    if isinstance(cost, Matrix) and (closed_rows or closed_columns or looks["a"].zero or looks["b"].zero):
+        return _check_reach(cost, wa, wb, bool(closed_rows or closed_columns))
+    return cost
 
 
-def _count(flags: Tensor) -> Tensor:
-    return flags.sum()
+def _flaws(cost: Cost) -> Tensor:
+    """(3,): rows with NaN or -inf, rows and columns with +inf alone. For clouds, which forbid nothing, entries that are not finite."""
+    if isinstance(cost, Matrix):
+        rows, columns = cost.M.detach().amin(-1), cost.M.detach().amin(-2)  # NaN is the minimum of whatever holds it
+        return torch.stack([(rows.isnan() | rows.isneginf()).sum(), rows.isposinf().sum(), columns.isposinf().sum()])
+    points = [(~z.detach().isfinite()).sum() for z in cost.inputs.values()]
+    return torch.stack([sum(points, start=torch.zeros_like(points[0])), *[torch.zeros_like(points[0])] * 2])
 
 
-def _lowest(cost: Cost, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The cheapest pair of each row and column, among the partners with weight when weights are given.
-
-    Costs between clouds forbid nothing: there the points themselves stand in, so that NaN is found without the matrix.
-    """
-    if not isinstance(cost, Matrix):
-        finite = torch.stack([torch.where(z.detach().isfinite().all(), 0.0, math.nan) for z in cost.inputs.values()])
-        return finite, finite
-    M = cost.M.detach()
-    if a is None or b is None:
-        return M.amin(-1), M.amin(-2)
-    return M.masked_fill((b == 0).unsqueeze(-2), math.inf).amin(-1), M.masked_fill((a == 0).unsqueeze(-1), math.inf).amin(-2)
-
-
-def _check_reach(cost: Cost, a: Tensor, b: Tensor) -> Cost:
+def _check_reach(cost: Matrix, a: Tensor, b: Tensor, closed: bool) -> Matrix:
     """Refuse mass that may go nowhere; lines without weight that forbid everything are padding, and get cost 0."""
-    if not isinstance(cost, Matrix):
+    M = cost.M.detach()
+    if not bool(M.amax().isposinf().item()):
         return cost
-    for line, low, w, name in zip(("row", "column"), _lowest(cost, a, b), (a, b), ("a", "b"), strict=True):
-        stuck = int((low.isposinf() & (w > 0)).sum())
-        if stuck:
+    open_rows = M.masked_fill((b == 0).unsqueeze(-2), math.inf).amin(-1).isfinite()
+    open_columns = M.masked_fill((a == 0).unsqueeze(-1), math.inf).amin(-2).isfinite()
+    for line, is_open, w, name in (("row", open_rows, a, "a"), ("column", open_columns, b, "b")):
+        if stuck := int((~is_open & (w > 0)).sum()):
             raise errors.forbidden_lines(next(iter(cost.inputs)), line, stuck, name)
-    rows, columns = _lowest(cost, None, None)
-    padding = rows.isposinf().unsqueeze(-1) | columns.isposinf().unsqueeze(-2)
-    return Matrix(cast(Tensor, torch.where(padding, 0.0, cost.M)))
+    if not closed:
+        return cost
+    padding = M.amin(-1).isposinf().unsqueeze(-1) | M.amin(-2).isposinf().unsqueeze(-2)
+    return Matrix(torch.where(padding, 0.0, cost.M))

@@ -24,6 +24,7 @@ FLOORS = {
     "costs": 1,
     "penalties": 1,
     "schedule": 1,
+    "vectors": 1,
     "problem": 2,
     "geometry": 2,
     "backends": 3,

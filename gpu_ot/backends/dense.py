@@ -18,6 +18,7 @@ from torch import Tensor
 from ..geometry import Geometry, weigh
 from ..penalties import Penalty
 from ..problem import Problem
+from ..vectors import exp, log
 from .products import Products, by_rows
 
 
@@ -68,7 +69,7 @@ class Dense(Geometry):
     def _blocks(self, h: Tensor) -> Iterator[slice]:
         """Blocks of rows whose wide temporaries stay in the cache of a CPU, or small beside the matrix on a GPU."""
         n, m = self.C.shape[-2:]
-        budget = 2**18 if self.C.device.type == "cpu" else 2**26
+        budget = 2**17 if self.C.device.type == "cpu" else 2**26
         return by_rows(n, max(1, budget // (m * max(1, h.shape[:-1].numel(), self.C.shape[:-2].numel()))))
 
 
@@ -112,14 +113,53 @@ class Absorbed(Dense):
             self.kernel = None
         return f, g, fresh
 
+    @property
+    def T(self) -> Dense:
+        return _Flipped(self)
+
+    def softmin(self, h: Tensor, eps: float) -> Tensor:
+        sums = self.sums(h, eps)
+        return super().softmin(h, eps) if sums is None else self.f0 - eps * log(sums.to(h.dtype))
+
+    def sums(self, h: Tensor, eps: float, *, columns: bool = False) -> Tensor | None:
+        """The kernel times the scaling of h, from whichever side; None when there is no kernel at eps or the product is not exact."""
+        if self.kernel is None or eps != self.eps:
+            return None
+        w = exp((h - (self.f0 if columns else self.g0)) / eps).to(self.dtype)
+        sums = self.kernel.columns(w) if columns else self.kernel.rows(w)
+        exact = (sums >= self.safe * w.sum(-1, keepdim=True)) & sums.isfinite()
+        return sums if bool(exact.all().item()) else None
+
+    def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
+        scalings = self.scalings(k, h, eps)
+        if scalings is None or self.kernel is None:
+            return super().apply(k, h, eps, v)
+        return (scalings[0].unsqueeze(-1) * (self.kernel.K @ (scalings[1].unsqueeze(-1) * v.to(self.dtype)))).to(h.dtype)
+
+    def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
+        scalings = self.scalings(k, h, eps)
+        if scalings is None:
+            return super().pull_back(k, h, eps, w)
+        return (self.outer(scalings[0] * w.to(self.dtype), scalings[1]),)
+
+    def scalings(self, k: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        """(u, v) with exp((k_i + h_j - C_ij) / eps) = u_i K_ij v_j; None when there is no kernel at eps, or the range is left."""
+        if self.kernel is None or eps != self.eps:
+            return None
+        u, v = exp((k - self.f0) / eps).to(self.dtype), exp((h - self.g0) / eps).to(self.dtype)
+        return (u, v) if bool((u.isfinite().all() & v.isfinite().all()).item()) else None
+
+    def outer(self, u: Tensor, v: Tensor) -> Tensor:
+        """u_i K_ij v_j, summed over what the batch has beyond C."""
+        assert self.kernel is not None
+        return (self.kernel.K * u.unsqueeze(-1)).mul_(v.unsqueeze(-2)).sum_to_size(self.C.shape)
+
     def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
         """The kernel itself becomes the plan: no second array, and no exponential. What follows absorbs anew."""
-        if self.kernel is None or eps != self.eps or k.shape[:-1] != self.C.shape[:-2]:
+        scalings = self.scalings(k, h, eps)
+        if scalings is None or self.kernel is None or k.shape[:-1] != self.C.shape[:-2]:
             return super().plan(k, h, eps)
-        u, v = ((k - self.f0) / eps).exp().to(self.dtype), ((h - self.g0) / eps).exp().to(self.dtype)
-        if not bool((u.isfinite().all() & v.isfinite().all()).item()):
-            return super().plan(k, h, eps)
-        P, self.kernel = self.kernel.K, None
+        (u, v), P, self.kernel = scalings, self.kernel.K, None
         for rows in self._blocks(h):
             P[..., rows, :].mul_(u[..., rows].unsqueeze(-1)).mul_(v.unsqueeze(-2))
         return P
@@ -132,7 +172,7 @@ class Absorbed(Dense):
         self._store(h, torch.stack(lows).amin(0), eps)
         assert self.kernel is not None
         t = self.kernel.K.sum(-2)  # each column holds an entry 1: no precision to lose
-        return self.g0 - eps * t.to(h.dtype).log()
+        return self.g0 - eps * log(t.to(h.dtype))
 
     def _absorb(self, g: Tensor, eps: float) -> None:
         """At g and the cheapest pair of each row. Histograms over one cost share the kernel of their mean potential."""
@@ -154,12 +194,13 @@ class Absorbed(Dense):
         a, b = problem.a.to(self.dtype), problem.b.to(self.dtype)
         rows = _HalfStep(problem.penalties[0], self.f0, eps)
         columns = _HalfStep(problem.penalties[1], self.g0, eps)
-        w = ((weigh(g, problem.b, eps) - self.g0) / eps).exp().to(self.dtype)  # column weights times scalings
-        s, t = self.kernel.both(w, a, rows.scaling)
+        w = exp((weigh(g, problem.b, eps) - self.g0) / eps).to(self.dtype)  # column weights times scalings
+        scaling = None if problem.penalties[0].balanced else rows.scaling
+        s, t = self.kernel.both(w, a, scaling)
         before = None
         for _ in range(k - 1):
             before, w = t, b * columns.scaling(t)
-            s, t = self.kernel.both(w, a, rows.scaling)
+            s, t = self.kernel.both(w, a, scaling)
         mass = (a * rows.scaling(s)).sum(-1, keepdim=True)
         # Sinkhorn's steps shrink, so a range that holds at both ends of the k iterations has held between them; anything
         # that overflowed is still inf or NaN here.
@@ -170,6 +211,35 @@ class Absorbed(Dense):
         return rows.potential(s), g if before is None else columns.potential(before), columns.potential(t)
 
 
+class _Flipped(Dense):
+    """An absorbed kernel seen from the other side."""
+
+    def __init__(self, upright: Absorbed) -> None:
+        super().__init__(upright.inputs[0].mT)
+        self.upright = upright
+
+    @property
+    def T(self) -> Dense:
+        return self.upright
+
+    def softmin(self, h: Tensor, eps: float) -> Tensor:
+        sums = self.upright.sums(h, eps, columns=True)
+        return super().softmin(h, eps) if sums is None else self.upright.g0 - eps * log(sums.to(h.dtype))
+
+    def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
+        scalings = self.upright.scalings(h, k, eps)
+        if scalings is None or self.upright.kernel is None:
+            return super().apply(k, h, eps, v)
+        u, w = scalings
+        return (w.unsqueeze(-1) * (self.upright.kernel.K.mT @ (u.unsqueeze(-1) * v.to(self.dtype)))).to(h.dtype)
+
+    def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
+        scalings = self.upright.scalings(h, k, eps)
+        if scalings is None:
+            return super().pull_back(k, h, eps, w)
+        return (self.upright.outer(scalings[0], scalings[1] * w.to(self.dtype)).mT,)
+
+
 class _HalfStep:
     """From the sums of the absorbed kernel to the other side's scaling, and to its potential."""
 
@@ -178,9 +248,9 @@ class _HalfStep:
 
     def potential(self, sums: Tensor, part: slice = slice(None)) -> Tensor:
         offset = self.offset[..., part]
-        return self.penalty.damp(offset - self.eps * sums.to(offset.dtype).log(), self.eps)
+        return self.penalty.damp(offset - self.eps * log(sums.to(offset.dtype)), self.eps)
 
     def scaling(self, sums: Tensor, part: slice = slice(None)) -> Tensor:
         if self.penalty.balanced:  # damp is the identity: no logarithm needed
             return sums.reciprocal()
-        return ((self.potential(sums, part) - self.offset[..., part]) / self.eps).exp().to(sums.dtype)
+        return exp((self.potential(sums, part) - self.offset[..., part]) / self.eps).to(sums.dtype)

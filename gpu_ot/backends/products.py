@@ -1,27 +1,29 @@
 """Both products of an iteration, K w and K^T (a u) with u computed from K w, on a stored kernel K.
 
-On a CPU, torch runs a lone matrix-vector product on one core, so each is posed as a batch with one part a core. A kernel larger
-than the last cache goes block by block: rows still in the cache when their sums are known give their column contributions
-without a second trip to memory.
+On a CPU, torch runs a lone matrix-vector product on one core. A kernel that fits the last cache is therefore posed as a batch, one
+part a core; a larger one is shared out to threads in blocks of rows that are still in a core's own cache when their sums are
+known, so that they give their column contributions without a second trip to memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
 #: Below this many entries a product takes less time than waking another core.
 LONE_ENTRIES = 2**17
-#: Up to here a kernel stays in the last cache from one product to the next, and is one block.
+#: Up to here a kernel stays in the last cache from one product to the next: half of a common one.
 CACHED_BYTES = 2**24
-#: Per block of a larger one. Measured on 2 cores with n = 3000, ms an iteration at 1.4, 2.4, 6, 12 and 72 MB: 2.6, 2.6, 2.7, 2.9, 3.1
-#: in float64; at 0.7, 1.2, 3, 6 and 36 MB: 1.4, 1.2, 1.5, 1.5, 1.6 in float32.
-BLOCK_BYTES = 5 * 2**19
+#: Per block of a larger one, a core's own cache. Measured on 2 cores, n = 3000, ms an iteration at 0.5, 1, 1.5, 2 MB: 2.5, 2.6, 2.8, 2.6
+#: in float64 (3.4 as a batch), 1.2, 1.1, 1.2, 1.3 in float32 (1.7 as a batch).
+BLOCK_BYTES = 2**20
 
-#: scaling(sums, rows) -> u for those rows
-Scaling = Callable[[Tensor, slice], Tensor]
+#: scaling(sums, rows) -> u for those rows; None is 1 / sums, the hard constraint
+Scaling = Callable[[Tensor, slice], Tensor] | None
 
 
 class Products:
@@ -29,41 +31,57 @@ class Products:
 
     def __init__(self, K: Tensor) -> None:
         self.K = K
-        self.blocks = list(_blocks(K)) if K.ndim == 2 and K.device.type == "cpu" else []
+        n, m = K.shape[-2:]
+        self.cores = min(torch.get_num_threads(), n) if n * m > LONE_ENTRIES else 1
+        self.lone = K.ndim == 2 and K.device.type == "cpu"
+        large = self.lone and self.cores > 1 and K.numel() * K.itemsize > CACHED_BYTES
+        self.pool = ThreadPoolExecutor(self.cores - 1) if large else None
 
     def both(self, w: Tensor, a: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
-        """s = K w (*batch, n) and t = K^T (a scaling(s)) (*batch, m)."""
-        if self.blocks and w.ndim == 1:
-            return self._by_blocks(w, a, scaling)
-        s = w @ self.K.mT if self.K.ndim == 2 else (self.K @ w.unsqueeze(-1)).squeeze(-1)
-        u = a * scaling(s, slice(None))
-        return s, u @ self.K if self.K.ndim == 2 else (self.K.mT @ u.unsqueeze(-1)).squeeze(-1)
+        """s = K w (*batch, n) and t = K^T (a u) (*batch, m), where u = scaling(s)."""
+        if self.pool is not None and w.ndim == 1:
+            return self._in_one_read(self.pool, w, a, scaling)
+        s = self.rows(w)
+        return s, self.columns(a / s if scaling is None else a * scaling(s, slice(None)))
 
-    def _by_blocks(self, w: Tensor, a: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
-        s, t = torch.empty_like(a), torch.zeros_like(w)
-        shared = {cores: (w.expand(cores, 1, -1), t.new_zeros(cores, 1, len(t))) for _, cores, _, _ in self.blocks}
-        for rows, cores, block, transpose in self.blocks:
-            vector, partial = shared[cores]
-            sums = s[rows]
-            # Row vectors times matrices: the form in which a batch of products runs on all cores.
-            torch.bmm(vector, transpose, out=sums.view(cores, 1, -1))
-            partial.baddbmm_((a[rows] * scaling(sums, rows)).view(cores, 1, -1), block)
-        return s, sum((partial.sum((0, 1)) for _, partial in shared.values()), start=t)
+    def rows(self, w: Tensor) -> Tensor:
+        """K w (*batch, n)."""
+        K, cores = self.K, self.cores
+        if not self.lone or w.ndim > 1:
+            return w @ K.mT if K.ndim == 2 else (K @ w.unsqueeze(-1)).squeeze(-1)
+        even = len(K) // cores * cores
+        # A row vector times matrices: the form in which a batch of products runs on all cores.
+        s = torch.bmm(w.expand(cores, 1, -1), K[:even].view(cores, -1, K.shape[1]).mT).view(-1)
+        return s if even == len(K) else torch.cat((s, K[even:] @ w))
+
+    def columns(self, u: Tensor) -> Tensor:
+        """K^T u (*batch, m)."""
+        K, cores = self.K, self.cores
+        if not self.lone or u.ndim > 1:
+            return u @ K if K.ndim == 2 else (K.mT @ u.unsqueeze(-1)).squeeze(-1)
+        even = len(K) // cores * cores
+        t = torch.bmm(u[:even].view(cores, 1, -1), K[:even].view(cores, -1, K.shape[1])).sum((0, 1))
+        return t if even == len(K) else t + u[even:] @ K[even:]
+
+    def _in_one_read(self, pool: ThreadPoolExecutor, w: Tensor, a: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+        # numpy's products, on the same memory: they let the other threads run, and so little else does that they seldom wait.
+        (n, m), K, vector, weights = self.K.shape, self.K.numpy(), w.numpy(), a.numpy()
+        s = torch.empty_like(a)
+        sums = s.numpy()
+
+        def share(part: slice) -> np.ndarray:
+            t = np.zeros_like(vector)
+            for rows in by_rows(part.stop, max(1, BLOCK_BYTES // (m * K.itemsize)), part.start):
+                np.dot(K[rows], vector, out=sums[rows])
+                u = weights[rows] / sums[rows] if scaling is None else (a[rows] * scaling(s[rows], rows)).numpy()
+                t += u.dot(K[rows])
+            return t
+
+        own, *others = by_rows(n, -(-n // self.cores))
+        rest = [pool.submit(share, part) for part in others]
+        t = sum((part.result() for part in rest), start=share(own))
+        return s, torch.from_numpy(t)
 
 
-def by_rows(n: int, block: int) -> Iterator[slice]:
-    return (slice(i, min(i + block, n)) for i in range(0, n, block))
-
-
-def _blocks(K: Tensor) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
-    """(rows, cores, K[rows] as (cores, size, m), its transpose) over all rows; the few that do not share out evenly come last."""
-    n, m = K.shape
-    cores = min(torch.get_num_threads(), n) if K.numel() > LONE_ENTRIES else 1
-    even = n // cores * cores
-    size = K.numel() * K.itemsize if K.numel() * K.itemsize <= CACHED_BYTES else BLOCK_BYTES
-    for rows in by_rows(even, max(1, size // (cores * m * K.itemsize)) * cores):
-        block = K[rows].view(cores, -1, m)
-        yield rows, cores, block, block.mT
-    if even < n:
-        block = K[even:].unsqueeze(0)
-        yield slice(even, n), 1, block, block.mT
+def by_rows(stop: int, block: int, start: int = 0) -> Iterator[slice]:
+    return (slice(i, min(i + block, stop)) for i in range(start, stop, block))

@@ -1,0 +1,57 @@
+# Each target sets up .venv by itself, once. PYTHON chooses the interpreter (3.11 or newer for these pins),
+# TORCH the build of torch: `make test TORCH=torch==2.13.0` takes the ordinary one whatever the machine.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PINS := configs/pins.txt
+
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' $(PINS))
+ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)
+TORCH ?= torch==$(TORCH_VERSION)+cpu
+else
+TORCH ?= torch==$(TORCH_VERSION)
+endif
+
+.PHONY: help demo test slow lint format bench clean
+
+help:
+	@echo "make demo    two photographs exchange their colours: out/demo.png, and a table beside POT"
+	@echo "make test    the test suite (make slow for the rest)"
+	@echo "make lint    ruff and basedpyright (make format repairs what can be)"
+	@echo "make bench   the dense solver against POT on this CPU"
+
+demo: .venv/ready
+	$(BIN)/gpu-ot demo
+
+test: .venv/ready
+	$(BIN)/pytest
+
+slow: .venv/ready
+	$(BIN)/pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/ready
+	$(BIN)/python bench/dense_cpu.py
+
+clean:
+	rm -rf .venv out build *.egg-info
+
+.venv/ready: pyproject.toml $(PINS)
+	$(PYTHON) -m venv .venv
+	@$(PIP) "$(TORCH)" || { \
+	  echo; \
+	  echo "pip cannot reach $(TORCH), torch without its several GB of CUDA packages, for this Python."; \
+	  echo "Either let pip know PyTorch's index of CPU wheels (PIP_EXTRA_INDEX_URL), or take the ordinary build:"; \
+	  echo "    make $(or $(MAKECMDGOALS),test) TORCH=torch==$(TORCH_VERSION)"; \
+	  exit 1; }
+	$(PIP) -c $(PINS) setuptools
+	$(PIP) -c $(PINS) --no-build-isolation -e ".[test,demo,dev]"
+	@touch $@

@@ -1,0 +1,63 @@
+"""README's word is good: its Python runs, its commands exist, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gpu_ot.cli import main
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.M | re.S)
+
+
+def blocks(language):
+    return [code for kind, code in BLOCKS if kind == language]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.strip().splitlines()[0][:40])
+def test_python_runs(code):
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("line", [line for code in blocks("bash") for line in code.splitlines() if line.strip()])
+def test_commands_exist(line, capsys):
+    command = line.split("#")[0].split()
+    if command[0] == "make":
+        if shutil.which("make") is None:
+            pytest.skip("no make here")
+        done = subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif command[0] == "gpu-ot":
+        with pytest.raises(SystemExit) as finished:
+            main([*command[1:], "--help"])
+        assert finished.value.code == 0
+    elif command[0] == "python":
+        assert (ROOT / command[1]).is_file()
+    else:
+        assert command[:2] == ["pip", "install"]
+
+
+def test_every_block_is_of_a_kind_that_is_checked():
+    assert {kind for kind, _ in BLOCKS} <= {"python", "bash", "text"} and len(blocks("python")) >= 4
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_tree_is_the_tree():
+    """Every room named in README's tree exists, and every room is named."""
+    tree = next(code for code in blocks("text") if code.startswith("gpu_ot/"))
+    named = set(re.findall(r"^  (\w+(?:\.py|/))", tree, re.M))
+    rooms = {p.name + ("/" if p.is_dir() else "") for p in (ROOT / "gpu_ot").iterdir() if p.name not in ("__pycache__", "__init__.py")}
+    kernels = {p.name for p in (ROOT / "kernels").glob("*.py") if p.name != "__init__.py"}
+    assert rooms | kernels <= named | {"__init__.py"}, (rooms | kernels) - named
+    assert named <= rooms | kernels, named - rooms - kernels
