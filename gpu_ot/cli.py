@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -54,7 +56,8 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     try:
-        from . import demo
+        with contextlib.redirect_stdout(io.StringIO()):  # packages that POT imports when they are there greet on stdout
+            from . import demo
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
         if package not in (

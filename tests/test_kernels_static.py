@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -21,6 +21,9 @@ def test_every_kernel_agrees_with_its_naive_twin():
     run("-m", "pytest", "-q", "--import-mode=importlib", "tests/test_kernels.py", TRITON_INTERPRET="1")
 
 
+@pytest.mark.skipif(
+    tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9), reason="the table counts what the compiler of Triton 3.9 issues"
+)
 def test_the_table_compiles_without_spills_and_within_its_bars():
     pytest.importorskip("triton.backends.nvidia")
     run("bench/static.py", "--quick")
