@@ -263,7 +263,7 @@ def test_unknown_methods_and_unknown_options(problem):
         gpu_ot.sinkhorn(a, b, M, 1.0, method="foo")
     with pytest.raises(ValueError, match="Unknown method 'sinkhorn_epsilon_scaling'"):
         gpu_ot.sinkhorn2(a, b, M, 1.0, method="sinkhorn_epsilon_scaling")  # as in POT
-    gpu_ot.sinkhorn(a, b, M, 1.0, foo=3)  # POT swallows what it does not know
+    assert gpu_ot.sinkhorn(a, b, M, 1.0, foo=3, loss=True).shape == (4, 4)  # POT swallows what it does not know
 
 
 # ---- the case that sells it ----------------------------------------------------------------------------------------------------------

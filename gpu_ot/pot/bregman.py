@@ -162,7 +162,6 @@ def _run(
     loss: bool = False,
     print_period: int | None = None,
     numInnerItermax: int = 100,
-    **_ignored: Any,
 ) -> Any:
     """Solve, and return what POT's `method` would: the plan, or the losses for several histograms or `loss`; and its `log`."""
     rules = _METHODS[method]
@@ -317,9 +316,12 @@ def greenkhorn(a, b, M, reg, numItermax=10000, stopThr=1e-9, verbose=False, log=
     return _run("greenkhorn", a, b, M, reg, **_own(locals()))
 
 
+_OPTIONS = {"numItermax", "stopThr", "verbose", "log", "warn", "warmstart", "print_period", "numInnerItermax"}
+
+
 def _own(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of a front door, its **kwargs (which POT ignores, too) spread among them."""
-    return {k: v for k, v in {**arguments.pop("kwargs", {}), **arguments}.items() if k not in ("a", "b", "M", "reg", "method")}
+    """The options among the arguments of a front door and its **kwargs; POT ignores the others, too."""
+    return {k: v for k, v in {**arguments.pop("kwargs", {}), **arguments}.items() if k in _OPTIONS}
 
 
 def _known(method: str, among: Iterable[str]) -> str:
