@@ -1,5 +1,6 @@
 """Differentiable optimal transport that stays on the device: log-domain Sinkhorn, and a drop-in for POT's."""
 
+from .backends import explain
 from .costs import Cosine, Cost, Dot, Euclidean, Formula, Matrix, SqEuclidean
 from .errors import BackendError, NotConverged, ProblemError
 from .penalties import KL, TV
@@ -32,6 +33,7 @@ __all__ = [
     "SqEuclidean",
     "Status",
     "bregman",
+    "explain",
     "sinkhorn",
     "sinkhorn2",
     "solve",

@@ -33,7 +33,7 @@ def solve(
 
     Minimises <C, P> + eps KL(P | a⊗b) plus the marginal penalties; batched over leading axes.
 
-    backend      "dense" (the absorbed form), "softmin" (the readable form), or "auto".
+    backend      "auto", or by name: "dense", "chunked", "keops", "triton", "softmin"; `gpu_ot.explain(problem)` says which and why.
     grad         how the outputs depend on the inputs: "envelope" is exact for `value` at convergence and costs one sweep;
                  "unroll" differentiates f, g and `value` through every iteration that was run.
     tol, norm    when to stop: L1 marginal error as a fraction of the mass, or see `gpu_ot.loop.Stop`.
@@ -45,7 +45,8 @@ def solve(
 
     Returns a Solution: `value` (*batch,) in units of the cost, potentials f (*batch, n) and g (*batch, m),
     a lazy plan, and a `status` that says whether, when and why the loop stopped.
-    Raises ProblemError for a setting that does not exist. Not converging is a status, not an exception.
+    Raises ProblemError for a setting that does not exist, BackendError for a backend that cannot serve this problem. Not
+    converging is a status, not an exception.
 
     Feydy et al. 2019, arXiv:1810.08278 (the dual and its loop); Séjourné et al. 2019, arXiv:1910.12958 (relaxed marginals).
     """

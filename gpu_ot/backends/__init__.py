@@ -1,20 +1,194 @@
-"""The machines: each binds a problem's cost to hardware as a Geometry."""
+"""The machines: each binds a problem's cost to hardware as a Geometry. Which one `auto` takes, and why not the others."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from .. import errors
+from ..costs import Matrix
 from ..geometry import Geometry
-from ..problem import Problem
+from ..problem import Problem, vector_dtype
+from . import chunked, keops
 from .dense import Absorbed, Dense
 
-#: "dense" runs the absorbed form; "softmin" is the same algorithm as it is written in papers, the truth in tests.
-BACKENDS = {"dense": Absorbed, "softmin": Dense}
+#: What `auto` may spend on the two n-by-m arrays of "dense": n = m = 5800 in float32, 4100 in float64. With the 250 MB that torch itself
+#: takes, a solve stays within half a gigabyte (a gradient that reaches the points needs about five more such arrays). Time would
+#: allow far more: measured on 2 cores at d = 3, an iteration on stored arrays takes 0.2 ns a pair. Forming the cost anew takes
+#: 1.3 in blocks, 3 for one that does not fold, 17 for a formula of all coordinates; KeOps takes 10, 7 and 6.
+DENSE_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One machine, as `bind` and `explain` know it.
+
+    refuse   why it cannot serve a problem, or None.
+    bind     the problem's cost as a Geometry of this machine; only called when it does not refuse.
+    memory   bytes that it needs beside the inputs, about: what it stores and its largest temporaries.
+    """
+
+    refuse: Callable[[Problem], str | None]
+    bind: Callable[[Problem], Geometry]
+    memory: Callable[[Problem], int]
+
+
+def _refuse_triton(problem: Problem) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it has wheels for Linux; pip install triton)"
+    try:
+        from .triton import Streaming
+    except ImportError as missing:
+        return f"its kernels cannot be imported: {missing}"
+    return Streaming.refuse(problem)
+
+
+def _bind_triton(problem: Problem) -> Geometry:
+    from .triton import Streaming
+
+    return Streaming(problem)
+
+
+def _matrix_bytes(problem: Problem) -> int:
+    return problem.shape.numel() * problem.dtype.itemsize
+
+
+def _cloud_bytes(problem: Problem) -> int:
+    """One copy of both clouds with the two columns that the folded form adds, in the type of the potentials."""
+    n, m = problem.shape[-2:]
+    d = sum(z.shape[-1] for z in problem.cost.inputs.values()) // 2 + 2
+    copies = problem.shape.numel() // (n * m)
+    return copies * (n + m) * d * vector_dtype(problem.a.device).itemsize
+
+
+def _block_bytes(problem: Problem) -> int:
+    """Three wide temporaries of one block."""
+    entries = chunked.CPU_ENTRIES if problem.a.device.type == "cpu" else chunked.GPU_ENTRIES
+    return 3 * vector_dtype(problem.a.device).itemsize * min(entries, problem.shape.numel())
+
+
+#: By name, in order of preference where nothing else decides. "dense" runs the absorbed form; "softmin" is the same algorithm as it is
+#: written in papers, the truth in tests.
+BACKENDS = {
+    "dense": Backend(lambda problem: None, lambda problem: Absorbed(problem.cost.dense()), lambda problem: 2 * _matrix_bytes(problem)),
+    "triton": Backend(_refuse_triton, _bind_triton, lambda problem: 2 * _cloud_bytes(problem)),
+    "chunked": Backend(
+        chunked.refuse,
+        lambda problem: chunked.Chunked(problem.cost),
+        lambda problem: 3 * _cloud_bytes(problem) + _block_bytes(problem),
+    ),
+    "keops": Backend(keops.refuse, lambda problem: keops.Keops(problem.cost), lambda problem: 2 * _cloud_bytes(problem)),
+    "softmin": Backend(lambda problem: None, lambda problem: Dense(problem.cost.dense()), _matrix_bytes),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Take `backend` for problems where `when` holds, unless it refuses: then the next rule is asked."""
+
+    when: Callable[[Problem], bool]
+    backend: str
+    because: str
+
+
+def _on(problem: Problem, device: str) -> bool:
+    return problem.a.device.type == device
+
+
+def _folds(problem: Problem) -> bool:
+    return problem.cost.fold() is not None
+
+
+def _fits(problem: Problem) -> bool:
+    return BACKENDS["dense"].memory(problem) <= DENSE_BYTES
+
+
+#: The first that holds and is not refused. "dense" serves everything, so the last is never out of answers.
+RULES = (
+    Rule(lambda p: isinstance(p.cost, Matrix), "dense", "the cost is a matrix that is in memory already"),
+    Rule(
+        _fits,
+        "dense",
+        f"both n-by-m arrays fit in {DENSE_BYTES >> 20} MiB, and products on stored arrays are the fastest iterations there are",
+    ),
+    Rule(
+        lambda p: _on(p, "cuda") and _folds(p),
+        "triton",
+        "the n-by-m arrays are too large to keep, the cost folds, and the kernels stream it through the tensor cores",
+    ),
+    Rule(lambda p: _on(p, "cuda"), "keops", "the cost does not go through the kernels, and KeOps compiles a loop for it"),
+    Rule(
+        lambda p: _on(p, "cpu") and chunked.depth(p.cost) > 1,
+        "keops",
+        "the n-by-m arrays are too large to keep, and torch would hold every coordinate of the formula, where KeOps compiles a loop",
+    ),
+    Rule(lambda p: True, "chunked", "the n-by-m arrays are too large to keep, and blocks of them are formed, reduced and dropped"),
+    Rule(lambda p: _on(p, "cpu"), "keops", "the n-by-m arrays are too large to keep, and the cost cannot be taken in blocks"),
+    Rule(lambda p: True, "dense", "nothing else can serve this cost, whatever the memory"),
+)
 
 
 def bind(problem: Problem, backend: str = "auto") -> Geometry:
-    """The problem's cost as a Geometry. Raises ProblemError for a backend that does not exist."""
+    """The problem's cost as a Geometry.
+
+    Raises ProblemError for a backend that does not exist, BackendError for one that cannot serve this problem, with the reason.
+    """
     if backend == "auto":
-        backend = "dense"
-    if backend not in BACKENDS:
+        backend = _choose(problem)[0].backend
+    elif backend not in BACKENDS:
         raise errors.unknown("backend", backend, ["auto", *BACKENDS])
-    return BACKENDS[backend](problem.cost.dense())
+    elif why := BACKENDS[backend].refuse(problem):
+        raise errors.backend_refused(backend, why)
+    return BACKENDS[backend].bind(problem)
+
+
+def explain(problem: Problem) -> str:
+    """Which backend "auto" takes for this problem and why, the memory each would need beside the inputs, and why not the others.
+
+    >>> print(gpu_ot.explain(Problem(SqEuclidean(x, y), eps=0.1)))
+    """
+    taken, overruled = _choose(problem)
+    *batch, n, m = problem.shape
+    count = f"{problem.shape.numel() // (n * m)} problems of " if batch else ""
+    kind = "a matrix" if isinstance(problem.cost, Matrix) else "a cost that folds" if _folds(problem) else "a cost that does not fold"
+    lines = [
+        f'{count}{n} by {m}, {kind}, {str(problem.dtype).removeprefix("torch.")} on {problem.a.device}: auto takes "{taken.backend}".',
+        f"  because {taken.because}",
+    ]
+    lines += [f'  instead of "{rule.backend}", which was refused' for rule in overruled]
+    width = max(map(len, BACKENDS))
+    for name, backend in BACKENDS.items():
+        why = backend.refuse(problem)
+        verdict = "taken" if name == taken.backend else f"refused: {why}" if why else f"passed over: {_passed_over(name, problem)}"
+        lines.append(f"  {name:<{width}}  {'-' if why else _human(backend.memory(problem)):>8}  {verdict}")
+    return "\n".join(lines)
+
+
+def _choose(problem: Problem) -> tuple[Rule, list[Rule]]:
+    """The rule that decides, and those before it that would have if their backends had not refused."""
+    overruled = []
+    for rule in RULES:
+        if rule.when(problem):
+            if BACKENDS[rule.backend].refuse(problem) is None:
+                return rule, overruled
+            overruled.append(rule)
+    raise AssertionError("the last rule takes everything")
+
+
+def _passed_over(name: str, problem: Problem) -> str:
+    if name == "softmin":
+        return 'the readable form of "dense", for tests: slower, and never chosen'
+    if name == "dense":
+        return "slower than streaming on this device" if _fits(problem) else f"its n-by-m arrays exceed {DENSE_BYTES >> 20} MiB"
+    if name == "keops":
+        return "slower here, and each new formula waits for a compiler"
+    return "slower while the n-by-m arrays fit in memory" if _fits(problem) else "slower for this cost on this device"
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB" if size < 1000 else f"{size:,.0f} GB"

@@ -1,0 +1,206 @@
+"""Costs between clouds as KeOps formulas: one compiled loop over all pairs, nothing n by m in memory.
+
+The machine for costs that do not fold on a CUDA device, and for users' own formulas, which receive KeOps' lazy tensors. The first
+sweep of every new formula waits 10 to 30 s for a compiler; the result is kept on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..costs import Cosine, Cost, Dot, Euclidean, Formula, Matrix, SqEuclidean, Sum
+from ..geometry import Geometry
+from ..problem import Problem, vector_dtype
+from .chunked import Chunked
+
+#: KeOps unrolls its loops over coordinates; vectors wider than this are multiplied in parts, or compiling takes minutes.
+WIDEST = 64
+
+
+def compiler() -> str | None:
+    """The C++ compiler that KeOps would call, or None."""
+    chosen = os.environ.get("CXX")
+    return shutil.which(chosen) if chosen else shutil.which("g++") or shutil.which("clang++")
+
+
+def refuse(problem: Problem) -> str | None:
+    """Why KeOps cannot serve this problem, or None. Imports pykeops only where everything else speaks for it."""
+    cost = problem.cost
+    if isinstance(cost, Matrix):
+        return "the cost is a matrix; a formula needs the points"
+    if len(problem.shape) > 2:
+        return "it takes one problem at a time, and this is a batch"
+    if importlib.util.find_spec("pykeops") is None:
+        return "pykeops is not installed (pip install pykeops)"
+    if compiler() is None:
+        return "its formulas are compiled, and no C++ compiler was found (set CXX, or install g++)"
+    if problem.a.device.type not in ("cpu", "cuda"):
+        return f"it runs on cpu and cuda, and the tensors are on {problem.a.device.type}"
+    if cost.fold() is not None:
+        return None
+    try:
+        _lazy(_pykeops(), cost, tuple(cost.inputs.values()), False)
+    except Exception as found:  # the user's own function met a lazy tensor: anything may happen
+        return f"the cost cannot be written with lazy tensors: {found or type(found).__name__}"
+    return None
+
+
+class Keops(Geometry):
+    """A Cost between two clouds, without batch axes, as a lazy formula. O((n + m) d) memory, n m exponentials a sweep.
+
+    Potentials come and go in float64. Sweeps run in float64 on a CPU, where KeOps takes the same time for both types (measured,
+    n = 10k, d = 3, 2 cores: 0.52 s and 0.55 s), and in the cost's own type on a GPU.
+    """
+
+    def __init__(self, cost: Cost, transposed: bool = False) -> None:
+        self.cost, self.transposed = cost, transposed
+        self.folded = cost.fold()
+        self.inputs = tuple(cost.inputs.values() if self.folded is None else self.folded)
+        z = self.inputs[0]
+        self.dtype = vector_dtype(z.device) if z.device.type == "cpu" else z.dtype
+        self.keops = _pykeops()
+
+    @property
+    def T(self) -> Keops:
+        return Keops(self.cost, not self.transposed)
+
+    def softmin(self, h: Tensor, eps: float) -> Tensor:
+        h, offset = self._centred(h, eps)
+        with torch.no_grad():
+            return self._softmin(h, offset, eps, self._held())
+
+    def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
+        h, offset = self._centred(h, eps)
+        with torch.no_grad():
+            exponent, outside = self._exponent(h, eps, self._held())
+            k = _finite(k / eps + outside.to(k.dtype) + offset, self.dtype)
+            weights = (exponent + self._i(k.unsqueeze(-1))).exp()
+            parts = [(weights * self._j(part)).sum(1) for part in v.to(self.dtype).split(WIDEST, -1)]
+        return torch.cat(parts, -1).to(v.dtype)
+
+    def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
+        geometry = Chunked(self.cost)
+        return (geometry.T if self.transposed else geometry).plan(k, h, eps)
+
+    def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
+        if self.folded is not None:
+            # G 1, G^T 1, -G v and -G^T u are plan products: one formula to compile, where autograd would ask for one a gradient.
+            _, _, u, v = self._seen(self.inputs)
+            rows = w.unsqueeze(-1) * self.apply(k, h, eps, _with_ones(v, w.dtype))
+            columns = self.T.apply(h, k, eps, w.unsqueeze(-1) * _with_ones(u, w.dtype))
+            grads = self._seen((rows[:, 0], columns[:, 0], -rows[:, 1:], -columns[:, 1:]))
+            return tuple(grad.to(z.dtype) for grad, z in zip(grads, self.inputs, strict=True))
+        # KeOps' own derivative of the softmin s, since exp((k + h - C) / eps) = exp((k - s) / eps) ds / dC.
+        h, offset = self._centred(h, eps)
+        leaves = tuple(z.requires_grad_() for z in self._held())
+        with torch.enable_grad():
+            s = self._softmin(h, offset, eps, leaves)
+            settled = s.detach()
+            scale = torch.where(settled.isfinite(), w * ((k - settled) / eps).exp(), 0.0)
+            grads = torch.autograd.grad(s, leaves, scale, allow_unused=True)
+        return tuple(torch.zeros_like(z) if grad is None else grad.to(z.dtype) for grad, z in zip(grads, self.inputs, strict=True))
+
+    def _softmin(self, h: Tensor, offset: Tensor, eps: float, inputs: tuple[Tensor, ...]) -> Tensor:
+        exponent, outside = self._exponent(h, eps, inputs)
+        logs = exponent.logsumexp(1).squeeze(-1)
+        # A row that meets nothing but empty atoms: any honest exponent is far above this, see _finite.
+        logs = torch.where(logs > _nothing(self.dtype) / 2, logs, -torch.inf)
+        return -eps * ((logs + outside).to(offset.dtype) + offset)
+
+    def _exponent(self, h: Tensor, eps: float, inputs: tuple[Tensor, ...]) -> tuple[Any, Tensor]:
+        """The lazy (h_j - C_ij) / eps for h in units of eps, and what of it depends on the row alone (0 or -alpha / eps)."""
+        if self.folded is None:
+            C = _lazy(self.keops, self.cost, inputs, self.transposed)
+            return self._j(h.unsqueeze(-1)) - C * (1 / eps), h.new_zeros(())
+        alpha, beta, u, v = self._seen(inputs)
+        return (self._i(u / eps) | self._j(v)) + self._j((h - beta / eps).unsqueeze(-1)), -alpha / eps
+
+    def _seen(self, folded: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Alpha, beta, u and v from this side; from the other side this turns them back."""
+        alpha, beta, u, v = folded
+        return (beta, alpha, v, u) if self.transposed else (alpha, beta, u, v)
+
+    def _held(self) -> tuple[Tensor, ...]:
+        return tuple(z.detach().to(self.dtype) for z in self.inputs)
+
+    def _centred(self, h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """h / eps without its largest entry, in the type of the sweep, and that entry: what is shared need not be rounded."""
+        h = h / eps
+        offset = h.amax()
+        offset = torch.where(offset > -torch.inf, offset, 0.0)
+        return _finite(h - offset, self.dtype), offset
+
+    def _i(self, z: Tensor) -> Any:
+        return self.keops.LazyTensor(z.contiguous().unsqueeze(1))
+
+    def _j(self, z: Tensor) -> Any:
+        return self.keops.LazyTensor(z.contiguous().unsqueeze(0))
+
+
+def _with_ones(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """[1, v], (m, 1 + d)."""
+    v = v.detach().to(dtype)
+    return torch.cat((torch.ones_like(v[:, :1]), v), -1)
+
+
+def _nothing(dtype: torch.dtype) -> float:
+    """The exponent of an empty atom."""
+    return -1e30 if dtype == torch.float32 else -1e290
+
+
+def _finite(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """KeOps' running maximum forms -inf - -inf = NaN when a row begins with an empty atom, so that -inf becomes -1e30.
+
+    No sum can tell: exponents of atoms with weight are (h_j - C_ij) / eps > -1e29 for any cost below 1e29 eps, so once a row has
+    met one, all that an empty atom has left or adds is exp(-1e30 + 1e29) = 0 in either type. 1e30 itself swallows the cost
+    it is added to without overflowing, even twice over in k_i + h_j.
+    """
+    return exponent.clamp(min=_nothing(dtype)).to(dtype)
+
+
+def _lazy(keops: ModuleType, cost: Cost, inputs: tuple[Tensor, ...], transposed: bool) -> Any:
+    """C_ij as a formula over rows i and columns j, of the `inputs` of the cost in their order."""
+    tensors = iter(inputs)
+
+    def term(cost: Cost) -> Any:
+        if isinstance(cost, Sum):
+            first, *rest = (weight * term(part) for weight, part in cost.terms)
+            return sum(rest, start=first)
+        if isinstance(cost, Matrix):
+            raise TypeError("it holds a matrix")
+        x, y = next(tensors), next(tensors)
+        if isinstance(cost, Cosine):
+            x, y = (torch.nn.functional.normalize(z, dim=-1) for z in (x, y))
+        x, y = (keops.LazyTensor(z.contiguous().unsqueeze(axis)) for z, axis in ((x, 1 - transposed), (y, int(transposed))))
+        if isinstance(cost, Formula):
+            C = cost.function(x, y)
+            if not isinstance(C, keops.LazyTensor):
+                raise TypeError(f"its function returned {type(C).__name__}")
+            return C
+        if isinstance(cost, Euclidean):
+            return (x - y).square().sum(-1).sqrt()
+        if isinstance(cost, SqEuclidean):
+            return (x - y).square().sum(-1)
+        if isinstance(cost, Dot):
+            return -(x | y)
+        if isinstance(cost, Cosine):
+            return 1 - (x | y)
+        raise TypeError(f"{type(cost).__name__} has no formula")
+
+    return term(cost)
+
+
+def _pykeops() -> ModuleType:
+    """pykeops.torch, imported when first needed, and without the lines it prints about what it found."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        import pykeops.torch
+    return pykeops.torch
