@@ -1,6 +1,6 @@
 """The drop-in against POT on a CPU: seconds for 100 iterations of the same problem, plan by plan, and peak memory.
 
-    python bench/dense_cpu.py [--out DIR] [--repeats 7] [--sizes 500 1000 3000]
+    python bench/dense_cpu.py [--out DIR] [--repeats 9] [--sizes 500 1000 3000]
 
 All in one process, each contestant's timed call directly after an untimed one of its own (so that it finds its own threads
 awake and the others' asleep), contestants interleaved; medians, with the smallest and largest beside them. Peak memory
@@ -140,7 +140,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[500, 1000, 3000])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", help="folder for dense_cpu.json")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()

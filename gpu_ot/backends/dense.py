@@ -166,10 +166,15 @@ class Absorbed(Dense):
 
     def first(self, h: Tensor, eps: float) -> Tensor:
         """Absorbed at h and the cheapest pair of each column, so that the start costs no second round of exponentials."""
-        if h.ndim != self.C.ndim - 1 or not bool(h.isfinite().all().item()):
+        finite, level = torch.stack([h.isfinite().all(), (h == h[..., :1]).all()]).tolist()
+        if h.ndim != self.C.ndim - 1 or not finite:
             return super().first(h, eps)
-        lows = [(self.C[..., rows, :].to(h.dtype) - h[..., rows].unsqueeze(-1)).amin(-2) for rows in self._blocks(h)]
-        self._store(h, torch.stack(lows).amin(0), eps)
+        if level:  # the usual start: no need to subtract before looking for the cheapest
+            g0 = self.C.amin(-2).to(h.dtype) - h[..., :1]
+        else:
+            lows = [(self.C[..., rows, :].to(h.dtype) - h[..., rows].unsqueeze(-1)).amin(-2) for rows in self._blocks(h)]
+            g0 = torch.stack(lows).amin(0)
+        self._store(h, g0, eps)
         assert self.kernel is not None
         t = self.kernel.K.sum(-2)  # each column holds an entry 1: no precision to lose
         return self.g0 - eps * log(t.to(h.dtype))
