@@ -10,7 +10,6 @@ O((n + m) d) memory. One sweep is one launch, two when few rows are split over m
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import math
 import os
@@ -84,7 +83,8 @@ class Streaming(Geometry):
 
     @property
     def T(self) -> Streaming:
-        other = copy.copy(self)
+        other = object.__new__(Streaming)  # both clouds are stored already; copy.copy would break torch 2.7's graph
+        other.batch, other.precision = self.batch, self.precision
         other.rows, other.columns = self.columns, self.rows
         alpha, beta, u, v = self.inputs
         other.inputs = beta, alpha, v, u
