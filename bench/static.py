@@ -47,7 +47,9 @@ STORED = {"pair": "*fp16", "half": "*fp16", "tf32": "*fp32"}
 # Issued instructions per pair of the sm_90 loop, at most. "half" up to 64 features is what fp32 packs up to ten coordinates into.
 BARS = {("softmin", "tf32", 16): 4.5, ("softmin", "tf32", 64): 5.5, ("softmin", "pair", 16): 8.5, ("softmin", "pair", 64): 12.0}
 BARS |= {("softmin", "half", bucket): 8.5 for bucket in (16, 32, 64)}
-BACKWARD = 2.1  # apply over softmin, same storage and bucket
+BACKWARD = 2.0  # apply over softmin, same storage and bucket
+#: Rows known to miss BACKWARD, and what they cost: printed as misses, failing only when they grow. A taller tile issues less but spills.
+BACKWARD_MISSED = {("pair", 32): 2.05}
 
 PIPES = (
     ("ex2", r"MUFU\.EX2"),
@@ -237,7 +239,9 @@ def main() -> int:
             forward = issued.get(("softmin", *key[1:]))
             if key[:2] == ("apply", "sm_90") and 0 < key[3] <= 64 and not key[4] and forward:
                 line += f"  {issued[key] / forward:.2f}x softmin"
-                wrong += ["costs more than BACKWARD softmins"] * (issued[key] > BACKWARD * forward)
+                ratio, allowed = issued[key] / forward, BACKWARD_MISSED.get((key[2], key[3]), BACKWARD)
+                line += f" (misses {BACKWARD}, known)" * (BACKWARD < ratio <= allowed)
+                wrong += [f"costs more than {allowed} softmins"] * (ratio > allowed)
             failures += report(line, wrong)
     for arch in TARGETS:
         for n, m in small:
