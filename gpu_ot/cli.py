@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import sys
+import time
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from . import __version__
 from .errors import BackendError, ProblemError
@@ -26,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"gpu_ot {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="")
     _add_demo(commands)
+    _add_tune(commands)
 
     args = parser.parse_args(argv)
     if not hasattr(args, "run"):
@@ -66,6 +70,122 @@ def _demo(args: argparse.Namespace) -> None:
             raise
         raise ProblemError(f"the demo needs {known[package]}, which is not installed: pip install gpu_ot[demo]") from None
     demo.run(device=args.device, pixels=args.pixels, reg=args.reg, out=args.out)
+
+
+def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="time the kernels' block shapes on this GPU and keep what is faster",
+        description="Time the candidate block shapes of the Triton kernels on this GPU, for the sizes given, and write the fastest to a "
+        "file that later processes read. Compiles some forty shapes per kernel and size: minutes. Nothing is tuned unless asked for here.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--d", type=_positive, nargs="+", default=[3, 64], help="features of the points")
+    parser.add_argument(
+        "--n", type=_positive, nargs="+", default=[10_000], help="points on each side; a row serves sizes within 4 times of it"
+    )
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "tf32", "bf16", "fp16"), default=["fp32"], help="storage of the points")
+    parser.add_argument("--device", default="cuda", help="which GPU: cuda, cuda:1")
+    parser.add_argument(
+        "--out", default=None, help="the file; by default $GPU_OT_TUNING, else gpu_ot/tuning.json in the user's cache folder"
+    )
+    parser.set_defaults(run=_tune)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+_positive.__name__ = "number of at least 1"  # what argparse calls it when it refuses
+
+
+def _tune(args: argparse.Namespace) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise BackendError(
+            "tune times kernels on a GPU, and torch finds none here. Nothing was written; without a file the kernels use their own table."
+        )
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device)
+    except RuntimeError as problem:
+        raise ProblemError(f"--device {args.device} cannot be used here ({str(problem).splitlines()[0]}).") from None
+    if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        raise ProblemError("--device must name a GPU, and TRITON_INTERPRET must not be set: the interpreter's times mean nothing.")
+    try:
+        from .kernels import trial, tuning  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as missing:
+        raise BackendError(f"tune needs {missing.name}, which is not installed: pip install triton (it exists for Linux).") from None
+
+    path = _tuning_file(args.out, tuning)
+    trials = [
+        trial.Trial(kernel, precision, n, d)
+        for precision in args.precision for d in args.d for n in args.n for kernel in ("softmin", "vector", "apply")
+    ]  # fmt: skip
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    outcomes, start = [], time.monotonic()
+    with torch.cuda.device(device):
+        arch = tuning.architecture(torch.empty(0, device=device))
+        for done, total, outcome in trial.run(trials, device, arch):
+            _bar(done, total, time.monotonic() - start)
+            if outcome is not None:  # written at once: an interrupted run keeps what it found
+                outcomes.append(outcome)
+                _keep(path, tuning, device, outcome)
+    print(file=sys.stderr)
+    print(tuned_table(outcomes))
+    print(f"\nwrote {path}: processes that start from now on read it" + (f" if {tuning.ENVIRONMENT} names it." if args.out else "."))
+
+
+def _tuning_file(out: str | None, tuning: Any) -> Path:
+    """Where to write; finds out whether it can be written, and whether what is there is ours, before minutes are spent."""
+    path = Path(out) if out else tuning.cache_file()
+    if path is None:
+        raise ProblemError(
+            f"{tuning.ENVIRONMENT} is empty, so no file is read and none would be written. Unset it, or name one with --out."
+        )
+    try:
+        if path.exists():
+            tuning.read(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        probe.touch()
+        probe.unlink()
+    except ValueError as problem:
+        raise ProblemError(f"{path} is not a file of timed tiles: {problem}. Delete it (rm {path}), or name another with --out.") from None
+    except OSError as problem:
+        raise ProblemError(f"{path} cannot be written ({problem.strerror}). Name a file in a folder of yours with --out.") from None
+    return path
+
+
+def _keep(path: Path, tuning: Any, device: Any, outcome: Any) -> None:
+    try:
+        tuning.write(path, tuning.machine(device), [outcome.row()])
+    except OSError as problem:
+        raise ProblemError(f"{path} cannot be written any more ({problem.strerror}). Name another file with --out.") from None
+
+
+def _bar(done: int, total: int, seconds: float) -> None:
+    """One line on a terminal, rewritten; in a log, a line every tenth of the way."""
+    left = f"{seconds / done * (total - done):.0f} s left"
+    if sys.stderr.isatty():
+        filled = 30 * done // total
+        print(f"\r{'█' * filled}{'░' * (30 - filled)} {done}/{total} shapes, {left}   ", end="", file=sys.stderr, flush=True)
+    elif done == total or done % max(1, total // 10) == 0:
+        print(f"{done}/{total} shapes, {left}", file=sys.stderr, flush=True)
+
+
+def tuned_table(outcomes: Sequence[Any]) -> str:
+    """The table's tile against the fastest, a line a kernel and size. Tiles are rows x columns, warps, stages."""
+    lines = [f"{'kernel':<9}{'points':<7}{'d':>5}{'n':>8}  {'tile of the table':<20}{'ms':>9}  {'fastest tile':<20}{'ms':>9}{'gain':>8}"]
+    for o in outcomes:
+        old, new = (f"{t.block_n}x{t.block_m} w{t.warps} s{t.stages}" for t in (o.old, o.new))
+        gain = f"{o.old_ms / o.new_ms:.2f}x" if o.new != o.old else "kept"
+        asked = f"{o.trial.kernel:<9}{o.trial.precision:<7}{o.trial.d:>5}{o.trial.n:>8}"
+        lines.append(f"{asked}  {old:<20}{o.old_ms:>9.4g}  {new:<20}{o.new_ms:>9.4g}{gain:>8}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

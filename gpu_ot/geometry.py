@@ -22,6 +22,10 @@ class Geometry(ABC):
 
     #: The type the sweeps run in; what they round to bounds what the loop can reach.
     dtype: torch.dtype
+    #: Sweeps over the pairs made beside those that `advance` is known to make, two an iteration: a kernel formed anew, say.
+    extra: int = 0
+    #: Whether fewer iterations are worth more than faster ones: not where a launch runs many at the price of one.
+    accelerates: bool = True
     #: The tensors that gradients flow to, as the machine holds them: (C,) for a matrix.
     inputs: tuple[Tensor, ...]
 

@@ -10,15 +10,22 @@ from torch import Tensor
 from . import tuning
 from .softmin import on_device_of
 from .tiles import RESIDENT, Cloud, cloud, products, row_tile
+from .tuning import Tile
 
 
-def apply(u: Tensor | Cloud, v: Tensor | Cloud, k: Tensor, h: Tensor, eps: float, w: Tensor | Cloud, *, precision: str = "fp32") -> Tensor:
+def apply(
+    u: Tensor | Cloud, v: Tensor | Cloud, k: Tensor, h: Tensor, eps: float, w: Tensor | Cloud, *, precision: str = "fp32",
+    rows_used: Tensor | None = None, columns_used: Tensor | None = None, tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
     """out (n, c) or (B, n, c), fp32: out_i = sum_j exp((k_i + h_j + <u_i, v_j>) / eps) w_j.
 
     u, v    as for softmin
     k, h    (n,), (m,) or (B, n), (B, m): -inf for an empty atom
     w       (m, c) or (B, m, c), or a Cloud stored with weights=True. The gradient of a transport value is w = v: given the same
             Cloud twice, a column tile is read once for both products (not when it is packed, d <= 10, nor in tf32).
+    rows_used, columns_used  (B,) int32, both or neither: from row rows_used[b] of problem b on k is -inf, from column columns_used[b] on
+            h is. What lies behind costs next to nothing
+    tile    instead of the table's
     """
     u, v = (x if isinstance(x, Cloud) else cloud(x, precision) for x in (u, v))
     k, h = k.float().contiguous(), h.float().contiguous()
@@ -32,16 +39,19 @@ def apply(u: Tensor | Cloud, v: Tensor | Cloud, k: Tensor, h: Tensor, eps: float
     c, width = (1, 1) if flat else (w.d, w.width)
     same = w is v and v.width <= 128
     widest = max(u.width, min(width, RESIDENT))  # more columns than that only mean more programs
-    tile = tuning.tile("vector" if flat else "apply", u.data, u.parts, widest, n)
+    tile = tile or tuning.tile("vector" if flat else "apply", u.data, u.parts, widest, n)
     chunk = width if same else gcd(width, tile.block_c)
     splits, per_split = tuning.split(n, m, batch, tile, u.data)
+    ragged = rows_used is not None and columns_used is not None
+    assert ragged or (rows_used is None and columns_used is None)
     parts = torch.empty(batch, splits, n, c, dtype=torch.float32, device=h.device)
     with on_device_of(h):
         apply_kernel[(batch * splits * triton.cdiv(n, tile.block_n) * triton.cdiv(width, chunk),)](
-            u.data, v.data, w if flat else w.data, u.unit, v.unit, u.unit if flat else w.unit, k, h, parts,
+            u.data, v.data, w if flat else w.data, u.unit, v.unit, u.unit if flat else w.unit,
+            k, h, *((rows_used, columns_used) if ragged else (h, h)), parts,
             n, m, c, u.data.shape[1], v.data.shape[1], m if flat else w.data.shape[1], splits, per_split, eps,
             D=u.width, PARTS=u.parts, Q=u.packed, SPARE=u.spare, WIDTH=width, C=chunk,
-            W_PARTS=0 if flat else w.parts, SAME=same,
+            W_PARTS=0 if flat else w.parts, SAME=same, RAGGED=ragged,
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     # Every part already carries its own exp(k), so a sum joins them.
@@ -55,9 +65,9 @@ LIFT = tl.constexpr(15.0)
 
 @triton.jit
 def apply_kernel(
-    u, v, w, unit_u, unit_v, unit_w, k, h, out, n, m, c, u_rows, v_rows, w_rows, splits, per_split, eps,
+    u, v, w, unit_u, unit_v, unit_w, k, h, rows_used, columns_used, out, n, m, c, u_rows, v_rows, w_rows, splits, per_split, eps,
     D: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, SPARE: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
-    W_PARTS: tl.constexpr, SAME: tl.constexpr,
+    W_PARTS: tl.constexpr, SAME: tl.constexpr, RAGGED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_N rows and C columns of the result, and streams its share of the points once.
@@ -78,16 +88,24 @@ def apply_kernel(
     unit = tl.load(unit_u + batch) * tl.load(unit_v + batch)
     row = u + (batch * u_rows + block * BLOCK_N) * (D * PARTS)
     start = split * per_split
-    col = v + (batch * v_rows + start) * (D * PARTS)
+    h += batch * m
+    seek = start
+    if RAGGED:
+        # Nothing left to do is one tile without weight: a path around the loop costs registers, and spills.
+        m = tl.load(columns_used + batch)
+        seek = tl.where(start < m, start, 0)  # a tile that is there
+        empty = (start >= m) | (block * BLOCK_N >= tl.load(rows_used + batch))
     stop = tl.minimum(start + per_split, m)
+    if RAGGED:
+        stop = tl.where(empty, start + 1, stop)
+    col = v + (batch * v_rows + seek) * (D * PARTS)
     tl.assume(start < stop)  # without it ptxas sees a path around the loop and serialises the tensor instructions
     u_hi, u_lo = row_tile(row, tl.zeros([BLOCK_N], tl.float32), D, PARTS, Q, SPARE, BLOCK_N)
-    h += batch * m
     if W_PARTS == 0:
         w += batch * w_rows
         acc = tl.zeros([BLOCK_N], tl.float32)
     else:
-        w += (batch * w_rows + start) * (WIDTH * W_PARTS) + first
+        w += (batch * w_rows + seek) * (WIDTH * W_PARTS) + first
         acc = tl.zeros([BLOCK_N, C], tl.float32)
     top = tl.full([BLOCK_N], -1e38, tl.float32)
     for j in tl.range(start, stop, BLOCK_M, num_stages=STAGES):

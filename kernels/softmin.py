@@ -9,30 +9,39 @@ from torch import Tensor
 
 from . import tuning
 from .tiles import Cloud, cloud, products, row_tile
+from .tuning import Tile
 
 
-def softmin(u: Tensor | Cloud, v: Tensor | Cloud, h: Tensor, eps: float, *, shift: Tensor | None = None, precision: str = "fp32") -> Tensor:
-    """s (n,) or (B, n), fp32: s_i = -eps log sum_j exp((h_j + <u_i, v_j>) / eps).
+def softmin(
+    u: Tensor | Cloud, v: Tensor | Cloud, h: Tensor, eps: float, *, shift: Tensor | None = None, columns_used: Tensor | None = None,
+    precision: str = "fp32", wide: bool = False, tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
+    """s (n,) or (B, n): s_i = -eps log sum_j exp((h_j + <u_i, v_j>) / eps).
 
     u, v    (n, d), (m, d), or with a leading B; Tensors are stored in `precision` first (see tiles.cloud), Clouds are used as they are
     h       (m,) or (B, m), in units of the products; -inf for an empty atom. A row that meets only -inf gives +inf
     shift   (n,) or (B, n): a guess of s, such as the previous potential. It stands in for the running maximum and saves
             two instructions in seven. It need not be good: any row block whose sums leave 2^-60 ... 2^60 is swept again with the
             running maximum, inside the same launch, so a bad guess costs time and never digits.
+    columns_used  (B,) int32: the problem b ends with its column columns_used[b] <= m, and what lies behind is never read. Rows have
+            no such length: the softmin of a row without weight is still defined, and is a gradient (in that weight).
+    wide    s in float64, else fp32. Sums are fp32 either way; but beside a large s, fp32 drops digits of theirs that are right.
+    tile    instead of the table's
     """
     u, v = (x if isinstance(x, Cloud) else cloud(x, precision) for x in (u, v))
     h = h.float().contiguous()
     shift = shift if shift is None else shift.float().contiguous()
     batch, n, m = len(u.data), u.n, v.n
-    tile = tuning.tile("softmin", u.data, u.parts, u.width, n)
+    tile = tile or tuning.tile("softmin", u.data, u.parts, u.width, n)
     splits, per_split = tuning.split(n, m, batch, tile, u.data)
-    out = torch.empty(batch, n, dtype=torch.float32, device=h.device)
-    parts = torch.empty(batch, splits, n, dtype=torch.float32, device=h.device) if splits > 1 else out
+    dtype = torch.float64 if wide else torch.float32
+    out = torch.empty(batch, n, dtype=dtype, device=h.device)
+    parts = torch.empty(batch, splits, n, dtype=dtype, device=h.device) if splits > 1 else out
     with on_device_of(h):
         softmin_kernel[(batch * splits * triton.cdiv(n, tile.block_n),)](
-            u.data, v.data, u.unit, v.unit, h, h if shift is None else shift, parts,
+            u.data, v.data, u.unit, v.unit, h, h if shift is None else shift, h if columns_used is None else columns_used, parts,
             n, m, u.data.shape[1], v.data.shape[1], splits, per_split, eps,
-            D=u.width, PARTS=u.parts, Q=u.packed, SPARE=u.spare, SHIFTED=shift is not None,
+            D=u.width, PARTS=u.parts, Q=u.packed, SPARE=u.spare, SHIFTED=shift is not None, RAGGED=columns_used is not None,
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         if splits > 1:
@@ -47,9 +56,9 @@ def on_device_of(x: Tensor):
 
 @triton.jit
 def softmin_kernel(
-    u, v, unit_u, unit_v, h, shift, out, n, m, u_rows, v_rows, splits, per_split, eps,
+    u, v, unit_u, unit_v, h, shift, columns_used, out, n, m, u_rows, v_rows, splits, per_split, eps,
     D: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, SPARE: tl.constexpr, SHIFTED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_N rows and streams its share of the columns once; the row tile stays on chip.
 
@@ -66,12 +75,19 @@ def softmin_kernel(
     unit = tl.load(unit_u + batch) * tl.load(unit_v + batch)
     row = u + (batch * u_rows + block * BLOCK_N) * (D * PARTS)
     start = split * per_split
-    col = v + (batch * v_rows + start) * (D * PARTS)
     h += batch * m
-    stop = tl.minimum(start + per_split, m)
-    tl.assume(start < stop)  # without it ptxas sees a path around the loop and serialises the tensor instructions
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     at = batch * n + rows  # [N]
+    seek = start
+    if RAGGED:
+        m = tl.load(columns_used + batch)
+        seek = tl.where(start < m, start, 0)  # a tile that is there
+    stop = tl.minimum(start + per_split, m)
+    if RAGGED:
+        # A split with nothing left is one tile without weight: a path around the loop costs registers, and in apply spills.
+        stop = tl.maximum(stop, start + 1)
+    col = v + (batch * v_rows + seek) * (D * PARTS)
+    tl.assume(start < stop)  # without it ptxas sees a path around the loop and serialises the tensor instructions
     none = tl.zeros([BLOCK_N], tl.float32)
     if SHIFTED:
         lift = tl.load(shift + at, mask=rows < n, other=0.0) * scale  # [N]
@@ -92,7 +108,8 @@ def softmin_kernel(
         top, total = sweep(
             u_hi, u_lo, row, col, h, none, start, stop, m, unit, scale, D, PARTS, SPARE, True, BLOCK_N, BLOCK_M, STAGES
         )  # fmt: skip
-    tl.store(out + (batch * splits + split) * n + rows, -(top + tl.log2(total)) / scale, mask=rows < n)
+    # Per row, doubles cost nothing. `total` is near 1 under a good shift, so its logarithm has digits far below the last of `top`.
+    tl.store(out + (batch * splits + split) * n + rows, -(top.to(tl.float64) + tl.log2(total)) / scale, mask=rows < n)
 
 
 @triton.jit
@@ -133,7 +150,7 @@ def join_kernel(parts, out, n, splits, eps, SPLITS: tl.constexpr, BLOCK: tl.cons
     split = tl.arange(0, SPLITS)[:, None]
     batch = tl.program_id(1).to(tl.int64)
     scale = 1.4426950408889634 / eps
-    t = tl.load(parts + (batch * splits + split) * n + rows, mask=(split < splits) & (rows < n), other=float("inf")) * -scale  # [S, N]
-    top = tl.maximum(tl.max(t, 0), -1e38)[None, :]
-    s = -(top + tl.log2(tl.sum(tl.exp2(t - top), 0))[None, :]) / scale
+    t = tl.load(parts + (batch * splits + split) * n + rows, mask=(split < splits) & (rows < n), other=float("inf")).to(tl.float64) * -scale
+    top = tl.maximum(tl.max(t, 0), -1e38)[None, :]  # [1, N]
+    s = -(top + tl.log2(tl.sum(tl.exp2((t - top).to(tl.float32)), 0))[None, :]) / scale
     tl.store(out + batch * n + rows, s, mask=rows < n)

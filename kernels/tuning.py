@@ -3,10 +3,18 @@
 A row is found by kernel, architecture, storage of the points, features and rows. The source of every row is bench/static.py:
 of a handful of shapes that compile for that architecture without spills, one with few instructions per pair and, where it can be
 had, two blocks per multiprocessor. These are static counts, not timings: no row has been measured on a GPU yet.
+
+`gpu-ot tune` measures on request, and keeps what was faster in a file (see `cache_file`). Its rows come before the table's on a GPU
+of the same name and architecture, with the same Triton, for sizes near those that were timed.
 """
 
-from dataclasses import dataclass, replace
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import product
+from pathlib import Path
 
 import torch
 import triton
@@ -31,7 +39,7 @@ class Tile:
 # features the tensor cores are the limit, and two blocks per multiprocessor matter more: one multiplies while the other
 # exponentiates. One stage (no prefetch) is the price where two would leave a single block.
 _A, _B, _E = Tile(128, 128, 4, 2), Tile(64, 128, 4, 2), Tile(64, 64, 4, 2)
-_B1, _E1, _F1 = Tile(64, 128, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)
+_A1, _B1, _E1, _F1 = Tile(128, 128, 4, 1), Tile(64, 128, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)
 _WIDE, _WIDE_W = Tile(64, 64, 4, 3), Tile(64, 64, 4, 3, block_c=64)
 
 # (kernel, storage) -> one tile per bucket: 16, 32, 64, 128, 256, wider.
@@ -39,7 +47,8 @@ _HOPPER = {
     ("softmin", "pair"): (_A, _A, _A, _B1, _E, _WIDE),
     ("softmin", "half"): (_A, _A, _A, _A, _B1, _WIDE),
     ("softmin", "tf32"): (_A, _A, _A, _B1, _E, _WIDE),
-    ("apply", "pair"): (_A, _B, _B, _E, Tile(64, 32, 4, 1, 64), _WIDE_W),
+    # 32: three blocks fit with and without prefetching; without, they issue a tenth less and have each other to wait for.
+    ("apply", "pair"): (_A, _B1, _B, _E, Tile(64, 32, 4, 1, 64), _WIDE_W),
     ("apply", "half"): (_A, _B, _B, _B, _B1, _WIDE_W),
     ("apply", "tf32"): (_B, _B, _B, _B1, _E, _WIDE_W),
     ("vector", "pair"): (_A, _A, _A, _B1, _E, _WIDE),
@@ -49,12 +58,12 @@ _HOPPER = {
 # mma.sync keeps the row tile in registers, so tiles are smaller.
 _AMPERE = {
     ("softmin", "pair"): (_A, _B, _B, _E1, _F1, _WIDE),
-    ("softmin", "half"): (_A, _A, _A, _E1, _E1, _WIDE),
-    ("softmin", "tf32"): (_A, _B1, _E1, _E1, _E1, _WIDE),
+    ("softmin", "half"): (_A, _A, _A1, _E1, _E1, _WIDE),
+    ("softmin", "tf32"): (_A, _B1, _E, _E1, _E1, _WIDE),
     ("apply", "pair"): (_B, _E, _E, _F1, Tile(64, 16, 4, 1, 64), Tile(64, 32, 4, 1, 64)),
     ("apply", "half"): (_B, _B, _B, _E1, _E1, _WIDE_W),
     ("apply", "tf32"): (_B, _B, _B, _E1, _E, _WIDE_W),
-    ("vector", "pair"): (_B, _B, _B, _E1, _F1, _WIDE),
+    ("vector", "pair"): (_B, _B, _B, _E1, _F1, _E),
     ("vector", "half"): (_B, _B, _B, _E1, _E1, _WIDE),
     ("vector", "tf32"): (_B, _B, _E1, _E1, _E1, _WIDE),
 }
@@ -80,7 +89,12 @@ TABLE: dict[tuple[str, str, str], tuple[Tile, ...]] = {
 def tile(kernel: str, x: Tensor, parts: int, width: int, n: int) -> Tile:
     """The row for `kernel` ("softmin", "apply", or "vector" for apply with one column) on points stored as x."""
     storage = "pair" if parts == 2 else "tf32" if x.dtype == torch.float32 else "half"
-    return row(kernel, architecture(x), storage, next((b for b in BUCKETS if width <= b), 0), n <= THIN)
+    bucket = next((b for b in BUCKETS if width <= b), 0)
+    if x.is_cuda and (rows := timed().get(machine(x.device), {}).get((kernel, storage, bucket))):
+        near = min(rows, key=lambda size: max(size / n, n / size))
+        if max(near / n, n / near) <= NEAR:
+            return rows[near]
+    return row(kernel, architecture(x), storage, bucket, n <= THIN)
 
 
 def row(kernel: str, arch: str, storage: str, bucket: int, thin: bool) -> Tile:
@@ -113,3 +127,117 @@ def architecture(x: Tensor) -> str:
 @cache
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+# ------------------------------------------------------------------------------------------------ tiles that were timed
+
+ENVIRONMENT = "GPU_OT_TUNING"  # names the file; empty: none is read
+FORMAT = "gpu_ot tiles, 1"
+NEAR = 4  # a timed row answers for sizes up to so many times smaller or larger
+LARGEST_FILE = 2**20  # bytes
+#: What a file may hold. Clouds are padded to multiples of ROWS = 128 (see tiles.py): a block must divide that.
+LEGAL = dict(
+    block_n=(16, 32, 64, 128), block_m=(16, 32, 64, 128), warps=(1, 2, 4, 8), stages=(1, 2, 3, 4, 5), block_c=(16, 32, 64, 128, 256)
+)
+Rows = dict[tuple[str, str, int], dict[int, Tile]]  # (kernel, storage, bucket) -> rows of the problem that was timed -> tile
+
+
+def candidates(kernel: str, arch: str, storage: str, bucket: int, thin: bool) -> list[Tile]:
+    """What `gpu-ot tune` tries: the table's row first, then every square-ish tile. Many will not fit; they are passed over."""
+    found = [row(kernel, arch, storage, bucket, thin)]
+    pieces = (64, 128) if kernel == "apply" and (bucket == 0 or bucket > 64) else (128,)
+    for block_n, block_m, warps, stages, block_c in product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3), pieces):
+        if not (thin and block_n > THIN):
+            found.append(Tile(block_n, block_m, warps, stages, block_c))
+    return list(dict.fromkeys(found))
+
+
+def cache_file() -> Path | None:
+    """$GPU_OT_TUNING, else gpu_ot/tuning.json in the user's cache folder by the XDG convention. None if the variable is empty."""
+    named = os.environ.get(ENVIRONMENT)
+    if named is not None:
+        return Path(named) if named else None
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "gpu_ot" / "tuning.json"
+
+
+@cache
+def machine(device: torch.device) -> str:
+    """What a timing holds for: architecture, device, and the Triton that compiled the kernels."""
+    x = torch.empty(0, device=device)
+    return f"{architecture(x)} | {torch.cuda.get_device_name(device)} | triton {triton.__version__}"
+
+
+@cache
+def timed() -> dict[str, Rows]:
+    """The rows of the file, by machine; read once. A file that is broken or foreign is ignored with a warning, never believed in part."""
+    path = None
+    try:
+        path = cache_file()
+        if path is None or not (path.exists() or os.environ.get(ENVIRONMENT)):
+            return {}
+        return {name: rows for name, (rows, _) in read(path).items()}
+    except (OSError, ValueError, RuntimeError) as problem:  # RuntimeError: no home
+        why = problem.strerror if isinstance(problem, OSError) else problem
+        remedy = f"Delete it (rm {path}), or write it anew with gpu-ot tune" if path and path.exists() else "Write it with gpu-ot tune"
+        warnings.warn(f"the file of timed tiles {path} is ignored: {why}. {remedy}; until then the table serves.", stacklevel=2)
+        return {}
+
+
+def read(path: Path) -> dict[str, tuple[Rows, list[dict]]]:
+    """machine -> (its rows, the same as they stand in the file). ValueError says what is wrong with the file."""
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"it is larger than {LARGEST_FILE} bytes")
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"it is not JSON ({problem})") from None
+    if not isinstance(held, dict) or held.get("format") != FORMAT or not isinstance(held.get("machines"), dict):
+        raise ValueError(f'it does not begin with "format": "{FORMAT}" and "machines"')
+    found: dict[str, tuple[Rows, list[dict]]] = {}
+    for name, rows in held["machines"].items():
+        if not isinstance(rows, list):
+            raise ValueError(f"the rows of {name} are no list")
+        tiles: Rows = {}
+        for entry in rows:
+            key, n, tile = _checked(entry)
+            tiles.setdefault(key, {})[n] = tile
+        found[name] = tiles, rows
+    return found
+
+
+def _checked(entry: object) -> tuple[tuple[str, str, int], int, Tile]:
+    """A row of the file, or ValueError: nothing reaches a launcher that the table could not hold."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{entry!r:.80} is no row")
+    kernel, storage, bucket, n, shape = (entry.get(key) for key in ("kernel", "storage", "bucket", "n", "tile"))
+    if (
+        not (isinstance(kernel, str) and isinstance(storage, str) and (kernel, "sm_90", storage) in TABLE)
+        or type(bucket) is not int
+        or bucket not in BUCKETS
+    ):
+        raise ValueError(f"no kernel is known by kernel = {kernel!r:.40}, storage = {storage!r:.40}, bucket = {bucket!r:.40}")
+    if type(n) is not int or n < 1:
+        raise ValueError(f"n = {n!r:.40} is no number of rows")
+    if not isinstance(shape, dict) or set(shape) != set(LEGAL):
+        raise ValueError(f"{shape!r:.80} is no tile: one has {', '.join(LEGAL)}")
+    for key, allowed in LEGAL.items():
+        if type(shape[key]) is not int or shape[key] not in allowed:
+            raise ValueError(f"{key} = {shape[key]!r:.40} is none of {allowed}")
+    return (kernel, storage, bucket), n, Tile(**shape)
+
+
+def write(path: Path, name: str, rows: list[dict]) -> None:
+    """Adds `rows` of the machine `name` to the file, over older ones of the same problem; all of it or, if that fails, nothing.
+
+    A row: kernel, storage, bucket, n, tile (a Tile), time_ms and table_ms. ValueError if the file there is not one of ours.
+    """
+    machines = {key: kept for key, (_, kept) in read(path).items()} if path.exists() else {}
+    fresh = [entry | {"tile": asdict(entry["tile"])} for entry in rows]
+    replaced = {_checked(entry)[:2] for entry in fresh}
+    machines[name] = [entry for entry in machines.get(name, []) if _checked(entry)[:2] not in replaced] + fresh
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps({"format": FORMAT, "machines": machines}, indent=1), encoding="utf-8")
+    partial.replace(path)
+    timed.cache_clear()

@@ -13,11 +13,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs with TRITON_INTERPRET=1, see test_kernels_static.py", allow_module_level=True)
 pytest.importorskip("triton")
 
-from gpu_ot.kernels import tuning
+from gpu_ot.kernels import scaling, tuning
 from gpu_ot.kernels.apply import apply
-from gpu_ot.kernels.resident import sinkhorn
+from gpu_ot.kernels.resident import iterate, sinkhorn
 from gpu_ot.kernels.softmin import softmin
 from gpu_ot.kernels.tiles import cloud
+
+from gpu_ot import KL, Problem, solve
+from gpu_ot.backends.products import Power, Products
 
 # Overflow is what a bad shift is for; the interpreter says so, a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -193,20 +196,21 @@ def test_points_of_any_scale_keep_their_digits():
         within(softmin(u * scale, v / scale, h, 0.1), naive_softmin, u, v, h, 0.1)
 
 
-def naive_sinkhorn(C, a, b, eps, damp_a, damp_b, g, tol, max_iter):
-    """The loop as the paper has it, in float64: (f, g, iterations, error)."""
+def naive_sinkhorn(C, a, b, eps, tau_a, tau_b, g, tol, max_iter):
+    """The loop as the paper has it, in float64: (f, g, iterations, error, fresh)."""
+    damp_a, damp_b = 1 / (1 + eps / tau_a), 1 / (1 + eps / tau_b)
     for step in range(1, max_iter + 1):
         f = -damp_a * eps * torch.logsumexp((g + eps * b.log() - C) / eps, 1)
         fresh = -damp_b * eps * torch.logsumexp(((f + eps * a.log())[:, None] - C) / eps, 0)
         error = ((b * ((g - fresh) / eps).expm1().abs()).sum() / b.sum()).item()
         if error <= tol or step == max_iter:
-            return f, g, step, error
+            return f, g, step, error, fresh
         g = fresh
 
 
-@pytest.mark.parametrize("damp_a, damp_b", [(1, 1), (0.9, 0.8), (1, 0.5)])
+@pytest.mark.parametrize("tau_a, tau_b", [(INF, INF), (0.9, 0.4), (INF, 0.05)])
 @pytest.mark.parametrize("n, m, eps", [(1, 1, 0.1), (5, 7, 0.1), (63, 40, 0.05), (63, 40, 1e-3), (70, 130, 0.02), (130, 256, 10.0)])
-def test_a_resident_problem_runs_the_same_loop(n, m, eps, damp_a, damp_b):
+def test_a_resident_problem_runs_the_same_loop(n, m, eps, tau_a, tau_b):
     """Same potentials, iterations and error as the naive loop; a problem that stops early leaves the others running."""
     torch.manual_seed(0)
     C, a, b = torch.rand(2, n, m), torch.rand(2, n) + 0.1, torch.rand(2, m) + 0.1
@@ -214,14 +218,16 @@ def test_a_resident_problem_runs_the_same_loop(n, m, eps, damp_a, damp_b):
     if n > 2:
         a[0, 2] = b[0, 3] = 0  # empty atoms have potentials too
     a, b = a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True)
-    f, g, steps, error = sinkhorn(C, a, b, eps, damp_a=damp_a, damp_b=damp_b, tol=1e-4, max_iter=30)
+    f, g, fresh, steps, error = iterate(C, a, b, torch.zeros_like(b), eps, tau_a=tau_a, tau_b=tau_b, tol=1e-4, max_iter=30)
     for k in range(2):
         x, y, z = (t[k].double() for t in (C, a, b))
-        truth = naive_sinkhorn(x, y, z, eps, damp_a, damp_b, torch.zeros_like(z), 1e-4, 30)
+        truth = naive_sinkhorn(x, y, z, eps, tau_a, tau_b, torch.zeros_like(z), 1e-4, 30)
         assert abs(steps[k].item() - truth[2]) <= (abs(truth[3] - 1e-4) < 1e-6), f"{steps[k]} iterations, expected {truth[2]}"
         assert error[k].item() == pytest.approx(truth[3], rel=1e-2, abs=2e-6)
-        for ours, theirs in ((f[k], truth[0]), (g[k], truth[1])):
+        for ours, theirs in ((f[k], truth[0]), (g[k], truth[1]), (fresh[k], truth[4])):
             torch.testing.assert_close(ours, theirs.float(), rtol=2e-6, atol=2e-6 * max(1, eps))
+    for ours, theirs in zip(sinkhorn(C[1], a[1], b[1], eps, tau_a=tau_a, tau_b=tau_b, max_iter=30), (f, g, steps, error), strict=True):
+        assert torch.equal(ours, theirs[1]), "a problem does not depend on its batch"
 
 
 def test_a_resident_problem_starts_where_it_is_told():
@@ -234,3 +240,93 @@ def test_a_resident_problem_starts_where_it_is_told():
     torch.testing.assert_close(again, f)
     P = a[:, None] * b * ((f[:, None] + g - C) / 0.05).exp()
     assert (P.sum(1) - a).abs().sum() <= 1e-5 and (P.sum(0) - b).abs().sum() <= 1.1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tau", [INF, 2.0, 0.01])
+@pytest.mark.parametrize(
+    "n, m, batch, processors",
+    [
+        *((1, 1, (), 1), (63, 257, (), 3), (130, 100, (), 4), (40, 1, (), 2), (1, 40, (), 2)),
+        *((21, 5000, (), 1), (67, 33, (3,), 8), (5, 7, (2, 2), 1)),
+    ],
+)
+def test_both_products_from_one_read(monkeypatch, n, m, batch, processors, tau, dtype):
+    """Entries and weights of any size, dropped entries, empty atoms; rows that no program's share or tile divides."""
+    monkeypatch.setattr(tuning, "processors", lambda device: processors)
+    torch.manual_seed(n + m)
+    K = torch.rand(*batch, n, m, dtype=torch.float64).mul(-30).exp()
+    K[torch.rand_like(K) < 0.2] = 0
+    K[..., 0] = 1
+    w, a = (10 ** (-12 * torch.rand(*batch, size, dtype=torch.float64)) for size in (m, n))
+    if m > 1:
+        w[..., 1] = 0
+    if n > 1:
+        a[..., 1] = 0
+    K, w, a = (z.to(dtype) for z in (K, w, a))
+    power = None if tau == INF else Power.damped(100 * torch.rand(*batch, n, dtype=torch.float64) - 50, tau, 0.1 if tau == 2.0 else 5.0)
+    products = Products(K)
+    assert not products.whole_rows, "a CPU is not asked to interpret kernels"
+    peer = products.both(w, a, power)
+    wide = Products(K.double()).both(w.double(), a.double(), power)
+    products.whole_rows = True
+    ours = products.both(w, a, power)
+    slack = 5e-7 if dtype == torch.float32 else 2e-13
+    for name, mine, torchs, right in zip("st", ours, peer, wide, strict=True):
+        assert mine.shape == right.shape and mine.dtype == dtype
+        worst, budget = (((z - right).abs() / right.abs().clamp_min(1e-300)).max().item() for z in (mine, torchs))
+        assert worst <= 2 * budget + slack, f"{name} off by {worst:.2e}, torch by {budget:.2e}"
+    for again, mine in zip(products.both(w, a, power), ours, strict=True):
+        assert torch.equal(again, mine), "sums come in the same order each time"
+
+
+@pytest.mark.parametrize("m, dtype", [(16384, torch.float32), (8192, torch.float64)])
+def test_the_longest_rows_that_fit(m, dtype):
+    K, w, a = torch.rand(3, m, dtype=dtype), torch.rand(m, dtype=dtype), torch.rand(3, dtype=dtype)
+    s, t = scaling.both(K, w, a)
+    tight = 1e-5 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(s, K @ w, rtol=tight, atol=0)
+    torch.testing.assert_close(t, K.T @ (a / s), rtol=tight, atol=0)
+    longer = torch.rand(2, m + 1, dtype=dtype)
+    assert not scaling.fits(longer)
+    with pytest.raises(ValueError, match="64 KiB"):
+        scaling.both(longer, longer[0], longer[:, 0])
+
+
+def test_vectors_that_share_a_kernel_stay_a_product_of_matrices():
+    products = Products(torch.rand(6, 9))
+    products.whole_rows = True
+    w, a = torch.rand(4, 9), torch.rand(4, 6)
+    torch.testing.assert_close(products.both(w, a, None), (w @ products.K.T, (a / (w @ products.K.T)) @ products.K))
+
+
+def test_a_sum_that_is_not_a_number_stays_visible():
+    """Sums that vanish or overflow reach the caller, who looks at them to decide whether a product can be trusted."""
+    K = torch.tensor([[0.0, 0.0], [1e38, 1e38], [1.0, 1.0]])
+    s, t = scaling.both(K, torch.tensor([10.0, 10.0]), torch.ones(3))
+    assert s[0] == 0 and s[1] == INF and s[2] == 20 and not t.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("penalty", [KL(), KL(0.3)], ids=str)
+def test_a_dense_solve_by_whole_rows(monkeypatch, penalty, batch, dtype):
+    """The iterations of a stored matrix with this kernel for its products, against the readable form of the same."""
+    calls, init, kernel = [], Products.__init__, scaling.both
+
+    def asked(self, K):
+        init(self, K)
+        self.whole_rows = True
+
+    monkeypatch.setattr(Products, "__init__", asked)
+    monkeypatch.setattr(scaling, "both", lambda *given: calls.append(given) or kernel(*given))
+    monkeypatch.setattr(tuning, "processors", lambda device: 2)
+    torch.manual_seed(0)
+    a = torch.rand(30, dtype=torch.float64)
+    a[3] = 0
+    asking = Problem(torch.rand(*batch, 30, 41, dtype=dtype), 0.005, a / a.sum(), None, penalty)
+    ours, theirs = (solve(asking, backend=name, tol=0.0, max_iter=41) for name in ("dense", "softmin"))
+    assert calls or not penalty.balanced
+    tight = 2e-7 if dtype == torch.float32 else 1e-14
+    for name in ("value", "f", "g"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=tight, atol=tight)

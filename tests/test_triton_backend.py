@@ -105,6 +105,23 @@ def test_every_cost_that_folds(name):
 
 
 @interpreted
+def test_a_softmin_keeps_the_digits_that_float32_would_drop():
+    """At a large eps every column counts, and the roundings of a sum average out below that of its logarithm."""
+    x, y = clouds(60, 70, 3)
+    ours, _, truth = pair(x, y, eps=1.0)
+    h = potentials(60, 70)
+    right = truth.softmin(h, 1.0)
+    ours.softmin(h, 1.0)
+    near, top = ours._centred(h)
+    rows, columns = ours.rows, ours.columns
+    s = streamed_softmin(*rows.stored, *columns.stored, rows.form, "fp32", 60, near, (rows.last + top).float(), None, 1.0)
+    assert s.dtype == torch.float64
+    kept, rounded = ((rows.offset + z.double() - top - right).square().mean().sqrt() for z in (s, s.float()))
+    print(f"error {kept:.1e}, in float32 {rounded:.1e}")
+    assert kept < 0.9 * rounded
+
+
+@interpreted
 def test_far_off_centre():
     """Clouds of unit size at distance 1e4: what float32 has kept of the points is kept."""
     x, y = clouds(50, 60, 3, centre=1e4)
@@ -164,6 +181,123 @@ def test_batches_broadcast_weights_and_extra_potentials():
     within(ours.plan(k, h, 0.2).double(), peer.plan(k, h, 0.2).double(), truth.plan(k, h, 0.2), "plan of a batch")
 
 
+def ragged(sizes, d):
+    """Clouds padded with zeros to the largest, and their weights; and the problems alone."""
+    n, m = (max(side) for side in zip(*sizes, strict=True))
+    x, y = clouds(n, m, d, len(sizes))
+    a, b = weights(n, len(sizes)), weights(m, len(sizes))
+    for k, (rows, columns) in enumerate(sizes):
+        a[k, rows:], b[k, columns:] = 0, 0
+        x[k, rows:], y[k, columns:] = 0, 0
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    alone = [(x[k, :i], y[k, :j], a[k, :i], b[k, :j]) for k, (i, j) in enumerate(sizes)]
+    return (x, y, a, b), alone
+
+
+@interpreted
+@pytest.mark.parametrize("d", [3, 40])
+def test_a_ragged_batch_is_each_problem_alone(monkeypatch, d):
+    """Softmin in both directions, apply, and a solve with its gradient; padding of many tiles on either side, and of none."""
+    sizes = [(70, 5), (6, 140), (1, 1)]
+    (x, y, a, b), alone = ragged(sizes, d)
+    x.requires_grad_()
+    problem = Problem(SqEuclidean(x, y), 0.2, a, b)
+    ours = Streaming(problem)
+    monkeypatch.setattr(sys.modules[solve.__module__], "bind", lambda problem, *_: Streaming(problem))
+    solution = solve(problem, tol=0.0, max_iter=6, check_every=5)
+    (slope,) = torch.autograd.grad(solution.value.sum(), x)
+    h, k = weigh(solution.g.detach(), problem.b, 0.2), weigh(solution.f.detach(), problem.a, 0.2)
+    v = torch.randn(*y.shape[:2], 2)
+    with torch.no_grad():
+        s, t, p = ours.softmin(h, 0.2), ours.T.softmin(k, 0.2), ours.apply(k, h, 0.2, v.double())
+        whole = Dense(problem.cost.to(torch.float64).dense()).softmin(h, 0.2)
+    assert (s - whole).abs().max() < 1e-5 * whole.abs().max(), "empty atoms keep their softmin"
+    for q, (each, (i, j)) in enumerate(zip(alone, sizes, strict=True)):
+        points = each[0].detach().requires_grad_(), each[1]
+        lone = Problem(SqEuclidean(*points), 0.2, *each[2:])
+        geometry = Streaming(lone)
+        theirs = solve(lone, tol=0.0, max_iter=6, check_every=5)
+        (right,) = torch.autograd.grad(theirs.value, points[0])
+        with torch.no_grad():
+            pairs = {
+                "softmin": (s[q, :i], geometry.softmin(h[q, :j], 0.2)),
+                "its transpose": (t[q, :j], geometry.T.softmin(k[q, :i], 0.2)),
+                "apply": (p[q, :i], geometry.apply(k[q, :i], h[q, :j], 0.2, v[q, :j].double())),
+                "value": (solution.value[q], theirs.value),
+                "f": (solution.f[q, :i], theirs.f),
+                "gradient": (slope[q, :i], right),
+            }
+            for name, (one, other) in pairs.items():
+                # Both are right to about 1e-6 of their size, see above; a batch has another centre than one problem.
+                worst = (one - other).abs().max().item() / max(1.0, other.abs().max().item())
+                assert worst < 5e-6, f"{name} of {q} differs by {worst:.1e}"
+        assert (slope[q, i:] == 0).all() and (p[q, i:] == 0).all()
+
+
+@interpreted
+def test_gradients_of_empty_atoms_are_not_skipped():
+    """The softmin of an atom without weight, and its slope: lengths are read off h and k, not off the weights."""
+    (_, _, a, b), _ = ragged([(140, 20), (20, 140)], 3)
+    x, y = clouds(140, 140, 3, 2)
+    problem = Problem(SqEuclidean(x, y), 0.2, a, b)
+    ours, truth = Streaming(problem), Dense(problem.cost.to(torch.float64).dense())
+    h = torch.randn(2, 140).double()
+    within(ours.softmin(h, 0.2), Dense(problem.cost.dense()).softmin(h, 0.2), truth.softmin(h, 0.2), "softmin of all columns")
+    s, w = truth.softmin(weigh(h, problem.b, 0.2), 0.2), torch.randn(2, 140).double()
+    P, (_, _, p, q) = truth.plan(s, weigh(h, problem.b, 0.2), 0.2), ours.inputs
+    mine = ours.pull_back(s, weigh(h, problem.b, 0.2), 0.2, w)
+    for one, other in zip(
+        mine, (w * P.sum(-1), (P.mT @ w[..., None])[..., 0], -w[..., None] * (P @ q), -P.mT @ (w[..., None] * p)), strict=True
+    ):
+        torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-5, atol=1e-5 * other.abs().max().item())
+
+
+@interpreted
+@pytest.mark.parametrize("processors", [1, 64])
+@pytest.mark.parametrize("d", [3, 40])
+def test_tiles_of_padding_are_not_visited(monkeypatch, d, processors):
+    """Poisoned points show who reads them: whole tiles of padding may hold NaN, whether or not the columns are split."""
+    from gpu_ot.kernels import tuning
+    from gpu_ot.kernels.apply import apply
+    from gpu_ot.kernels.softmin import softmin
+    from gpu_ot.kernels.tiles import cloud
+
+    monkeypatch.setattr(tuning, "processors", lambda device: processors)
+    tile = tuning.Tile(64, 64, 4, 2)
+    n, m, eps = 128, 512, 0.3
+    x, y = clouds(n, m, d, 3)
+    h, k, v = torch.randn(3, m), torch.randn(3, n), torch.randn(3, m, 4)
+    rows, columns = torch.tensor([128, 64, 30], dtype=torch.int32), torch.tensor([512, 64, 250], dtype=torch.int32)
+    for b in range(3):
+        h[b, columns[b] :], k[b, rows[b] :] = -torch.inf, -torch.inf
+    u, w = cloud(x), cloud(y)
+    splits, _ = tuning.split(n, m, 3, tile, u.data)
+    assert (splits > 1) == (processors > 1)
+    expected = softmin(u, w, h, eps, tile=tile)
+    plans = [apply(u, w, k, h, eps, each, tile=tile) for each in (v, v[..., :1], *([w] if not w.packed else []))]
+    for b, used in enumerate((512, 64, 256)):  # the last tile that is visited is visited whole
+        w.data[b, used:] = torch.nan
+        v[b, used:] = torch.nan
+    for shift in (None, expected):
+        s = softmin(u, w, h, eps, shift=shift, columns_used=columns, tile=tile)
+        torch.testing.assert_close(s, expected, rtol=1e-6, atol=1e-6)
+    lengths = dict(rows_used=rows, columns_used=columns, tile=tile)
+    matrix = cloud(v.nan_to_num(nan=0.0), weights=True)
+    for b, used in enumerate((512, 64, 256)):
+        matrix.data[b, used:] = torch.nan
+    for each, plan in zip((matrix, v[..., :1], w), plans, strict=False):
+        torch.testing.assert_close(apply(u, w, k, h, eps, each, **lengths), plan, rtol=1e-5, atol=1e-6)
+    # Of a block of empty rows only the first tile is visited: the NaN of the second reaches its neighbours alone.
+    w.data[1, :] = torch.nan_to_num(w.data[1, :])
+    w.data[1, 64:128] = torch.nan
+    k[1], columns[1] = 0.0, 128
+    k[1, 64:], h[1, 64:128] = -torch.inf, 0.0
+    out = apply(u, w, k, h, eps, torch.ones(3, m, 1), **lengths)[1, :, 0]
+    if splits == 1:
+        assert out[:64].isnan().all() and (out[64:] == 0).all()
+    assert softmin(u, w, h, eps, columns_used=columns, tile=tile)[1].isnan().all(), "of a softmin, all rows are asked for"
+
+
 @interpreted
 @pytest.mark.parametrize("tau", [float("inf"), 1.0])
 @pytest.mark.parametrize("n, m, d", [(1, 1, 1), (63, 70, 3), (40, 33, 17)])
@@ -207,10 +341,13 @@ def test_operators_are_fit_for_torch_compile(d):
     given = (*ours.rows.stored, *ours.columns.stored, ours.rows.form, "fp32", 20)
     h, k = torch.randn(2, 25), torch.randn(2, 20)
     checks = ("test_schema", "test_faketensor")
+    used = torch.tensor([20, 7], dtype=torch.int32)
     for shift in (None, k):
-        torch.library.opcheck(streamed_softmin, (*given, h, shift, 0.1), test_utils=checks)
+        for lengths in (None, used):
+            torch.library.opcheck(streamed_softmin, (*given, h, shift, lengths, 0.1), test_utils=checks)
     for w in (torch.randn(2, 25, 1), torch.randn(2, 25, 4), *([None] if d > 10 else [])):
-        torch.library.opcheck(streamed_apply, (*given, k, h, w, 0.1), test_utils=checks)
+        for lengths in (None, used):
+            torch.library.opcheck(streamed_apply, (*given, k, h, w, lengths, lengths, 0.1), test_utils=checks)
 
 
 @interpreted
@@ -229,6 +366,21 @@ def test_the_graph_does_not_break():
     expected = two_steps(g)
     for one, other in zip(torch.compile(two_steps, backend="eager", fullgraph=True)(g), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "kernel, precision, d", [("softmin", "fp32", 20), ("vector", "tf32", 3), ("apply", "fp32", 20), ("apply", "fp32", 3)]
+)
+def test_what_tune_times_runs_with_any_tile(kernel, precision, d):
+    from gpu_ot.kernels import trial, tuning
+
+    calls = trial.Trial(kernel, precision, 70, d).calls(torch.device("cpu"))
+    assert len(calls) == (2 if kernel == "softmin" or (kernel == "apply" and d > 10) else 1)
+    for call in calls:
+        found = [call(tuning.Tile(64, block_m, 4, 2)) for block_m in (32, 128)]
+        assert found[0].isfinite().all()
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4 * found[0].abs().max().item())
 
 
 class Recorded(TorchDispatchMode):

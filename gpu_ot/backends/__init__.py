@@ -12,12 +12,18 @@ from ..geometry import Geometry
 from ..problem import Problem, vector_dtype
 from . import chunked, keops
 from .dense import Absorbed, Dense
+from .resident import Resident
 
 #: What `auto` may spend on the two n-by-m arrays of "dense": n = m = 5800 in float32, 4100 in float64. With the 250 MB that torch itself
 #: takes, a solve stays within half a gigabyte (a gradient that reaches the points needs about five more such arrays). Time would
 #: allow far more: measured on 2 cores at d = 3, an iteration on stored arrays takes 0.2 ns a pair. Forming the cost anew takes
 #: 1.3 in blocks, 3 for one that does not fold, 17 for a formula of all coordinates; KeOps takes 10, 7 and 6.
 DENSE_BYTES = 2**28
+
+#: Up to this many rows and columns a problem is one program's work on a GPU. Not timed, but counted from the compiled kernel: 24 slots
+#: a pair and iteration are 6 us of one multiprocessor at 256 by 256, where the other machines launch ten kernels of 2-5 us each. At
+#: 1024 by 1024 it is 100 us, which only many problems at once would gain from; a measurement may move this.
+RESIDENT = 256
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ def _block_bytes(problem: Problem) -> int:
 #: written in papers, the truth in tests.
 BACKENDS = {
     "dense": Backend(lambda problem: None, lambda problem: Absorbed(problem.cost.dense()), lambda problem: 2 * _matrix_bytes(problem)),
+    "resident": Backend(Resident.refuse, lambda problem: Resident(problem.cost.dense()), Resident.memory),
     "triton": Backend(_refuse_triton, _bind_triton, lambda problem: 2 * _cloud_bytes(problem)),
     "chunked": Backend(
         chunked.refuse,
@@ -104,8 +111,17 @@ def _fits(problem: Problem) -> bool:
     return BACKENDS["dense"].memory(problem) <= DENSE_BYTES
 
 
+def _small(problem: Problem) -> bool:
+    return max(problem.shape[-2:]) <= RESIDENT and (_fits(problem) or isinstance(problem.cost, Matrix))
+
+
 #: The first that holds and is not refused. "dense" serves everything, so the last is never out of answers.
 RULES = (
+    Rule(
+        lambda p: _on(p, "cuda") and _small(p),
+        "resident",
+        "the problems are so small that launches take longer than the work, and one launch runs many iterations of all of them",
+    ),
     Rule(lambda p: isinstance(p.cost, Matrix), "dense", "the cost is a matrix that is in memory already"),
     Rule(
         _fits,
@@ -179,8 +195,10 @@ def _choose(problem: Problem) -> tuple[Rule, list[Rule]]:
 def _passed_over(name: str, problem: Problem) -> str:
     if name == "softmin":
         return 'the readable form of "dense", for tests: slower, and never chosen'
+    if name == "resident":
+        return f"for problems of up to {RESIDENT} by {RESIDENT} on a GPU"
     if name == "dense":
-        return "slower than streaming on this device" if _fits(problem) else f"its n-by-m arrays exceed {DENSE_BYTES >> 20} MiB"
+        return "slower on this device" if _fits(problem) else f"its n-by-m arrays exceed {DENSE_BYTES >> 20} MiB"
     if name == "keops":
         return "slower here, and each new formula waits for a compiler"
     return "slower while the n-by-m arrays fit in memory" if _fits(problem) else "slower for this cost on this device"

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry, weigh
-from ..penalties import Penalty
+from ..penalties import KL, Penalty
 from ..problem import Problem
 from ..vectors import exp, log
-from .products import Products, by_rows
+from .products import Power, Products, Scaling, by_rows
 
 
 class Dense(Geometry):
@@ -106,6 +106,7 @@ class Absorbed(Dense):
                 done += step
                 self.trust = min(2 * self.trust, 64)
                 continue
+            self.extra += 2 * step
             if just_absorbed and step == 1:
                 f, g, fresh = super().advance(problem, g, eps, 1)
                 done += 1
@@ -192,6 +193,7 @@ class Absorbed(Dense):
             block = K[..., rows, :].copy_(self._gaps(g0, rows).add_(f0[..., rows].unsqueeze(-1)).div_(eps))
             torch.threshold_(block, self.log_dropped, -math.inf).exp_()
         self.kernel, self.f0, self.g0, self.eps = Products(K), f0, g0, eps
+        self.extra += 1
 
     def _multiply(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """k iterations by products alone; None when some sum left the range in which it is exact to rounding."""
@@ -200,7 +202,7 @@ class Absorbed(Dense):
         rows = _HalfStep(problem.penalties[0], self.f0, eps)
         columns = _HalfStep(problem.penalties[1], self.g0, eps)
         w = exp((weigh(g, problem.b, eps) - self.g0) / eps).to(self.dtype)  # column weights times scalings
-        scaling = None if problem.penalties[0].balanced else rows.scaling
+        scaling = rows.formula()
         s, t = self.kernel.both(w, a, scaling)
         before = None
         for _ in range(k - 1):
@@ -254,6 +256,12 @@ class _HalfStep:
     def potential(self, sums: Tensor, part: slice = slice(None)) -> Tensor:
         offset = self.offset[..., part]
         return self.penalty.damp(offset - self.eps * log(sums.to(offset.dtype)), self.eps)
+
+    def formula(self) -> Scaling:
+        """The scaling in the simplest form that it has: Products knows two of them by name."""
+        if self.penalty.balanced:
+            return None
+        return Power.damped(self.offset, self.penalty.tau, self.eps) if isinstance(self.penalty, KL) else self.scaling
 
     def scaling(self, sums: Tensor, part: slice = slice(None)) -> Tensor:
         if self.penalty.balanced:  # damp is the identity: no logarithm needed

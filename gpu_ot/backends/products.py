@@ -2,17 +2,22 @@
 
 On a CPU, torch runs a lone matrix-vector product on one core. A kernel that fits the last cache is therefore posed as a batch, one
 part a core; a larger one is shared out to threads in blocks of rows that are still in a core's own cache when their sums are
-known, so that they give their column contributions without a second trip to memory.
+known, so that they give their column contributions without a second trip to memory. On a GPU one kernel does the same with whole rows
+in registers, where rows fit there and u is a formula that it knows: 1 / s, or a `Power`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..vectors import exp, log
 
 #: Below this many entries a product takes less time than waking another core.
 LONE_ENTRIES = 2**17
@@ -26,6 +31,24 @@ BLOCK_BYTES = 2**20
 Scaling = Callable[[Tensor, slice], Tensor] | None
 
 
+@dataclass(frozen=True)
+class Power:
+    """The scaling u = s^-p exp(c), a form that kernels can be told: what KL(tau) makes of the sums of a kernel absorbed at f0.
+
+    From u = exp((damp(f0 - eps log s) - f0) / eps) with damp(f) = f tau / (tau + eps): p = tau / (tau + eps), c = -f0 / (tau + eps).
+    """
+
+    p: Tensor  # (1,) float64
+    c: Tensor  # (*batch, n) float64
+
+    @classmethod
+    def damped(cls, f0: Tensor, tau: float, eps: float) -> Power:
+        return cls(f0.new_full((1,), 1 / (1 + eps / tau)), f0 / -(tau + eps))
+
+    def __call__(self, sums: Tensor, rows: slice) -> Tensor:
+        return exp(self.c[..., rows] - self.p * log(sums.to(self.c.dtype))).to(sums.dtype)
+
+
 class Products:
     """A kernel K (n, m), shared by any batch of vectors, or (*batch, n, m)."""
 
@@ -36,11 +59,15 @@ class Products:
         self.lone = K.ndim == 2 and K.device.type == "cpu"
         large = self.lone and self.cores > 1 and K.numel() * K.itemsize > CACHED_BYTES
         self.pool = ThreadPoolExecutor(self.cores - 1) if large else None
+        self.whole_rows = K.device.type == "cuda" and _has_kernel(K)
 
     def both(self, w: Tensor, a: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
         """s = K w (*batch, n) and t = K^T (a u) (*batch, m), where u = scaling(s)."""
         if self.pool is not None and w.ndim == 1:
             return self._in_one_read(self.pool, w, a, scaling)
+        # Vectors that share a kernel are a product of matrices instead, which reads it for all of them at once.
+        if self.whole_rows and w.shape[:-1] == self.K.shape[:-2] and (scaling is None or isinstance(scaling, Power)):
+            return self._by_whole_rows(w, a, scaling)
         s = self.rows(w)
         return s, self.columns(a / s if scaling is None else a * scaling(s, slice(None)))
 
@@ -63,6 +90,14 @@ class Products:
         t = torch.bmm(u[:even].view(cores, 1, -1), K[:even].view(cores, -1, K.shape[1])).sum((0, 1))
         return t if even == len(K) else t + u[even:] @ K[even:]
 
+    def _by_whole_rows(self, w: Tensor, a: Tensor, scaling: Power | None) -> tuple[Tensor, Tensor]:
+        from ..kernels.scaling import both  # pyright: ignore[reportMissingImports]
+
+        n, m = self.K.shape[-2:]
+        power = None if scaling is None else (scaling.p, scaling.c.reshape(-1, n))
+        s, t = both(self.K.reshape(-1, n, m), w.reshape(-1, m), a.reshape(-1, n), power)
+        return s.view(a.shape), t.view(w.shape)
+
     def _in_one_read(self, pool: ThreadPoolExecutor, w: Tensor, a: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
         # numpy's products, on the same memory: they let the other threads run, and so little else does that they seldom wait.
         (n, m), K, vector, weights = self.K.shape, self.K.numpy(), w.numpy(), a.numpy()
@@ -81,6 +116,19 @@ class Products:
         rest = [pool.submit(share, part) for part in others]
         t = sum((part.result() for part in rest), start=share(own))
         return s, torch.from_numpy(t)
+
+
+def _has_kernel(K: Tensor) -> bool:
+    """Whether the kernel that reads K once can be had here, and a row of K fits in it."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if K.device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(K.device) < (8, 0):
+        return False  # older than what it is compiled for
+    try:
+        from ..kernels.scaling import fits  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    return fits(K)
 
 
 def by_rows(stop: int, block: int, start: int = 0) -> Iterator[slice]:

@@ -98,7 +98,7 @@ class Streaming(Geometry):
         near, top = self._centred(h)
         # The last potential of this side stands in for the running maximum. The kernel notices a bad guess and pays with time only.
         shift = (rows.last + top).float() if rows.last is not None and rows.eps == eps else None
-        s = streamed_softmin(*rows.stored, *columns.stored, rows.form, self.precision, rows.n, near, shift, eps)
+        s = streamed_softmin(*rows.stored, *columns.stored, rows.form, self.precision, rows.n, near, shift, _used(near), eps)
         last = s.to(top.dtype) - top
         rows.eps, rows.last = eps, last
         return (rows.offset + last).view(*self.batch, rows.n).to(h.dtype)
@@ -123,7 +123,9 @@ class Streaming(Geometry):
         narrow = wide.float()
         lost = (wide - narrow).nan_to_num(nan=0.0)  # an empty atom: -inf - -inf
         w = None if v is None else self._flat(v, 2).float()
-        out = streamed_apply(*rows.stored, *columns.stored, rows.form, self.precision, rows.n, narrow, near, w, eps)
+        out = streamed_apply(
+            *rows.stored, *columns.stored, rows.form, self.precision, rows.n, narrow, near, w, _used(narrow), _used(near), eps
+        )
         out = out.to(wide.dtype) * (lost / eps).exp().unsqueeze(-1)
         return out.view(*self.batch, *out.shape[1:]).to(h.dtype)
 
@@ -204,6 +206,18 @@ class Streaming(Geometry):
         return z.expand(*self.batch, *last).reshape(-1, *last).to(self.rows.offset.dtype)
 
 
+def _used(h: Tensor) -> Tensor | None:
+    """(B,) int32: the number of atoms up to the last that is not empty. None for a single problem.
+
+    A batch of ragged problems is padded with empty atoms, h = -inf, and a sweep ends where they begin. Read off h, on the device, and
+    not off the weights: the potentials of empty atoms are defined, and gradients may sum over them.
+    """
+    if h.shape[0] == 1:
+        return None
+    ends = torch.arange(1, h.shape[-1] + 1, dtype=torch.int32, device=h.device)
+    return torch.where(h != -math.inf, ends, 0).amax(-1)  # NaN is no empty atom
+
+
 _NO_FOLD = (
     "its cost is not alpha_i + beta_j - <u_i, v_j>, as squared Euclidean, cosine and dot costs and their sums with weights >= 0 are. "
     "Where |x - y|^2 serves as well as the cost at hand, use SqEuclidean."
@@ -274,36 +288,44 @@ class _Captured:
 _CLOUDS = "Tensor u, Tensor unit_u, Tensor v, Tensor unit_v, int[] form, str precision, int n"
 
 
-@torch.library.custom_op("gpu_ot::softmin", mutates_args=(), schema=f"({_CLOUDS}, Tensor h, Tensor? shift, float eps) -> Tensor")
+@torch.library.custom_op(
+    "gpu_ot::softmin", mutates_args=(), schema=f"({_CLOUDS}, Tensor h, Tensor? shift, Tensor? columns_used, float eps) -> Tensor"
+)
 def streamed_softmin(
     u: Tensor, unit_u: Tensor, v: Tensor, unit_v: Tensor, form: Sequence[int], precision: str, n: int,
-    h: Tensor, shift: Tensor | None, eps: float,
+    h: Tensor, shift: Tensor | None, columns_used: Tensor | None, eps: float,
 ) -> Tensor:  # fmt: skip
-    """(B, n) float32 from h (B, m): gpu_ot.kernels.softmin on stored clouds."""
+    """(B, n) float64 from h (B, m): gpu_ot.kernels.softmin on stored clouds."""
     from ..kernels.softmin import softmin  # pyright: ignore[reportMissingImports]
 
-    return softmin(_cloud(u, unit_u, n, form, precision), _cloud(v, unit_v, h.shape[-1], form, precision), h, eps, shift=shift)
+    rows, columns = _cloud(u, unit_u, n, form, precision), _cloud(v, unit_v, h.shape[-1], form, precision)
+    return softmin(rows, columns, h, eps, shift=shift, columns_used=columns_used, wide=True)
 
 
 @streamed_softmin.register_fake
-def _(u, unit_u, v, unit_v, form, precision, n, h, shift, eps):  # type: ignore[no-untyped-def]
-    return h.new_empty((u.shape[0], n), dtype=torch.float32)
+def _(u, unit_u, v, unit_v, form, precision, n, h, shift, columns_used, eps):  # type: ignore[no-untyped-def]
+    return h.new_empty((u.shape[0], n), dtype=torch.float64)
 
 
-@torch.library.custom_op("gpu_ot::apply", mutates_args=(), schema=f"({_CLOUDS}, Tensor k, Tensor h, Tensor? w, float eps) -> Tensor")
+@torch.library.custom_op(
+    "gpu_ot::apply",
+    mutates_args=(),
+    schema=f"({_CLOUDS}, Tensor k, Tensor h, Tensor? w, Tensor? rows_used, Tensor? columns_used, float eps) -> Tensor",
+)
 def streamed_apply(
     u: Tensor, unit_u: Tensor, v: Tensor, unit_v: Tensor, form: Sequence[int], precision: str, n: int,
-    k: Tensor, h: Tensor, w: Tensor | None, eps: float,
+    k: Tensor, h: Tensor, w: Tensor | None, rows_used: Tensor | None, columns_used: Tensor | None, eps: float,
 ) -> Tensor:  # fmt: skip
     """(B, n, c) float32 from k (B, n), h (B, m) and w (B, m, c), or the points of v where w is None: gpu_ot.kernels.apply."""
     from ..kernels.apply import apply  # pyright: ignore[reportMissingImports]
 
     columns = _cloud(v, unit_v, h.shape[-1], form, precision)
-    return apply(_cloud(u, unit_u, n, form, precision), columns, k, h, eps, columns if w is None else w, precision=precision)
+    rows, w = _cloud(u, unit_u, n, form, precision), columns if w is None else w
+    return apply(rows, columns, k, h, eps, w, precision=precision, rows_used=rows_used, columns_used=columns_used)
 
 
 @streamed_apply.register_fake
-def _(u, unit_u, v, unit_v, form, precision, n, k, h, w, eps):  # type: ignore[no-untyped-def]
+def _(u, unit_u, v, unit_v, form, precision, n, k, h, w, rows_used, columns_used, eps):  # type: ignore[no-untyped-def]
     return h.new_empty((u.shape[0], n, form[0] if w is None else w.shape[-1]), dtype=torch.float32)
 
 

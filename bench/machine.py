@@ -1,0 +1,91 @@
+"""The machine a benchmark runs on, and what the chip needs at least. Importing it settles the environment: before Triton, once."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default flips in Triton 3.10 and changes numerics
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes three quarters of the memory
+DRY = "--dry" in sys.argv
+if DRY:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: it decides once
+START = time.monotonic()  # importing torch takes seconds
+
+import torch  # noqa: E402
+
+DEVICE = torch.device("cpu" if DRY else "cuda")
+EPS = 0.1
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+#: (n = m, d) of the timings per iteration, the most telling first.
+CASES = [(10_000, 64), (50_000, 64), (1_000, 64), (10_000, 3), (50_000, 3), (1_000, 3), (10_000, 512)]
+if DRY:
+    CASES = [(40, 3), (40, 16)]
+PACKAGES = ("torch", "triton", "gpu_ot", "pot", "geomloss", "pykeops", "flash-sinkhorn", "ott-jax", "jax", "numpy")
+
+
+def synchronize() -> None:
+    if not DRY:
+        torch.cuda.synchronize()
+
+
+def empty_cache() -> None:
+    if not DRY:
+        with contextlib.suppress(Exception):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+
+def environment() -> dict[str, Any]:
+    def version(name: str) -> str | None:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+        return None
+
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = None
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    found: dict[str, Any] = {name: version(name) for name in PACKAGES}
+    found |= {"commit": commit, "python": platform.python_version(), "dry": DRY, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    if not DRY:
+        gpu = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": gpu.name,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "processors": gpu.multi_processor_count,
+            "clock_ghz": clock_hz(gpu) / 1e9,
+            "memory_mib": gpu.total_memory // 2**20,
+            "cuda": torch.version.cuda,
+        }
+    return found
+
+
+def clock_hz(gpu: Any) -> float:
+    return 1e3 * getattr(gpu, "clock_rate", 1.98e6)  # older torch does not tell: an H200's
+
+
+#: Floating operations of a half-precision tensor instruction per clock and multiprocessor; tf32 runs at half of it.
+HALF_FLOPS = {8: 2048, 9: 4096, 10: 8192}
+
+
+def floor_ms(n: int, m: int, d: int, precision: str, sweeps: float = 1.0) -> float | None:
+    """The longest of three: 16 exp2 a clock and multiprocessor, 5 fp32 instructions a pair of 128, and the products.
+
+    "fp32" makes three half-precision products of a pair, and one of up to 64 packed features when d <= 10.
+    """
+    if DRY:
+        return None
+    gpu = torch.cuda.get_device_properties(0)
+    per_clock = gpu.multi_processor_count * clock_hz(gpu)
+    width = max(16, 1 << (d - 1).bit_length())
+    halves = {"fp32": 2 * (16 if d <= 2 else 32 if d <= 5 else 64) if d <= 10 else 6 * width, "tf32": 4 * width}.get(precision, 2 * width)
+    tensor = halves / HALF_FLOPS.get(gpu.major, 4096)
+    return 1e3 * sweeps * n * m * max(1 / 16, 5 / 128, tensor) / per_clock

@@ -1,0 +1,87 @@
+"""What the contests time of gpu_ot, and the plain torch beside it. Each returns a call that takes no arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from machine import DEVICE, EPS
+
+
+def randn_clouds(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    return torch.randn(n, d, generator=gen).to(DEVICE), torch.randn(n, d, generator=gen).to(DEVICE)
+
+
+def iterations(x: torch.Tensor, y: torch.Tensor, precision: str, iterations: int) -> Callable[[], Any]:
+    """The kernels alone, alternating, clouds prepared in the call as a user's would be."""
+    from gpu_ot.kernels.softmin import softmin
+    from gpu_ot.kernels.tiles import cloud
+
+    def run() -> torch.Tensor:
+        beta = y.square().sum(-1)
+        u, v = cloud(2**0.5 * x, precision), cloud(2**0.5 * y, precision)
+        log_a, log_b = (-EPS * math.log(len(z)) for z in (x, y))
+        s, t = None, None
+        g = torch.zeros_like(beta)
+        for _ in range(iterations):
+            s = softmin(u, v, g + log_b - beta, EPS, shift=s)
+            t = softmin(v, u, s + log_a, EPS, shift=t)  # f - alpha is s
+            g = beta + t
+        return g
+
+    return run
+
+
+def solver(x: torch.Tensor, y: torch.Tensor, iterations: int, backward: bool, backend: str = "triton") -> Callable[[], Any]:
+    """The package's own path: validation, binding, float64 potentials, the loop; `backward` adds the value's gradient in both clouds."""
+    from gpu_ot import Problem, SqEuclidean, solve
+
+    def run() -> Any:
+        points = [z.detach().requires_grad_(backward) for z in (x, y)]
+        solution = solve(Problem(SqEuclidean(*points), EPS), backend=backend, tol=0.0, max_iter=iterations, check_every=iterations)
+        return torch.autograd.grad(solution.value, points) if backward else solution.f
+
+    return run
+
+
+def advance(x: torch.Tensor, y: torch.Tensor, iterations: int, captured: bool) -> Callable[[], Any]:
+    """What `solve` repeats between two looks at the error, on a bound problem; `captured` as a CUDA graph, which is off by default."""
+    from gpu_ot import Problem, SqEuclidean
+    from gpu_ot.backends.triton import Streaming
+
+    problem = Problem(SqEuclidean(x, y), EPS)
+    geometry = Streaming(problem)
+    geometry.captured_up_to = len(x) if captured else 0
+    state = [torch.zeros_like(problem.b)]
+
+    def run() -> Any:
+        with torch.no_grad():
+            f, g, state[0] = geometry.advance(problem, state[0], EPS, iterations)
+        if captured and not geometry.captured_up_to:
+            raise RuntimeError("the graph could not be captured")
+        return f, g, state[0]
+
+    return run
+
+
+def dense_loop(
+    C: torch.Tensor, a: torch.Tensor, b: torch.Tensor, eps: float, iterations: int, columns_first: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(f, g) as the paper has it, batched, in the type of C; from g = 0, or with `columns_first` from f = 0 as POT does."""
+    f, g = torch.zeros_like(a), torch.zeros_like(b)
+    for i in range(iterations):
+        g = -eps * torch.logsumexp((f + eps * a.log()).unsqueeze(-1) / eps - C / eps, -2) if i or columns_first else g
+        f = -eps * torch.logsumexp((g + eps * b.log()).unsqueeze(-2) / eps - C / eps, -1)
+    return f, g
+
+
+def torch_iterations(x: torch.Tensor, y: torch.Tensor, iterations: int) -> Callable[[], Any]:
+    def run() -> Any:
+        C = torch.cdist(x, y).square()
+        w = torch.full((len(x),), 1 / len(x), device=x.device)
+        return dense_loop(C, w, w, EPS, iterations)
+
+    return run

@@ -1,0 +1,95 @@
+"""Small problems on a GPU, whole: k iterations of every problem of a batch in one launch, one program each.
+
+The matrices are formed once, batched, also for costs between clouds: the kernel first absorbs the potentials it starts from, and
+what it then reads again and again is that absorbed array, n m words that stay in the caches beside one multiprocessor.
+Reading points instead would save the one pass that absorbs, and pay for it with d more products a pair in every iteration.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from ..penalties import KL, Penalty
+from ..problem import Problem
+from .dense import Dense
+
+
+class Resident(Dense):
+    """`Dense` in all but `advance`, which is one kernel. C is (n, m), shared by the batch, or (*batch, n, m) with batch axes that
+    broadcast to the problem's."""
+
+    def __init__(self, C: Tensor) -> None:
+        super().__init__(C)
+        self.C = self.C.contiguous()  # once, and not in every launch
+
+    def advance(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        a, b = problem.a, problem.b
+        if g.shape != b.shape:  # more potentials than problems
+            return super().advance(problem, g, eps, k)
+        (n, m), batch = self.C.shape[-2:], b.shape[:-1]
+        C = self.C if self.C.numel() == n * m else self.C.expand(*batch, n, m)
+        tau_a, tau_b = (_tau(penalty) for penalty in problem.penalties)
+        a, b, g = (z.reshape(-1, z.shape[-1]) for z in (a, b, g))
+        f, g, fresh = resident_advance(C.reshape(-1, n, m), a, b, g, eps, tau_a, tau_b, k)
+        return f.view(*batch, n), g.view(*batch, m), fresh.view(*batch, m)
+
+    @classmethod
+    def refuse(cls, problem: Problem) -> str | None:
+        """Why this machine cannot serve the problem, or None. Looks at no numbers, and waits for no device."""
+        device, (n, m) = problem.a.device, problem.shape[-2:]
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"its tensors are on {device}, and Triton's kernels run on a GPU."
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (it has wheels for Linux; pip install triton)"
+        if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+            name = torch.cuda.get_device_name(device)
+            return f"{name} is older than what the kernels are compiled for: compute capability 8.0, an A100 or RTX 30."
+        if problem.dtype == torch.float64:
+            return "its numbers are float64 and the kernel is float32. Pass a float32 cost if six digits are enough."
+        if not all(penalty.balanced or isinstance(penalty, KL) for penalty in problem.penalties):
+            return "the kernel knows hard marginals and KL penalties, and one of these is neither."
+        try:
+            from ..kernels.resident import LARGEST  # pyright: ignore[reportMissingImports]
+        except ImportError as missing:
+            return f"its kernel cannot be imported: {missing}"
+        if m > LARGEST or n * m >= 2**31:
+            return f"a problem is {n} by {m}, and one program serves up to {LARGEST} columns. Where the rows are fewer, swap the two sides."
+        return None
+
+    @classmethod
+    def memory(cls, problem: Problem) -> int:
+        """Bytes of the matrix and of the absorbed one, whose rows are padded to a power of two and whose number is to a tile's."""
+        n, m = problem.shape[-2:]
+        width = max(16, 1 << (m - 1).bit_length())
+        height = -(-n // 16) * 16
+        return problem.dtype.itemsize * problem.shape[:-2].numel() * (n * m + height * width)
+
+
+def _tau(penalty: Penalty) -> float:
+    return penalty.tau if isinstance(penalty, KL) else math.inf
+
+
+# As an operator, so that torch.compile passes over the launch instead of breaking its graph there.
+@torch.library.custom_op(
+    "gpu_ot::resident_advance",
+    mutates_args=(),
+    schema="(Tensor C, Tensor a, Tensor b, Tensor g, float eps, float tau_a, float tau_b, int k) -> (Tensor, Tensor, Tensor)",
+)
+def resident_advance(
+    C: Tensor, a: Tensor, b: Tensor, g: Tensor, eps: float, tau_a: float, tau_b: float, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f (B, n), g and fresh (B, m) after k iterations, from C (B, n, m) or (1, n, m), a (B, n), b and g (B, m): gpu_ot.kernels.resident."""
+    from ..kernels.resident import iterate  # pyright: ignore[reportMissingImports]
+
+    f, g, fresh, *_ = iterate(C, a, b, g, eps, tau_a=tau_a, tau_b=tau_b, max_iter=k)
+    return f, g, fresh
+
+
+@resident_advance.register_fake
+def _(C, a, b, g, eps, tau_a, tau_b, k):  # type: ignore[no-untyped-def]
+    return g.new_empty(a.shape), g.new_empty(g.shape), g.new_empty(g.shape)
