@@ -4,12 +4,41 @@ from .backends import explain
 from .costs import Cosine, Cost, Dot, Euclidean, Formula, Matrix, SqEuclidean
 from .errors import BackendError, NotConverged, ProblemError
 from .penalties import KL, TV
-from .pot import bregman
-from .pot.bregman import sinkhorn, sinkhorn2
+from .pot import bregman, unbalanced
+from .pot.batch import (
+    bregman_log_projection_batch,
+    bregman_projection_batch,
+    dist_batch,
+    loss_linear_batch,
+    loss_linear_samples_batch,
+    solve_batch,
+    solve_sample_batch,
+)
+from .pot.bregman import (
+    empirical_sinkhorn,
+    empirical_sinkhorn2,
+    empirical_sinkhorn_divergence,
+    greenkhorn,
+    screenkhorn,
+    sinkhorn,
+    sinkhorn2,
+    sinkhorn_epsilon_scaling,
+    sinkhorn_knopp,
+    sinkhorn_log,
+    sinkhorn_stabilized,
+)
+from .pot.patching import patch
+from .pot.solvers import OTResult, dist, solve, solve_sample
+from .pot.unbalanced import (
+    sinkhorn_knopp_unbalanced,
+    sinkhorn_stabilized_unbalanced,
+    sinkhorn_unbalanced,
+    sinkhorn_unbalanced2,
+    sinkhorn_unbalanced_translation_invariant,
+)
 from .problem import Problem
 from .schedule import Anneal, Constant
 from .solution import Plan, Solution, Status
-from .solve import solve
 
 __version__ = "0.1.0"
 
@@ -26,6 +55,7 @@ __all__ = [
     "Formula",
     "Matrix",
     "NotConverged",
+    "OTResult",
     "Plan",
     "Problem",
     "ProblemError",
@@ -33,8 +63,33 @@ __all__ = [
     "SqEuclidean",
     "Status",
     "bregman",
+    "bregman_log_projection_batch",
+    "bregman_projection_batch",
+    "dist",
+    "dist_batch",
+    "empirical_sinkhorn",
+    "empirical_sinkhorn2",
+    "empirical_sinkhorn_divergence",
     "explain",
+    "greenkhorn",
+    "loss_linear_batch",
+    "loss_linear_samples_batch",
+    "patch",
+    "screenkhorn",
     "sinkhorn",
     "sinkhorn2",
+    "sinkhorn_epsilon_scaling",
+    "sinkhorn_knopp",
+    "sinkhorn_knopp_unbalanced",
+    "sinkhorn_log",
+    "sinkhorn_stabilized",
+    "sinkhorn_stabilized_unbalanced",
+    "sinkhorn_unbalanced",
+    "sinkhorn_unbalanced2",
+    "sinkhorn_unbalanced_translation_invariant",
     "solve",
+    "solve_batch",
+    "solve_sample",
+    "solve_sample_batch",
+    "unbalanced",
 ]

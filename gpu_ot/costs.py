@@ -6,7 +6,8 @@ sum of such costs is again one of them, on concatenated features scaled by sqrt(
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,8 +26,22 @@ class Folded(NamedTuple):
     v: Tensor  # (*batch, m, d)
 
 
+#: What `scale` knows.
+SCALES = ("std", "mean", "median", "max")
+#: Numbers of a block (32 MiB in float64), and of the entries that a median is taken over.
+BLOCK, SORTED = 2**22, 2**24
+
+#: Rows or columns: a slice, or int64 indices (k,), or (*batch, k) for a choice of each problem's own.
+Index = slice | Tensor
+#: Points (*batch, n, d), or one such tensor for each term of a sum.
+Points = Tensor | tuple[Tensor, ...]
+
+
 class Cost:
-    """A cost bound to its two sides. `shape` is (*batch, n, m); `dense()` is that array, differentiable in the inputs."""
+    """A cost bound to its two sides. `shape` is (*batch, n, m); `dense()` is that array, differentiable in the inputs.
+
+    A new kind of cost says what it is with `inputs`, `shape`, `dense` and `of`, and how to cut it with `part`.
+    """
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -37,6 +52,16 @@ class Cost:
     def shape(self) -> torch.Size:
         raise NotImplementedError
 
+    @property
+    def points(self) -> tuple[Points, Points]:
+        """The points of the two sides, (x, y); for a sum over several clouds, two tuples with one tensor a term."""
+        raise _pointless(self)
+
+    @property
+    def depth(self) -> int:
+        """Numbers formed per pair: a formula may hold all coordinates of every difference, torch's own distances do not."""
+        return 1
+
     def dense(self) -> Tensor:
         raise NotImplementedError
 
@@ -44,8 +69,98 @@ class Cost:
         """The folded form, or None when the cost has none."""
         return None
 
+    def of(self, inputs: Iterable[Tensor]) -> Cost:
+        """The same cost of other tensors, which come in the order of `inputs`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is bound to other tensors: it has no of().")
+
+    def part(self, rows: Index, cols: Index) -> Cost:
+        """The same cost between some of its rows and some of its columns: slices, or indices (k,) or (*batch, k)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to take rows and columns of it: it has no part().")
+
+    def at(self, x: Points | None = None, y: Points | None = None) -> Cost:
+        """The same cost between other points, (*batch, n, d) and (*batch, m, d), of any number; None keeps a side as it is. Points
+        without batch axes are shared by the problems of a batch.
+
+        A sum over several clouds takes a tuple, one tensor a term. Raises ProblemError for a matrix, which knows no points.
+        """
+        raise _pointless(self)
+
     def to(self, dtype: torch.dtype) -> Cost:
-        raise NotImplementedError
+        return self.of(z.to(dtype) for z in self.inputs.values())
+
+    def strips(self, dim: int = -2) -> Iterator[tuple[slice, Cost]]:
+        """(rows, the part of the cost between those rows and all columns), each of about BLOCK numbers or a single row; or columns and
+        all rows, for dim = -1."""
+        size, across = self.shape[dim], self.shape[-3 - dim]
+        step = max(1, BLOCK // (max(1, self.shape[:-2].numel()) * across * self.depth))
+        for i in range(0, size, step):
+            window = slice(i, min(i + step, size))
+            yield window, self.part(window, slice(None)) if dim == -2 else self.part(slice(None), window)
+
+    def sample(self, limit: int = 256, problems: int = 4) -> Tensor:
+        """(*batch', n', m'): the costs between at most `limit` evenly strided rows and columns, detached; of a batch, its axes made one
+        and at most `problems` evenly strided ones."""
+        rows, cols = (_every(size, limit) for size in self.shape[-2:])
+        with torch.no_grad():
+            return self._some(problems).part(rows, cols).dense()
+
+    def scale(self, kind: str) -> Tensor:
+        """The "std", "mean", "median" or "max" of all finite entries of all problems together: 0-d, float64, detached; NaN without any.
+
+        The standard deviation (divided by the count) and mean of a cost that folds are exact, from O((n + m) d^2) operations on its
+        clouds; everything else takes one pass over blocks of at most 2^22 numbers. The median is the lower of the middle two, exact
+        for up to 2^24 entries and otherwise that of an evenly strided sample of about as many. Raises ProblemError for another kind.
+        """
+        if kind not in SCALES:
+            raise errors.unknown("kind", kind, SCALES)
+        with torch.no_grad():
+            if kind == "median":
+                return self._median()
+            if kind in ("std", "mean") and (folded := self._folded_in_short()) is not None:
+                mean, variance = _moments(folded)
+            elif kind == "max":
+                top = torch.stack([torch.where(C.isfinite(), C, -math.inf).amax() for C in self._blocks()]).amax()
+                return torch.where(top.isfinite(), top, math.nan).to(_wide(top))
+            else:
+                mean, variance = _pooled(self._blocks())
+            return mean if kind == "mean" else variance.sqrt()
+
+    def _median(self) -> Tensor:
+        if self.shape.numel() <= SORTED:
+            sample = torch.cat([C.flatten() for C in self._blocks()])
+        else:
+            side = math.isqrt(SORTED // self.depth) if len(self.shape) == 2 else 1024
+            size = self.depth * math.prod(min(k, side) for k in self.shape[-2:])
+            sample = self.sample(side, max(1, SORTED // size))
+        sample = sample[sample.isfinite()]
+        return sample.median().to(_wide(sample)) if len(sample) else torch.full_like(sample.sum(), math.nan, dtype=_wide(sample))
+
+    def _folded_in_short(self) -> Folded | None:
+        """The folded form in float64, where its d^2 is less work than the n m pairs."""
+        n, m = self.shape[-2:]
+        first = next(iter(self.inputs.values()))
+        folded = None if isinstance(self, Matrix) else self.to(_wide(first)).fold()
+        return folded if folded is not None and folded.u.shape[-1] * (n + m) <= n * m else None
+
+    def _blocks(self) -> Iterator[Tensor]:
+        """All entries, in pieces of about BLOCK numbers."""
+        (n, m), depth = self.shape[-2:], self.depth
+        batch = max(1, self.shape[:-2].numel())
+        cols = max(1, min(m, BLOCK // (batch * depth)))
+        rows = max(1, min(n, BLOCK // (batch * depth * cols)))
+        if rows >= n and cols >= m:
+            yield self.dense()
+            return
+        for i in range(0, n, rows):
+            for j in range(0, m, cols):
+                yield self.part(slice(i, i + rows), slice(j, j + cols)).dense()
+
+    def _some(self, problems: int) -> Cost:
+        """At most `problems` of a batch, as a batch with one axis; a single problem stays as it is."""
+        batch = self.shape[:-2]
+        if not batch:
+            return self
+        return self.of(z.flatten(0, len(batch) - 1)[_every(batch.numel(), problems)] for z in self.inputs.values())
 
     def __add__(self, other: Cost) -> Cost:
         return Sum(((1.0, self), (1.0, other)))
@@ -54,6 +169,67 @@ class Cost:
         return Sum(((weight, self),))
 
     __mul__ = __rmul__
+
+
+def _pointless(cost: Cost) -> errors.ProblemError:
+    return errors.ProblemError(
+        f"a cost of kind {type(cost).__name__} has no points, so what moving or adding some would cost is not known. "
+        "Write it as a cost between clouds: SqEuclidean(x, y), or Formula(function, x, y)."
+    )
+
+
+def _every(size: int, limit: int) -> slice:
+    """At most `limit` of `size`, evenly strided."""
+    return slice(None, None, -(-size // limit))
+
+
+def _wide(z: Tensor) -> torch.dtype:
+    return torch.float32 if z.device.type == "mps" else torch.float64
+
+
+def _take(z: Tensor, index: Index, dim: int) -> Tensor:
+    """Some rows (dim = -2) or columns (-1) of z, whose last two axes these are."""
+    if isinstance(index, slice):
+        return z[..., index, :] if dim == -2 else z[..., index]
+    if index.ndim == 1:
+        return z.index_select(dim, index)
+    batch = torch.broadcast_shapes(z.shape[:-2], index.shape[:-1])
+    return z.expand(*batch, *z.shape[-2:]).take_along_dim(index.unsqueeze(-1 if dim == -2 else -2), dim)
+
+
+def _moments(folded: Folded) -> tuple[Tensor, Tensor]:
+    """Mean and variance over all pairs of all problems.
+
+    With u = u~ + u', u' the mean, and likewise v:  C_ij = (alpha_i - <u~_i, v'>) + (beta_j - <u', v~_j>) - <u', v'> - <u~_i, v~_j>,
+    four terms without covariance, of which the last has the variance tr(S_u S_v) for the second moments S.
+    """
+    alpha, beta, u, v = folded
+    mean_u, mean_v = u.mean(-2, keepdim=True), v.mean(-2, keepdim=True)
+    u, v = u - mean_u, v - mean_v
+    rows, columns = alpha - (u * mean_v).sum(-1), beta - (v * mean_u).sum(-1)
+    S_u, S_v = u.mT @ u / u.shape[-2], v.mT @ v / v.shape[-2]
+    means = rows.mean(-1) + columns.mean(-1) - (mean_u * mean_v).sum((-1, -2))
+    variances = rows.var(-1, correction=0) + columns.var(-1, correction=0) + (S_u * S_v).sum((-1, -2))
+    return means.mean(), variances.mean() + means.var(correction=0)
+
+
+def _pooled(blocks: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the finite entries of all blocks, merged as they come. Chan, Golub and LeVeque 1983, equation (2.1)."""
+    count = mean = total = None
+    for block in blocks:
+        z = block[block.isfinite()]
+        z = z.to(_wide(z))
+        k = torch.full_like(z.sum(), z.numel())
+        centre = z.sum() / k.clamp(min=1)
+        spread = (z - centre).square().sum()
+        if count is None or mean is None or total is None:
+            count, mean, total = k, centre, spread
+            continue
+        both, gap = (count + k).clamp(min=1), centre - mean
+        total = total + spread + gap.square() * count * k / both
+        mean, count = mean + gap * k / both, count + k
+    assert count is not None and mean is not None and total is not None
+    return torch.where(count > 0, mean, math.nan), torch.where(count > 0, total / count, math.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +249,57 @@ class Matrix(Cost):
     def dense(self) -> Tensor:
         return self.M
 
-    def to(self, dtype: torch.dtype) -> Matrix:
-        return Matrix(self.M.to(dtype))
+    def of(self, inputs: Iterable[Tensor]) -> Matrix:
+        return Matrix(*inputs)
+
+    def part(self, rows: Index, cols: Index) -> Matrix:
+        return Matrix(_take(_take(self.M, rows, -2), cols, -1))
+
+
+class _Pointed(Cost):
+    """A cost between points x and y."""
+
+    x: Tensor
+    y: Tensor
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return {"x": self.x, "y": self.y}
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.x.shape[:-1], self.y.shape[-2]))
+
+    @property
+    def points(self) -> tuple[Points, Points]:
+        return self.x, self.y
+
+    def part(self, rows: Index, cols: Index) -> Cost:
+        x, y = _take(self.x, rows, -2), _take(self.y, cols, -2)
+        return self._paired(x, y)
+
+    def at(self, x: Points | None = None, y: Points | None = None) -> Cost:
+        pair = []
+        for name, new, old in (("x", x, self.x), ("y", y, self.y)):
+            z = old if new is None else new[0] if isinstance(new, tuple) and len(new) == 1 else new
+            if isinstance(z, tuple):
+                raise errors.ProblemError(f"{name} holds the points of {len(z)} terms, and this cost has one: pass a tensor.")
+            if z.ndim < 2 or z.shape[-1] != old.shape[-1]:
+                raise errors.wrong_shape(name, z.shape, f"(*batch, k, {old.shape[-1]}), points like those of the cost")
+            pair.append(z.to(old.dtype))
+        return self._paired(*pair)
+
+    def _paired(self, x: Tensor, y: Tensor) -> Cost:
+        """The same cost of these points; either side may lack batch axes that the other has."""
+        try:
+            batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        except RuntimeError:
+            raise errors.wrong_shape("y", y.shape, f"(*batch, m, d) to match x with shape {errors.shape(x.shape)}") from None
+        return self.of((x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])))
 
 
 @dataclass(frozen=True, eq=False)
-class _Clouds(Cost):
+class _Clouds(_Pointed):
     """A cost between two clouds, x (*batch, n, d) and y (*batch, m, d)."""
 
     x: Tensor
@@ -89,16 +310,8 @@ class _Clouds(Cost):
         if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1] or x.shape[:-2] != y.shape[:-2]:
             raise errors.wrong_shape("y", y.shape, f"(*batch, m, d) to match x with shape {errors.shape(x.shape)}")
 
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        return {"x": self.x, "y": self.y}
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.x.shape[:-1], self.y.shape[-2]))
-
-    def to(self, dtype: torch.dtype) -> Cost:
-        return type(self)(self.x.to(dtype), self.y.to(dtype))
+    def of(self, inputs: Iterable[Tensor]) -> Cost:
+        return type(self)(*inputs)
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
@@ -150,7 +363,7 @@ class Cosine(_Clouds):
 
 
 @dataclass(frozen=True, eq=False)
-class Formula(Cost):
+class Formula(_Pointed):
     """Any cost written once for arrays that broadcast: `function(x_i, y_j)` receives (*batch, n, 1, d) and
     (*batch, 1, m, d) and returns (*batch, n, m), from tensors and from lazy tensors alike.
 
@@ -162,18 +375,14 @@ class Formula(Cost):
     y: Tensor
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
-        return {"x": self.x, "y": self.y}
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.x.shape[:-1], self.y.shape[-2]))
+    def depth(self) -> int:
+        return self.x.shape[-1] + 1
 
     def dense(self) -> Tensor:
         return self.function(self.x.unsqueeze(-2), self.y.unsqueeze(-3))
 
-    def to(self, dtype: torch.dtype) -> Formula:
-        return Formula(self.function, self.x.to(dtype), self.y.to(dtype))
+    def of(self, inputs: Iterable[Tensor]) -> Formula:
+        return Formula(self.function, *inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,5 +425,42 @@ class Sum(Cost):
         v = torch.cat([weight**0.5 * part.v for weight, part in parts], -1)
         return Folded(alpha, beta, u, v)
 
-    def to(self, dtype: torch.dtype) -> Sum:
-        return Sum(tuple((weight, cost.to(dtype)) for weight, cost in self.terms))
+    def of(self, inputs: Iterable[Tensor]) -> Sum:
+        left = iter(inputs)
+        return Sum(tuple((weight, cost.of([next(left) for _ in cost.inputs])) for weight, cost in self.terms))
+
+    def part(self, rows: Index, cols: Index) -> Sum:
+        return Sum(tuple((weight, cost.part(rows, cols)) for weight, cost in self.terms))
+
+    @property
+    def points(self) -> tuple[Points, Points]:
+        sides = zip(*(cost.points for _, cost in self.terms), strict=True)
+        x, y = (_one(tuple(z for z in side if isinstance(z, Tensor))) for side in sides)
+        return x, y
+
+    @property
+    def depth(self) -> int:
+        return max(cost.depth for _, cost in self.terms)
+
+    def at(self, x: Points | None = None, y: Points | None = None) -> Sum:
+        given = [self._spread(name, new, old) for name, new, old in zip("xy", (x, y), self.points, strict=True)]
+        return Sum(tuple((weight, cost.at(*pair)) for (weight, cost), *pair in zip(self.terms, *given, strict=True)))
+
+    def _spread(self, name: str, new: Points | None, old: Points) -> Sequence[Tensor | None]:
+        """New points of one side, one for each term."""
+        count = len(self.terms)
+        if isinstance(new, tuple):
+            if len(new) != count:
+                raise errors.ProblemError(f"{name} holds the points of {len(new)} terms, and this cost is a sum of {count}.")
+            return new
+        if new is not None and isinstance(old, tuple):
+            raise errors.ProblemError(
+                f"this cost is a sum over {count} clouds of different points: pass {name} as a tuple, one tensor a term."
+            )
+        return [new] * count
+
+
+def _one(points: tuple[Tensor, ...]) -> Points:
+    """The points that all terms share, or each term's own."""
+    first, *others = points
+    return first if all(z is first or (z.shape == first.shape and torch.equal(z, first)) for z in others) else points

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import ProblemError
+from .vectors import log
 
 
 class Penalty(Protocol):
@@ -81,3 +82,19 @@ class TV:
 
     def reward(self, f: Tensor) -> Tensor:
         return f.clamp(max=self.tau)
+
+
+def shift(penalties: tuple[Penalty, Penalty], a: Tensor, b: Tensor, f: Tensor, g: Tensor) -> Tensor | float:
+    """(*batch, 1): the lam at which the dual of (f + lam, g - lam) is largest; 0 for hard marginals, where it is the same for all.
+
+    <a, exp(-(f + lam) / tau_a)> = <b, exp(-(g - lam) / tau_b)>: the plan's mass counted from either side. Large tau makes this the slowest
+    direction of the iterations. Séjourné et al. 2022, arXiv:2201.00730, Proposition 3. In closed form for KL alone.
+    """
+    rows, columns = penalties
+    if not (isinstance(rows, KL) and isinstance(columns, KL)) or (rows.balanced and columns.balanced):
+        return 0.0
+    mass = [
+        torch.where(w > 0, log(w) - z / penalty.tau, -math.inf).logsumexp(-1, keepdim=True)
+        for w, z, penalty in ((a, f, rows), (b, g, columns))
+    ]
+    return (mass[0] - mass[1]) / (1 / rows.tau + 1 / columns.tau)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +25,12 @@ def solve(
     tol: float = 1e-4,
     norm: str = "l1",
     max_iter: int = 10_000,
-    check_every: int = 10,
-    start: Tensor | None = None,
+    check_every: int | None = None,
+    accelerate: str = "auto",
+    start: Tensor | Solution | Scaled | None = None,
     schedule: Constant | Anneal | None = None,
     on_check: Callable[[int, Tensor], None] | None = None,
+    strict: bool = False,
 ) -> Solution:
     """Entropic transport between the two measures of `problem`, in the log domain, on the device its tensors live on.
 
@@ -38,10 +41,14 @@ def solve(
                  "unroll" differentiates f, g and `value` through every iteration that was run.
     tol, norm    when to stop: L1 marginal error as a fraction of the mass, or see `gpu_ot.loop.Stop`.
     max_iter     iterations at most; a status says so when they run out.
-    check_every  iterations between looks at the error, each of which waits for the device.
-    start        row potentials f + eps log a to start from, (*batch, n) in units of the cost; zeros when left out.
-    schedule     how eps reaches its target; constant when left out.
+    check_every  iterations between looks at the error; when left out, every one on a CPU, where a look is free, and 10 otherwise.
+    accelerate   "auto": a few plain iterations, then eps annealed where they show that this pays, then "mixing"; or by name,
+                 "mixing", "relaxation" (see gpu_ot.acceleration) or "none", Sinkhorn's own iterations.
+    start        where to start: row potentials f (*batch, n) in units of the cost, or a Solution, also of other points or another
+                 eps; zeros when left out.
+    schedule     how eps reaches its target, `Constant` or `Anneal`; when left out, `accelerate` decides.
     on_check     called with (iterations, errors) at each look.
+    strict       raise NotConverged, with the explanation, unless every problem met the tolerance.
 
     Returns a Solution: `value` (*batch,) in units of the cost, potentials f (*batch, n) and g (*batch, m),
     a lazy plan, and a `status` that says whether, when and why the loop stopped.
@@ -55,21 +62,55 @@ def solve(
     if max_iter < 1:
         raise errors.ProblemError(f"max_iter must be at least 1, found {max_iter}.")
     geometry = bind(problem, backend)
-    if start is None:
-        start = weigh(torch.zeros_like(problem.a), problem.a.detach(), problem.eps)
-    start = start.to(problem.a).expand_as(problem.a)
+    rows = _rows(start, problem)
+    replayed = grad == "unroll" and needs_gradient(problem)
+    if replayed and isinstance(schedule, Anneal):
+        raise errors.ProblemError('grad="unroll" replays iterations at one eps: leave `schedule` out, or use grad="envelope".')
+    plain = replayed or not geometry.accelerates
+    if accelerate == "auto":
+        accelerate = "none" if plain else "auto" if start is None and schedule is None else "mixing"
+    elif replayed and accelerate != "none":
+        raise errors.ProblemError('grad="unroll" replays plain iterations: leave `accelerate` out, or use grad="envelope".')
+    if check_every is None:
+        check_every = 1 if accelerate != "none" and problem.a.device.type == "cpu" else 10
     with torch.no_grad():
         outcome = iterate(
-            geometry, problem, schedule or Constant(problem.eps), start.detach(), Stop(tol, norm), max_iter, check_every, on_check
+            geometry,
+            problem,
+            schedule or Constant(problem.eps),
+            rows.detach(),
+            Stop(tol, norm),
+            max_iter,
+            check_every,
+            on_check,
+            accelerate,
         )
     f, g = outcome.f, outcome.g
-    if grad == "unroll" and needs_gradient(problem):
-        if isinstance(schedule, Anneal):
-            raise errors.ProblemError('grad="unroll" replays iterations at one eps: leave `schedule` out, or use grad="envelope".')
-        f, g = gradients.unroll(problem, geometry, start, outcome.n_iter)
+    if replayed:
+        f, g = gradients.unroll(problem, geometry, rows, outcome.n_iter)
     value = gradients.value(problem, geometry, f, g).to(problem.given_dtype)
     history = torch.stack(outcome.errors)
-    return Solution(problem, geometry, value, f, g, outcome.status, outcome.converged, outcome.n_iter, history)
+    solution = Solution(problem, geometry, value, f, g, outcome.status, outcome.converged, outcome.n_iter, outcome.n_passes, history)
+    return solution.raise_unless_converged() if strict else solution
+
+
+class Scaled(NamedTuple):
+    """Rows to start from with their weights, f + eps log a = eps log u: for conventions that have u where ours has f."""
+
+    rows: Tensor
+
+
+def _rows(start: Tensor | Solution | Scaled | None, problem: Problem) -> Tensor:
+    """(*batch, n): f + eps log a at the start."""
+    if isinstance(start, Scaled):
+        return start.rows.to(problem.a).expand_as(problem.a)
+    f = torch.zeros_like(problem.a) if start is None else start
+    if isinstance(f, Solution):
+        f = f.f if f.problem.cost is problem.cost else f.potential_a(problem.cost.rows)
+    if f.ndim == 0 or f.shape[-1] != problem.a.shape[-1]:
+        raise errors.wrong_shape("start", f.shape, f"(*batch, {problem.a.shape[-1]}), a potential for each row")
+    f = torch.where(f.isfinite(), f, 0.0).to(problem.a).expand_as(problem.a)
+    return weigh(f, problem.a.detach(), problem.eps)
 
 
 def needs_gradient(problem: Problem) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from gpu_ot import Cosine, Dot, Euclidean, Formula, ProblemError, SqEuclidean
+from gpu_ot import Cosine, Cost, Dot, Euclidean, Formula, Matrix, ProblemError, SqEuclidean, costs
 
 
 def clouds(n=7, m=9, d=3, batch=(), offset=0.0, dtype=torch.float64):
@@ -61,3 +63,158 @@ def test_terms_must_be_over_the_same_pairs():
     x, y = clouds()
     with pytest.raises(ProblemError, match=r"\(7, 8\).*\(7, 9\)"):
         SqEuclidean(x, y) + SqEuclidean(x, y[:8])
+
+
+def manhattan(x, y):
+    return Formula(lambda x_i, y_j: (x_i - y_j).abs().sum(-1), x, y)
+
+
+ALL = {
+    **COSTS,
+    "euclidean": Euclidean,
+    "formula": manhattan,
+    "matrix": lambda x, y: Matrix(torch.cdist(x, y)),
+    "mixed sum": lambda x, y: 0.3 * SqEuclidean(x, y) + manhattan(2 * x, y) + 0.1 * Matrix(torch.cdist(x, y)),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_a_part_is_a_cut_of_the_whole(name, batch):
+    cost = ALL[name](*clouds(batch=batch))
+    rows, cols = torch.tensor([4, 0, 4]), torch.tensor([8, 1])
+    torch.testing.assert_close(cost.part(slice(1, 6, 2), slice(3, 5)).dense(), cost.dense()[..., 1:6:2, 3:5])
+    torch.testing.assert_close(cost.part(rows, slice(None)).dense(), cost.dense()[..., rows, :])
+    torch.testing.assert_close(cost.part(rows, cols).dense(), cost.dense()[..., rows, :][..., cols])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_problem_of_a_batch_may_choose_its_own_rows(name):
+    for batch in ((5,), ()):  # a single cost is shared by the five choices
+        cost = ALL[name](*clouds(batch=batch))
+        rows = torch.randint(7, (5, 4), generator=torch.Generator().manual_seed(1))
+        C = cost.dense().expand(5, 7, 9)
+        expected = torch.stack([C[k][rows[k]] for k in range(5)])
+        torch.testing.assert_close(cost.part(rows, slice(None)).dense().expand_as(expected), expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_go_through_parts(name):
+    x, y = (z.requires_grad_() for z in clouds())
+    R = torch.randn(3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = torch.autograd.grad((ALL[name](x, y).part(slice(2, 5), slice(0, 2)).dense() * R).sum(), (x, y))
+    expected = torch.autograd.grad((ALL[name](x, y).dense()[2:5, 0:2] * R).sum(), (x, y))
+    for ours, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
+def test_a_cost_without_part_says_so():
+    with pytest.raises(NotImplementedError, match=r"Cost does not say .* part\(\)"):
+        Cost().part(slice(1), slice(1))
+    with pytest.raises(NotImplementedError, match=r"Cost does not say .* of\(\)"):
+        Cost().of(())
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if "mat" not in name and name != "mixed sum"])
+def test_the_same_cost_between_other_points(name):
+    (x, y), (x_new, y_new) = clouds(), clouds(4, 2, offset=0.5)
+    cost = ALL[name](x, y)
+    torch.testing.assert_close(cost.at(x=x_new).dense(), ALL[name](x_new, y).dense())
+    torch.testing.assert_close(cost.at(y=y_new).dense(), ALL[name](x, y_new).dense())
+    torch.testing.assert_close(cost.at(x_new, y_new).dense(), ALL[name](x_new, y_new).dense())
+    torch.testing.assert_close(cost.at().dense(), cost.dense())
+    assert cost.points[0] is x and cost.points[1] is y
+
+
+def test_a_sum_over_several_clouds_takes_a_tuple_of_points():
+    (x, y), (p, q) = clouds(), clouds(d=2, offset=1.0)
+    cost = SqEuclidean(x, y) + 0.5 * Euclidean(p, q)
+    at = cost.at(x=(x[:3], p[:3]))
+    torch.testing.assert_close(at.dense(), cost.dense()[:3])
+    assert cost.points[0][0] is x and cost.points[1][1] is q
+    with pytest.raises(ProblemError, match="2 clouds of different points: pass x as a tuple"):
+        cost.at(x=x)
+    with pytest.raises(ProblemError, match="points of 3 terms, and this cost is a sum of 2"):
+        cost.at(y=(y, q, q))
+    with pytest.raises(ProblemError, match=r"\(7, 2\).*expected \(\*batch, k, 3\)"):
+        SqEuclidean(x, y).at(x=p)
+
+
+def test_a_matrix_has_no_points():
+    M = Matrix(torch.rand(3, 4))
+    for ask in (lambda: M.at(x=torch.rand(2, 3)), lambda: M.points, lambda: (M + M).at(x=torch.rand(2, 3))):
+        with pytest.raises(ProblemError, match="Matrix has no points"):
+            ask()
+
+
+def test_a_sample_is_a_strided_cut_without_a_gradient():
+    x, y = clouds(1000, 300, batch=(3, 3))
+    cost = manhattan(x.requires_grad_(), y)
+    sample = cost.sample()
+    assert sample.shape == (3, 250, 150) and not sample.requires_grad
+    torch.testing.assert_close(sample, cost.dense().detach().flatten(0, 1)[::3, ::4, ::2])
+    assert cost.sample(limit=10, problems=20).shape == (9, 10, 10)
+    assert SqEuclidean(*clouds()).sample().shape == (7, 9)
+    assert SqEuclidean(*clouds(1, 257)).sample().shape == (1, 129)
+
+
+KINDS = {"std": lambda C: C.std(correction=0), "mean": torch.mean, "median": torch.median, "max": torch.amax}
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_scales_are_those_of_the_whole_array(name, kind, batch, monkeypatch):
+    x, y = clouds(30, 20, batch=batch, offset=0.3)
+    for block in (costs.BLOCK, 64):  # 64 numbers: many blocks, whatever the kind
+        monkeypatch.setattr(costs, "BLOCK", block)
+        cost = ALL[name](x, y * torch.arange(1, 4))
+        found = cost.scale(kind)
+        assert found.shape == () and found.dtype == torch.float64
+        torch.testing.assert_close(found, KINDS[kind](cost.dense()), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["std", "mean"])
+@pytest.mark.parametrize("name", COSTS)
+def test_scales_of_costs_that_fold_never_see_the_pairs(name, kind, monkeypatch):
+    cost = COSTS[name](*clouds(200, 300))
+    expected = KINDS[kind](cost.dense())
+    for kind_of_cost in (SqEuclidean, Dot, Cosine, costs.Sum):
+        monkeypatch.setattr(kind_of_cost, "dense", lambda self: pytest.fail("formed the array"))
+    torch.testing.assert_close(cost.scale(kind), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_scales_keep_their_digits_in_float32():
+    """Clouds of size 1e-3 at a distance of 30: the standard deviation is 1e-5 of the mean, and float32 has 1e-7."""
+    x, y = (1e-3 * z for z in clouds(50, 60))
+    cost = SqEuclidean((x + 30).float(), y.float())
+    C = torch.cdist(cost.x.double(), cost.y.double()).square()
+    assert abs(float(cost.scale("std") / C.std(correction=0)) - 1) < 1e-9
+    assert abs(float(cost.scale("mean") / C.mean()) - 1) < 1e-12
+
+
+def test_scales_pass_over_forbidden_pairs():
+    M = torch.tensor([[1.0, math.inf, 3.0], [math.inf, 8.0, math.inf]])
+    assert [float(Matrix(M).scale(kind)) for kind in ("mean", "median", "max")] == [4.0, 3.0, 8.0]
+    assert float(Matrix(M).scale("std")) == pytest.approx(torch.tensor([1.0, 3.0, 8.0]).std(correction=0).item())
+    for kind in KINDS:
+        assert math.isnan(Matrix(torch.full((2, 2), math.inf)).scale(kind))
+    with pytest.raises(ProblemError, match="kind = 'min' is not known; choose one of 'std', 'mean', 'median', 'max'"):
+        Matrix(M).scale("min")
+
+
+@pytest.mark.parametrize("batch", [(), (60,)])
+def test_medians_of_many_entries_are_those_of_a_sample(batch, monkeypatch):
+    monkeypatch.setattr(costs, "SORTED", 2**14)
+    cost = SqEuclidean(*clouds(211, 190, batch=batch))
+    sizes = []
+    dense = SqEuclidean.dense
+    monkeypatch.setattr(SqEuclidean, "dense", lambda self: sizes.append(self.shape.numel()) or dense(self))
+    found = cost.scale("median")
+    assert sizes and max(sizes) <= max(2**14, 211 * 190)  # of a batch at least one whole problem of up to 1024 by 1024
+    assert abs(float(found / dense(cost).median()) - 1) < 0.15
+
+
+def test_clouds_with_more_coordinates_than_points_go_by_blocks():
+    cost = SqEuclidean(*clouds(5, 6, d=40))
+    torch.testing.assert_close(cost.scale("std"), cost.dense().std(correction=0), rtol=1e-12, atol=0)

@@ -28,11 +28,13 @@ FLOORS = {
     "problem": 2,
     "geometry": 2,
     "backends": 3,
+    "acceleration": 4,
     "loop": 4,
     "gradients": 4,
     "solution": 4,
     "solve": 5,
     "pot": 6,
+    "patch": 6,
     "cli": 6,
     "demo": 6,
 }

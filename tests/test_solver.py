@@ -17,7 +17,8 @@ TIGHT = dict(tol=1e-12, norm="l2", max_iter=5000)
 
 
 def plans(a, b, M, eps, backend, iterations):
-    return gpu_ot.solve(Problem(M, eps, a, b), backend=backend, tol=0.0, norm="l2", max_iter=iterations).plan.to_dense()
+    problem = Problem(M, eps, a, b)
+    return gpu_ot.solve(problem, backend=backend, tol=0.0, norm="l2", max_iter=iterations, accelerate="none").plan.to_dense()
 
 
 @settings(max_examples=40, deadline=None)
@@ -195,7 +196,7 @@ def test_the_lazy_plan_is_the_plan(problem):
 def test_warm_starts_converge_at_once(problem):
     a, b, M = problem(30, 30)
     first = gpu_ot.solve(Problem(M, 0.01, a, b), **TIGHT)
-    again = gpu_ot.solve(Problem(M, 0.01, a, b), start=first.f + 0.01 * a.log(), **TIGHT | dict(tol=1e-10))
+    again = gpu_ot.solve(Problem(M, 0.01, a, b), start=first.f, **TIGHT | dict(tol=1e-10))
     assert first.n_iter > 20 and again.n_iter == 1
 
 

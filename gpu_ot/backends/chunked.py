@@ -9,7 +9,7 @@ digits that the potentials have.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -237,36 +237,36 @@ class _Sliced(_Pairs):
         self.inputs = tuple(cost.inputs.values())
         *batch, n, m = cost.shape
         self.shape = torch.Size((*batch, m, n) if transposed else (*batch, n, m))
-        self.depth = depth(cost)
+        self.depth = cost.depth
 
     @property
     def T(self) -> _Sliced:
         return _Sliced(self.cost, not self.transposed)
 
     def exponents(self, k: Tensor, h: Tensor, eps: float) -> Exponents:
+        cost = self.cost.of(z.detach() for z in self.inputs)
+
         def block(rows: slice, cols: slice) -> Tensor:
-            C = self._block([z.detach() for z in self._parts(self.inputs, rows, cols)], h.dtype)
+            C = self._seen(self._part(cost, rows, cols).to(h.dtype))
             return (h[..., cols].unsqueeze(-2) - C).add_(k[..., rows].unsqueeze(-1)).div_(eps)
 
         return block
 
     def pull_back(self, G: Tensor, rows: slice, cols: slice, grads: list[Tensor]) -> None:
-        leaves = [z.detach().to(G.dtype).requires_grad_() for z in self._parts(self.inputs, rows, cols)]
+        part = self._part(self.cost, rows, cols)
+        leaves = [z.detach().to(G.dtype).requires_grad_() for z in part.inputs.values()]
         with torch.enable_grad():
-            C = self._block(leaves, G.dtype)
+            C = self._seen(part.of(leaves))
         found = torch.autograd.grad(C, leaves, G, allow_unused=True)
-        for part, grad in zip(self._parts(grads, rows, cols), found, strict=True):
+        for window, grad in zip(self._part(self.cost.of(grads), rows, cols).inputs.values(), found, strict=True):
             if grad is not None:
-                part += grad
+                window += grad  # the part of a cost made of the gradients is a view of them
 
-    def _block(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-        C = _rebound(self.cost, iter(parts)).to(dtype).dense()
-        return C.mT if self.transposed else C
+    def _part(self, cost: Cost, rows: slice, cols: slice) -> Cost:
+        return cost.part(cols, rows) if self.transposed else cost.part(rows, cols)
 
-    def _parts(self, tensors: tuple[Tensor, ...] | list[Tensor], rows: slice, cols: slice) -> list[Tensor]:
-        if self.transposed:
-            rows, cols = cols, rows
-        return [z[(..., *window)] for z, window in zip(tensors, _windows(self.cost, rows, cols), strict=True)]
+    def _seen(self, cost: Cost) -> Tensor:
+        return cost.dense().mT if self.transposed else cost.dense()
 
 
 def _pairs(cost: Cost) -> _Pairs:
@@ -274,34 +274,9 @@ def _pairs(cost: Cost) -> _Pairs:
     return _Sliced(cost) if folded is None else _Folding(folded)
 
 
-def _windows(cost: Cost, rows: slice, cols: slice) -> Iterator[tuple[slice, slice]]:
-    """The part of each of the cost's inputs that a block sees, in the order of `inputs`."""
-    if isinstance(cost, Sum):
-        for _, term in cost.terms:
-            yield from _windows(term, rows, cols)
-    elif isinstance(cost, Matrix):
-        yield rows, cols
-    else:
-        yield from ((rows, slice(None)), (cols, slice(None)))
-
-
-def _rebound(cost: Cost, tensors: Iterator[Tensor]) -> Cost:
-    """The same cost of other tensors, given in the order of `inputs`."""
-    if isinstance(cost, Sum):
-        return Sum(tuple((weight, _rebound(term, tensors)) for weight, term in cost.terms))
-    if isinstance(cost, Matrix):
-        return Matrix(next(tensors))
-    if isinstance(cost, Formula):
-        return Formula(cost.function, next(tensors), next(tensors))
-    assert isinstance(cost, _CLOUDS)
-    return type(cost)(next(tensors), next(tensors))
-
-
 def depth(cost: Cost) -> int:
     """Numbers formed per pair: a formula may hold all coordinates of every difference, torch's own distances do not."""
-    if isinstance(cost, Sum):
-        return max(depth(term) for _, term in cost.terms)
-    return cost.x.shape[-1] + 1 if isinstance(cost, Formula) else 1
+    return cost.depth
 
 
 def _strangers(cost: Cost) -> list[str]:

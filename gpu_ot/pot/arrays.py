@@ -1,7 +1,9 @@
-"""Arrays as POT's callers hold them: numpy in, numpy out; torch in, torch out; lists follow the first array given."""
+"""Arrays as POT's callers hold them: numpy in, numpy out; torch in, torch out; others through `__dlpack__`; lists follow the first
+array given."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,33 +11,98 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import errors
+from ..costs import Cost
 from ..errors import ProblemError
+from .refusals import Elsewhere
+
+#: Where numpy arrays and lists are solved, and from where their results come back. `gpu_ot.patch(device=...)` sets it.
+numpy_device: torch.device | None = None
 
 
 def take(**named: Any) -> tuple[list[Tensor | None], Callable[[Tensor], Any]]:
     """The arguments as tensors, in order (None and empty arrays as None), and the way back to the caller's kind.
 
-    Raises ProblemError for a mixture of numpy and torch, as POT does: nothing crosses devices in silence.
+    Raises ProblemError for a mixture of kinds, as POT does: nothing crosses devices in silence.
     """
-    kinds = {type(z) for z in named.values() if isinstance(z, (np.ndarray, Tensor))}
-    if len(kinds) > 1 and any(issubclass(k, np.ndarray) for k in kinds) and any(issubclass(k, Tensor) for k in kinds):
+    arrays = [z for z in named.values() if is_array(z)]
+    if len({_kind(z) for z in arrays}) > 1:
         found = [str(type(z)) for z in named.values()]
         raise ProblemError(
             f"All array should be from the same type/backend. Current types are : {found}. Convert with torch.from_numpy or .numpy()."
         )
-    first = next((z for z in named.values() if isinstance(z, (np.ndarray, Tensor))), None)
+    first = arrays[0] if arrays else None
     tensors = [_tensor(name, z, first) for name, z in named.items()]
-    return tensors, (_same if isinstance(first, Tensor) else _to_numpy)
+    return tensors, _way_back(first)
 
 
-def _tensor(name: str, z: Any, like: np.ndarray | Tensor | None) -> Tensor | None:
+def take_problem(a: Any, b: Any, M: Any, **others: Any) -> tuple[list[Any], Callable[[Tensor], Any]]:
+    """[a (n,), b (m,) or (m, n_hists), M (n, m), *others] as tensors, checked against each other, and the way back.
+
+    M may be a Cost, which stays one.
+    """
+    if isinstance(M, Cost):
+        (ta, tb, *rest), back = take(a=a, b=b, **others)
+        back = back if any(is_array(z) for z in (a, b)) else tensors
+        found: Any = M
+    else:
+        if type(M).__module__.partition(".")[0] == "pykeops":
+            raise ProblemError(
+                "M is a LazyTensor of KeOps. Pass the formula and its points instead, and it stays lazy: "
+                "gpu_ot.Formula(lambda x_i, y_j: ((x_i - y_j) ** 2).sum(-1), x, y)."
+            )
+        (ta, tb, found, *rest), back = take(a=a, b=b, M=M, **others)
+    if found is None or len(found.shape) != 2:
+        raise errors.wrong_shape("M", () if found is None else found.shape, "(n, m), one row for each weight of a")
+    n, m = found.shape
+    if n == 0 or m == 0:
+        raise errors.empty_problem(n, m)
+    if ta is not None and ta.shape != (n,):
+        raise errors.wrong_shape("a", ta.shape, f"({n},) to match M with shape ({n}, {m})")
+    if tb is not None and tb.shape[:1] + tb.shape[2:] != (m,):
+        raise errors.wrong_shape("b", tb.shape, f"({m},) or ({m}, n_hists) to match M with shape ({n}, {m})")
+    return [ta, tb, found, *rest], back
+
+
+def number(z: Any) -> float:
+    """A setting as a float, whatever holds it; its gradient, if any, is taken elsewhere."""
+    return float(z.detach() if isinstance(z, Tensor) else z)
+
+
+def is_array(z: Any) -> bool:
+    return isinstance(z, (np.ndarray, Tensor)) or _is_foreign(z)
+
+
+def _is_foreign(z: Any) -> bool:
+    """An array of another library (CuPy, JAX, ...), which the DLPack protocol hands over without a copy."""
+    return hasattr(z, "__dlpack__") and hasattr(z, "__dlpack_device__") and not isinstance(z, (np.ndarray, np.generic, Tensor))
+
+
+def _kind(z: Any) -> type:
+    return next((kind for kind in (np.ndarray, Tensor) if isinstance(z, kind)), type(z))
+
+
+def _way_back(first: Any) -> Callable[[Tensor], Any]:
+    if isinstance(first, Tensor):
+        return tensors
+    if first is not None and _is_foreign(first):
+        return _from_dlpack(first)
+    return _to_numpy
+
+
+def _tensor(name: str, z: Any, like: Any) -> Tensor | None:
     if z is None:
         return None
-    if isinstance(z, (list, tuple)):
+    if _is_foreign(z):
+        z = torch.from_dlpack(z)
+    elif isinstance(z, (list, tuple)):
         if len(z) == 0:
             return None
         if isinstance(like, Tensor):
             return torch.as_tensor(z, dtype=like.dtype if like.is_floating_point() else None, device=like.device)
+        if like is not None and not isinstance(like, np.ndarray):
+            like = torch.from_dlpack(like)
+            return torch.as_tensor(z, dtype=like.dtype if like.is_floating_point() else torch.float64, device=like.device)
         z = np.asarray(z, dtype=like.dtype if like is not None and like.dtype.kind == "f" else np.float64)
     if isinstance(z, np.ndarray):
         if z.dtype.kind not in "fiubc":
@@ -44,14 +111,32 @@ def _tensor(name: str, z: Any, like: np.ndarray | Tensor | None) -> Tensor | Non
             z = z.astype(np.float64)
         z = z if z.dtype.isnative else z.astype(z.dtype.newbyteorder("="))
         z = torch.from_numpy(np.require(z, requirements=["C", "W"]))
+        z = z if numpy_device is None else z.to(numpy_device)
     if not isinstance(z, Tensor):
-        raise ProblemError(f"{name} must be an array, a tensor or a list of numbers, found {type(z).__name__}.")
+        message = f"{name} must be an array, a tensor or a list of numbers, found {type(z).__name__}."
+        raise Elsewhere(f"{message} Arrays without __dlpack__ are POT's alone.") if hasattr(z, "shape") else ProblemError(message)
     return z if z.ndim == 0 or z.shape[0] > 0 else None
 
 
-def _same(z: Tensor) -> Tensor:
+def tensors(z: Tensor) -> Tensor:
+    """The way back for callers who hold tensors: none."""
     return z
 
 
 def _to_numpy(z: Tensor) -> Any:
-    return z.detach().numpy()[()]  # [()] turns a 0-d array into a scalar, as numpy's own reductions return
+    return z.detach().cpu().numpy()[()]  # [()] turns a 0-d array into a scalar, as numpy's own reductions return
+
+
+def _from_dlpack(like: Any) -> Callable[[Tensor], Any]:
+    """Results in the kind of `like`: by its array-API namespace (JAX, NumPy's followers), or its package's own `from_dlpack` (CuPy)."""
+    package = type(like).__module__.partition(".")[0]
+    namespaces = [like.__array_namespace__()] if hasattr(like, "__array_namespace__") else []
+    namespaces += [sys.modules[name] for name in (type(like).__module__, package, f"{package}.dlpack") if name in sys.modules]
+    namespaces.append(type(like))
+    read = next((namespace.from_dlpack for namespace in namespaces if hasattr(namespace, "from_dlpack")), None)
+    if read is None:
+        raise ProblemError(
+            f"{type(like).__name__} hands its arrays over through __dlpack__, but {package} has no from_dlpack to take results back. "
+            "Pass torch.from_dlpack(z), and get tensors."
+        )
+    return lambda z: read(z.detach().contiguous())

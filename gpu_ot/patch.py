@@ -1,0 +1,36 @@
+"""`python -m gpu_ot.patch [--device cuda] script.py [arguments]` runs an unmodified script with this package's solvers in POT's place.
+
+Also `-m module [arguments]` for a module. `gpu_ot.patch()` is the same from within Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+
+from .pot.patching import patch
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m gpu_ot.patch", description="Run a script with gpu_ot's solvers in POT's place.")
+    parser.add_argument("--device", help="where numpy arrays are solved, for instance cuda; the CPU when left out")
+    parser.add_argument("-m", dest="module", action="store_true", help="the name is that of a module")
+    parser.add_argument("script", help="path of the script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script finds in sys.argv")
+    asked = parser.parse_args(arguments)
+    if not asked.module and not Path(asked.script).is_file():
+        parser.error(f"{asked.script} is not a file")
+    sys.argv = [asked.script, *asked.arguments]
+    with patch(asked.device):
+        if asked.module:
+            sys.path[0] = ""
+            runpy.run_module(asked.script, run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = str(Path(asked.script).resolve().parent)
+            runpy.run_path(asked.script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

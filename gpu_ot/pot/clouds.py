@@ -1,0 +1,118 @@
+"""Costs between clouds by the names POT has for them, and the few things POT's functions ask of a cost: a part, and its other side."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import errors
+from ..costs import Cosine, Cost, Dot, Euclidean, Formula, Matrix, SqEuclidean, Sum
+from ..problem import Problem, float_type
+from .refusals import elsewhere
+
+#: Entries of a block of the plan: 8 MB in float64.
+ENTRIES = 2**20
+
+METRICS = ("sqeuclidean", "euclidean", "cityblock", "minkowski", "cosine", "correlation")
+
+
+def between(x: Tensor, y: Tensor, metric: Any = "sqeuclidean", p: float = 2, w: Tensor | None = None) -> Cost:
+    """The cost between x (*batch, n, d) and y (*batch, m, d) that POT calls `metric`; integers become float64."""
+    dtype = float_type(x, y)
+    x, y = x.to(dtype), y.to(dtype)
+    if not isinstance(metric, str) or metric.lower() not in METRICS:
+        found = f"metric = {metric!r}" if isinstance(metric, str) else "a metric that is a function"
+        raise elsewhere(
+            f"{found} (of {', '.join(METRICS)}, or any gpu_ot.Formula)", "ot.dist(x1, x2, metric) and pass the matrix that it returns"
+        )
+    if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1]:
+        raise errors.wrong_shape("x2", y.shape, f"(m, d) to match x1 with shape {errors.shape(x.shape)}")
+    match metric.lower():
+        case "sqeuclidean":
+            return SqEuclidean(x, y)
+        case "euclidean":
+            return Euclidean(x, y)
+        case "cosine":
+            return Cosine(x, y)
+        case "correlation":
+            return Cosine(x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True))
+        case "cityblock":
+            return Formula(lambda x_i, y_j: (x_i - y_j).abs().sum(-1), x, y)
+    if w is not None:  # sum w |x - y|^p is the same cost between stretched clouds
+        stretch = w.to(dtype) ** (1 / p)
+        x, y = x * stretch, y * stretch
+    return Formula(lambda x_i, y_j: _root(((x_i - y_j).abs() ** p).sum(-1), p), x, y)
+
+
+def _root(z: Any, p: float) -> Any:
+    """z^(1/p), with derivative 0 at 0, where the points coincide. z may be lazy."""
+    if not isinstance(z, Tensor):
+        return z ** (1 / p)
+    apart = z > 0
+    return torch.where(apart, torch.where(apart, z, 1.0) ** (1 / p), 0.0)
+
+
+def transposed(problem: Problem) -> Problem:
+    """Rows for columns: the loop makes the rows exact, and some of POT's functions the columns.
+
+    `problem` is validated already, and checking it again would cost another look at its numbers.
+    """
+    flipped = copy.copy(problem)
+    sides = dict(cost=_flipped(problem.cost), a=problem.b, b=problem.a, penalties=problem.penalties[::-1])
+    for field, value in sides.items():
+        object.__setattr__(flipped, field, value)
+    return flipped
+
+
+def _flipped(cost: Cost) -> Cost:
+    if isinstance(cost, Matrix):
+        return Matrix(cost.M.mT)
+    if isinstance(cost, Sum):
+        return Sum(tuple((weight, _flipped(term)) for weight, term in cost.terms))
+    if isinstance(cost, Formula):
+        function = cost.function
+        return Formula(lambda y_i, x_j: function(x_j, y_i), cost.y, cost.x)
+    assert isinstance(cost, (SqEuclidean, Euclidean, Dot, Cosine)), type(cost)
+    return replace(cost, x=cost.y, y=cost.x)
+
+
+def part(cost: Cost, rows: Any, columns: Any) -> Cost:
+    """The cost between some of its rows and some of its columns: slices or vectors of indices."""
+    if isinstance(cost, Matrix):
+        return Matrix(cost.M[..., rows, :][..., columns])
+    if isinstance(cost, Sum):
+        return Sum(tuple((weight, part(term, rows, columns)) for weight, term in cost.terms))
+    assert isinstance(cost, (SqEuclidean, Euclidean, Dot, Cosine, Formula)), type(cost)
+    return replace(cost, x=cost.x[..., rows, :], y=cost.y[..., columns, :])
+
+
+def in_blocks(n: int, m: int) -> list[slice]:
+    """Slices of rows, of about `ENTRIES` pairs."""
+    size = max(1, ENTRIES // m)
+    return [slice(k, min(k + size, n)) for k in range(0, n, size)]
+
+
+def linear_cost(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
+    """<P, C> for P = a⊗b exp((f + g - C) / eps), 0-d: in blocks of rows, which a gradient forms again instead of keeping them."""
+    n, m = problem.shape
+
+    def block(rows: slice, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor) -> Tensor:
+        C = part(problem.cost, rows, slice(None)).dense().to(f.dtype)
+        return (C * plan_entries(C, f[rows], g, a[rows], b, problem.eps)).sum()
+
+    inputs = (f, g, problem.a, problem.b, *problem.cost.inputs.values())
+    again = torch.is_grad_enabled() and any(z.requires_grad for z in inputs)
+    parts = [checkpoint(block, rows, *inputs, use_reentrant=False) if again else block(rows, *inputs) for rows in in_blocks(n, m)]
+    return torch.stack([part for part in parts if isinstance(part, Tensor)]).sum()
+
+
+def plan_entries(C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: float) -> Tensor:
+    """a_i b_j exp((f_i + g_j - C_ij) / eps). Between two empty atoms nothing bounds the exponent, and inf times their weight is NaN."""
+    both_empty = (a == 0).unsqueeze(-1) & (b == 0).unsqueeze(-2)
+    exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / eps
+    return a.unsqueeze(-1) * b.unsqueeze(-2) * exponent.masked_fill(both_empty, -torch.inf).exp()

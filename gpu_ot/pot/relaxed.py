@@ -1,0 +1,367 @@
+"""Entropic transport with relaxed marginals in POT's terms: its iterations, its stopping rule, its scales.
+
+POT updates u, then v, so this solves the transposed problem: its rows are POT's columns, and what the loop calls an iteration
+is POT's. Conventions: P = c * exp(log u + log v - M / reg) for a reference measure c, which is a⊗b for reg_type "kl", all ones
+for "entropy", or given. With f = reg log u, g = reg log v this is the plan a⊗b exp((f + g - C) / reg) of the cost
+C = M - reg log(c / a⊗b), whose potentials are the same f and g: any reference is a change of the cost.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .. import errors, gradients
+from ..backends import bind
+from ..costs import Cost
+from ..geometry import Geometry, weigh
+from ..penalties import KL, TV
+from ..problem import Problem, float_type, matched, vector_dtype
+from ..solution import CONVERGED, STALLED
+from ..solve import needs_gradient
+from .alternation import Method, State, alternate, print_progress, translated
+from .arrays import number, take, take_problem
+from .clouds import transposed
+from .refusals import elsewhere, warn
+
+NOT_CONVERGED = (
+    "Stabilized Unbalanced Sinkhorn did not converge.Try a larger entropy `reg` or a lower mass `reg_m`."
+    "Or a larger absorption threshold `tau`."
+)
+ENTROPY_HAS_NO_REFERENCE = "If reg_type = entropy, then the matrix c is overwritten by the one matrix."
+
+#: POT's other algorithms for relaxed marginals, by the names a caller may try.
+ELSEWHERE = {"mm": "ot.unbalanced.mm_unbalanced", "lbfgsb": "ot.unbalanced.lbfgsb_unbalanced"}
+
+#: POT's callers stop on purpose after 3, 10 or 100 iterations and see what they gave; after that only the end matters.
+PLAIN = 100
+
+METHODS = {
+    "sinkhorn": Method(),
+    "sinkhorn_stabilized": Method(both_sides=False, check_every=10, header_every=200, warns=True),
+    "sinkhorn_translation_invariant": Method(translate=True),
+    "sinkhorn_reg_scaling": Method(),
+}
+
+
+@dataclass
+class Relaxed:
+    """A solved problem in the caller's terms. `many` histograms are a batch in front."""
+
+    problem: Problem  # transposed, like its geometry
+    geometry: Geometry
+    state: State
+    M: Tensor
+    reg: Tensor | float
+    taus: tuple[Tensor | float, Tensor | float]
+    a: Tensor  # (n,) as given, in the type of the potentials
+    b: Tensor  # (*batch, m)
+    reference_mass: Tensor  # sum c; 0 for the entropy, which is written sum P log P - P
+    entropy: bool
+    many: bool
+    differentiable: bool
+    back: Callable[[Tensor], Any]
+
+    def give(self, z: Tensor) -> Any:
+        return self.back(z.to(self.problem.given_dtype))
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        """The plan of the transposed problem, (*batch, m, n)."""
+        problem, state = self.problem, self.state
+        if self.differentiable:
+            return gradients.plan(problem, self.geometry, state.g, state.f)
+        return self.geometry.plan(weigh(state.g, problem.a, problem.eps), weigh(state.f, problem.b, problem.eps), problem.eps)
+
+    def plan(self) -> Tensor:
+        """(*batch, n, m)."""
+        return self._columns.mT
+
+    def linear(self) -> Tensor:
+        """<P, M>; forbidden pairs carry nothing."""
+        return (self.plan() * torch.where(self.M.isinf(), 0.0, self.M).to(self.problem.dtype)).sum((-2, -1))
+
+    def potentials(self) -> tuple[Tensor, Tensor]:
+        """(log u, log v), (*batch, n) and (*batch, m), with P = c exp(log u + log v - M / reg)."""
+        # Where both marginals are hard and the masses unequal, a was rescaled; POT's c was not.
+        scale = (
+            self.problem.b.sum(-1, keepdim=True) / self.a.sum(-1, keepdim=True) if self._hard else torch.ones_like(self.state.f[..., :1])
+        )
+        return self.state.f / self.problem.eps + scale.log(), self.state.g / self.problem.eps
+
+    @property
+    def _hard(self) -> bool:
+        return self.problem.penalties[0].balanced and self.problem.penalties[1].balanced
+
+    def total(self) -> Tensor:
+        """<P, M> + reg KL(P | c) + penalties, with generalised KL: sum p log(p / q) - p + q.
+
+        log(P / c) is log u + log v - M / reg, so the first two terms are sums over the marginals.
+        """
+        P = self.plan().to(self.state.f.dtype)
+        log_u, log_v = self.potentials()
+        earned = _dot(P.sum(-1), log_u) + _dot(P.sum(-2), log_v)
+        value = self.reg * (earned + self.reference_mass - P.sum((-2, -1)))
+        for tau, gap in zip(self.taus, self._gaps(P), strict=True):
+            if number(tau) < math.inf:
+                value = value + tau * gap
+        return value
+
+    def _gaps(self, P: Tensor) -> tuple[Tensor, Tensor]:
+        """The divergence of each marginal, (*batch,), that its tau multiplies."""
+        by_distance = isinstance(self.problem.penalties[0], TV)
+        pairs = ((P.sum(-1), self.a), (P.sum(-2), self.b))
+        rows, columns = ((p - q).abs() if by_distance else _divergence(p, q) for p, q in pairs)
+        return rows.sum(-1), columns.sum(-1)
+
+    def envelope(self) -> Tensor:
+        """`total` at the optimum, from the dual at fixed potentials: its first derivatives are those of the optimum.
+
+        In reg and tau the primal gives them at once: they multiply KL(P | c) and the divergences of the marginals.
+        """
+        problem, state = self.problem, self.state
+        dual = gradients.value(problem, self.geometry, state.g.detach(), state.f.detach())
+        value = dual + number(self.reg) * (self.reference_mass - problem.a.sum(-1) * problem.b.sum(-1))
+        with torch.no_grad():
+            P, total = self.plan().to(dual.dtype), self.total()
+            gaps = self._gaps(P)
+            paid = sum(number(tau) * gap for tau, gap in zip(self.taus, gaps, strict=True) if number(tau) < math.inf)
+            divergence = (total - paid - self.linear()) / number(self.reg)
+        for factor, term in ((self.reg, divergence), *zip(self.taus, gaps, strict=True)):
+            if isinstance(factor, Tensor):
+                value = value + (factor - factor.detach()) * term
+        for tau, kept, wanted in zip(self.taus, (problem.b, problem.a), (self.a, self.b), strict=True):
+            if number(tau) < math.inf:  # atoms without support pay for staying
+                value = value + number(tau) * (wanted.sum(-1) - kept.sum(-1))
+        return value
+
+    def logarithms(self) -> tuple[Any, Any]:
+        """log u (n,) and log v (m,), or (n, k) and (m, k)."""
+        both = []
+        for logs, w in zip(self.potentials(), (self.a, self.b), strict=True):
+            if self.entropy:  # c = 1 does not know that an atom is empty, so u must: 1e-300, as POT guards its logarithms
+                logs = torch.where(w > 0, logs, math.log(1e-300))
+            both.append(self.give(logs.mT if self.many else logs))
+        return both[0], both[1]
+
+    def log(self) -> dict[str, Any]:
+        logu, logv = self.logarithms()
+        err = [self.give(e) for e in self.state.errors]
+        log: dict[str, Any] = {"err": err, "logu": logu, "logv": logv}
+        if not self.many:
+            log |= {"cost": self.give(self.linear()), "total_cost": self.give(self.total())}
+        return log | self.story()
+
+    def story(self) -> dict[str, Any]:
+        """What POT does not tell: how the loop ended."""
+        converged = torch.tensor(self.state.status is CONVERGED, device=self.M.device)
+        return {
+            "status": self.state.status,
+            "converged": self.back(converged),
+            "n_iter": self.state.n_iter - 1,  # POT counts from 0
+            "errors": [self.give(e) for e in self.state.errors],
+        }
+
+
+def _dot(mass: Tensor, potential: Tensor) -> Tensor:
+    """Where no mass is, the potential may be anything."""
+    return (mass * torch.where(mass > 0, potential, 0.0)).sum(-1)
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """The terms p log(p / q) - p + q, with 0 log 0 = 0. An empty atom q = 0 has p = 0."""
+    some = (p > 0) & (q > 0)
+    return torch.where(some, p * (torch.where(some, p, 1.0) / torch.where(some, q, 1.0)).log(), 0.0) - p + q
+
+
+def run(
+    a: Any,
+    b: Any,
+    M: Any,
+    reg: Any,
+    reg_m: Any,
+    *,
+    method: str = "sinkhorn",
+    reg_type: str = "kl",
+    penalty: type[KL] | type[TV] = KL,
+    c: Any = None,
+    warmstart: Any = None,
+    numItermax: int = 1000,
+    stopThr: float = 1e-6,
+    verbose: bool = False,
+    log: bool = True,
+    accelerate: bool | None = None,
+    unroll: bool = True,
+) -> Relaxed:
+    """Solve as POT's `method` does. `log` asks for the change in every iteration, as POT records it, at the price of running them singly.
+
+    unroll      differentiate the potentials through the iterations; if not, only the `envelope` carries a gradient.
+    accelerate  True: translated to the best mass in each iteration; False: never; None: from iteration `PLAIN` on.
+    """
+    rules = METHODS[method]
+    after = 0 if rules.translate or accelerate else PLAIN if accelerate is None and penalty is KL else math.inf
+    if isinstance(M, Cost):
+        raise errors.ProblemError("relaxed marginals of a Cost: gpu_ot.solve(M, a, b, reg, unbalanced=reg_m) solves them lazily.")
+    (ta, tb, tM, tc), back = take_problem(a, b, M, c=c)
+    (n, m), many = tM.shape, tb is not None and tb.ndim == 2
+    if tc is not None and tc.shape != (n, m):
+        raise errors.wrong_shape("c", tc.shape, f"({n}, {m}) like M")
+    entropy = _is_entropy(reg_type)
+    if entropy and tc is not None:
+        warn(ENTROPY_HAS_NO_REFERENCE)
+        tc = None
+    if not 0 < number(reg) < math.inf:
+        if number(reg) == 0:
+            raise elsewhere("reg = 0", "ot.unbalanced.mm_unbalanced(a, b, M, reg_m), or pass a small reg > 0")
+        raise errors.bad_eps("reg", reg)
+
+    (wa, wb), dtype = _wide_weights(tM, ta, tb), float_type(*(z for z in (tM, ta, tb, tc) if z is not None))
+    taus = pair(reg_m)
+    relaxed = (number(taus[0]) < math.inf, number(taus[1]) < math.inf)
+    learnt = unroll and torch.is_grad_enabled() and any(isinstance(z, Tensor) and z.requires_grad for z in (reg, *taus))
+    # P depends on M / reg and reg_m / reg alone, so a gradient in reg is one in those.
+    scale, eps = (reg, 1.0) if learnt else (1.0, number(reg))
+    cost = tM / reg if learnt else tM
+    if tc is not None or entropy:
+        cost = _with_reference(cost, eps, wa, wb, tc)
+    cost = cost.to(dtype)
+    sa, sb = _reachable(cost, wa, wb, ta, tb, relaxed)
+    penalties = (penalty(number(taus[0]) / number(scale)), penalty(number(taus[1]) / number(scale)))
+    try:
+        problem = Problem(cost, eps, sa, sb, penalties)
+    except errors.UnequalMasses as refusal:
+        warn(f"The plan returned has columns b and rows proportional to a: {refusal}")
+        problem = Problem(cost, eps, matched(wb, wa).to(dtype), sb, penalties)
+    problem = transposed(problem)
+
+    before = _initial(warmstart, problem)
+    geometry = bind(problem)
+    differentiable = unroll and (learnt or needs_gradient(problem))
+    with torch.no_grad():
+        start = weigh(before[1], problem.a, eps)
+        state = alternate(geometry, problem, start, before, rules, numItermax, stopThr, log or verbose, after)
+    if verbose:
+        print_progress(state.errors, rules)
+    if learnt:
+        soft = _LearntTV if penalty is TV else _LearntKL
+        mine: list[Any] = [soft(cast(float, tau / scale)) if open_ else KL() for tau, open_ in zip(taus, relaxed, strict=True)]
+        problem = copy.copy(problem)
+        object.__setattr__(problem, "penalties", (mine[1], mine[0]))
+    if differentiable:
+        weight = torch.where(problem.a > 0, problem.a, 1.0)  # log has no derivative at 0
+        start = torch.where(problem.a > 0, before[1] + eps * weight.log(), -math.inf)
+        state.g, state.f = gradients.unroll(problem, geometry, start, state.n_iter)
+        if state.n_iter > after:
+            state.f, state.g = translated(problem, state.f, state.g)
+    if rules.warns and state.status not in (CONVERGED, STALLED):
+        warn(f"{NOT_CONVERGED} Status {state.status}")
+    mass = tc.to(wa).sum() if tc is not None else wa.sum(-1) * wb.sum(-1) * (not entropy)
+    return Relaxed(
+        problem=problem,
+        geometry=geometry,
+        state=state,
+        M=tM,
+        reg=reg if isinstance(reg, Tensor) and reg.requires_grad else number(reg),
+        taus=taus,
+        a=wa,
+        b=wb,
+        reference_mass=mass,
+        entropy=entropy,
+        many=many,
+        differentiable=differentiable,
+        back=back,
+    )
+
+
+class _LearntKL(KL):
+    """With a finite tau that is a tensor: it passes through `damp` and `reward` like a number, and carries its gradient."""
+
+    @property
+    def balanced(self) -> bool:
+        return False
+
+
+class _LearntTV(TV):
+    """Likewise."""
+
+    @property
+    def balanced(self) -> bool:
+        return False
+
+
+def _is_entropy(reg_type: Any) -> bool:
+    name = reg_type.lower() if isinstance(reg_type, str) else reg_type
+    if name not in ("kl", "entropy"):
+        raise elsewhere(f"reg_type = {reg_type!r}", "ot.unbalanced.lbfgsb_unbalanced(a, b, M, reg, reg_m, reg_div=...)")
+    return name == "entropy"
+
+
+def pair(reg_m: Any) -> tuple[Tensor | float, Tensor | float]:
+    """(tau_a, tau_b) of a number, None (a hard constraint), or one or two of them in whatever holds them."""
+    values = list(reg_m) if isinstance(reg_m, (list, tuple)) or getattr(reg_m, "ndim", 0) == 1 else [reg_m]
+    if len(values) not in (1, 2):
+        raise errors.ProblemError(
+            f"reg_m holds {len(values)} values. Parameter must be either a scalar, or an indexable object of length 1 or 2."
+        )
+    taus = [math.inf if tau is None else tau if isinstance(tau, Tensor) else float(tau) for tau in values]
+    for tau in taus:
+        if not number(tau) > 0:
+            raise errors.ProblemError(f"reg_m must be > 0 in units of M, or float('inf') for a hard constraint, found {number(tau)}.")
+    return taus[0], taus[-1]
+
+
+def _wide_weights(M: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(n,) and (*batch, m), in the type of the potentials."""
+    wide = vector_dtype(M.device)
+    uniform = [torch.full((size,), 1 / size, device=M.device, dtype=wide) for size in M.shape]
+    return uniform[0] if a is None else a.to(wide), uniform[1] if b is None else b.mT.to(wide) if b.ndim == 2 else b.to(wide)
+
+
+def _with_reference(M: Tensor, eps: float, a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
+    """M - eps log(c / a⊗b), which is +inf where c = 0; c = None is all ones. Empty atoms have no mass to move, whatever their cost."""
+    log_a, log_b = (torch.where(w > 0, torch.where(w > 0, w, 1.0).log(), 0.0) for w in (a, b))
+    if c is None:
+        return M + eps * (log_a.unsqueeze(-1) + log_b.unsqueeze(-2))
+    if bool(((c < 0) | ~c.isfinite()).any()):
+        raise errors.ProblemError("c must hold finite numbers >= 0: it is the reference measure, and 0 forbids a pair.")
+    log_c = torch.where(c > 0, torch.where(c > 0, c, 1.0).to(a).log(), -math.inf)
+    return M - eps * (log_c - log_a.unsqueeze(-1) - log_b.unsqueeze(-2))
+
+
+def _reachable(
+    cost: Tensor, wa: Tensor, wb: Tensor, a: Tensor | None, b: Tensor | None, relaxed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The weights, without those whose mass has nowhere to go: where the marginal is relaxed, it stays and pays its penalty."""
+    b = b.mT if b is not None and b.ndim == 2 else b
+    C = cost.detach()
+    if not bool(C.amax().isposinf().item()):
+        return a, b
+    open_rows = C.masked_fill((wb == 0).unsqueeze(-2), math.inf).amin(-1).isfinite()
+    open_columns = C.masked_fill((wa == 0).unsqueeze(-1), math.inf).amin(-2).isfinite()
+    if relaxed[0]:
+        a = torch.where(open_rows, wa.to(cost.dtype) if a is None else a, 0.0)
+    if relaxed[1]:
+        b = torch.where(open_columns, wb.to(cost.dtype) if b is None else b, 0.0)
+    return a, b
+
+
+def _initial(warmstart: Any, problem: Problem) -> tuple[Tensor, Tensor]:
+    """reg (log u, log v) to start from, zeros when left out. `problem` is the transposed one."""
+    shapes = (problem.b.shape, problem.a.shape)
+    if warmstart is None:
+        return problem.b.new_zeros(shapes[0]), problem.a.new_zeros(shapes[1])
+    found = []
+    for k, shape in enumerate(shapes):
+        (z,), _ = take(warmstart=warmstart[k])
+        z = z.mT if z is not None and z.ndim == 2 else z
+        if z is None or z.shape[-1] != shape[-1]:
+            raise errors.wrong_shape(f"warmstart[{k}]", () if z is None else z.shape, f"({shape[-1]},), or ({shape[-1]}, n_hists)")
+        found.append(problem.eps * z.detach().to(problem.a).expand(shape))
+    return found[0], found[1]

@@ -1,0 +1,435 @@
+"""POT's unified API: `solve`, `solve_sample`, `solve_batch`; values, gradients by mode, and what is POT's alone."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import numpy as np
+import ot
+import pytest
+import torch
+
+import gpu_ot
+from gpu_ot.pot import batch, solvers
+from gpu_ot.pot.refusals import Elsewhere
+from gpu_ot.pot.relaxed import run
+
+ATTRIBUTES = ("value", "value_linear", "plan", "potential_a", "potential_b")
+GRADS = ("autodiff", "envelope", "last_step", "detach")
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def kind(request):
+    return (lambda z: z.numpy()) if request.param == "numpy" else (lambda z: z)
+
+
+@pytest.fixture
+def problems(problem):
+    """(a (B, n), b (B, m), M (B, n, m))."""
+    return tuple(torch.stack(z) for z in zip(*(problem(12, 9, seed=s) for s in range(3)), strict=True))
+
+
+def close(ours, theirs, **tolerance):
+    np.testing.assert_allclose(np.asarray(torch.as_tensor(ours).detach()), np.asarray(torch.as_tensor(theirs).detach()), **tolerance)
+
+
+def gradcheck(function, inputs):
+    return torch.autograd.gradcheck(function, inputs, nondet_tol=1e-12)
+
+
+def leaves(problem):
+    return [z.clone().requires_grad_() for z in problem(6, 5)]
+
+
+@pytest.mark.parametrize(
+    "name", ["solve_sample", "dist", "solve_batch", "solve_sample_batch", "dist_batch", "bregman_log_projection_batch", "loss_linear_batch"]
+)
+def test_signatures_are_pots(name):
+    ours, theirs = (
+        inspect.signature(getattr(z, name)) for z in (batch if "batch" in name else solvers, ot.batch if "batch" in name else ot)
+    )
+    assert [(p.name, p.default, p.kind) for p in ours.parameters.values()] == [
+        (p.name, p.default, p.kind) for p in theirs.parameters.values()
+    ]
+
+
+def test_solve_has_pots_signature_and_takes_our_options():
+    ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (solvers.solve, ot.solve))
+    assert [(p.name, p.default) for p in ours[:-1]] == [(p.name, p.default) for p in theirs]
+    assert ours[-1].kind is inspect.Parameter.VAR_KEYWORD
+
+
+@pytest.mark.parametrize("grad", GRADS)
+@pytest.mark.parametrize("reg_type", ["KL", "entropy"])
+def test_balanced_results_are_pots(problem, kind, reg_type, grad):
+    a, b, M = (kind(z) for z in problem(20, 15))
+    ours, theirs = (
+        f(M, a, b, reg=0.1, reg_type=reg_type, tol=1e-12) for f in (lambda *z, **k: solvers.solve(*z, **k, grad=grad), ot.solve)
+    )
+    for name in ATTRIBUTES:
+        close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-9)
+        assert type(getattr(ours, name)) is type(getattr(theirs, name))
+    assert ours.converged and ours.status.name == "converged" and ours.n_iter > 0 and len(ours.errors) > 1
+    assert ours.log is None and ours.lazy_plan is None and ours.value_quad is None
+    close(ours.marginals[0], a, rtol=1e-12)
+    close(ours.marginal_b, b, rtol=0, atol=1e-9)
+    assert type(ours.sparse_plan) is type(theirs.sparse_plan)
+
+
+def test_a_problem_is_passed_on(problem):
+    a, b, M = problem(8, 7)
+    question = gpu_ot.Problem(M, 0.1, a, b)
+    ours, same = solvers.solve(question, tol=1e-9, max_iter=500, backend="softmin"), gpu_ot.solve(question, tol=1e-9, max_iter=500)
+    assert isinstance(ours, gpu_ot.Solution)
+    close(ours.value, same.value, rtol=1e-12)
+    assert solvers.solve(question).n_iter == gpu_ot.solve(question).n_iter
+    M.requires_grad_()
+    assert solvers.solve(gpu_ot.Problem(M, 0.1, a, b), grad="unroll").f.requires_grad
+    with pytest.raises(gpu_ot.ProblemError, match="holds its weights"):
+        solvers.solve(question, a, b)
+    with pytest.raises(TypeError, match="backend"):
+        solvers.solve(M, a, b, 0.1, backend="dense")
+
+
+@pytest.mark.parametrize("unbalanced_type", ["KL", "TV"])
+@pytest.mark.parametrize("reg_type", ["KL", "entropy"])
+def test_relaxed_values_are_the_objective(problem, reg_type, unbalanced_type):
+    """POT's KL value is 0 at every optimum; its L-BFGS-B stops early, at a higher value of the same objective."""
+    a, b, M = (z.numpy() for z in problem(12, 9))
+    b = 1.3 * b
+    ours = solvers.solve(M, a, b, reg=0.1, reg_type=reg_type, unbalanced=(0.5, 0.4), unbalanced_type=unbalanced_type, tol=1e-11)
+    _, log = ot.unbalanced.lbfgsb_unbalanced(
+        a, b, M, 0.1, (0.5, 0.4), reg_div=reg_type, regm_div=unbalanced_type, log=True, numItermax=5000, stopThr=1e-15
+    )
+    assert ours.value <= log["total_cost"] + 1e-9
+    penalty = gpu_ot.KL if unbalanced_type == "KL" else gpu_ot.TV
+    dual = run(a, b, M, 0.1, (0.5, 0.4), reg_type=reg_type, penalty=penalty, stopThr=1e-11).envelope()
+    assert ours.value == pytest.approx(float(dual), abs=1e-8)  # and no plan costs less than the dual
+    if unbalanced_type == "KL":
+        assert ours.value == pytest.approx(log["total_cost"], abs=1e-9)
+    if reg_type == unbalanced_type == "KL":
+        theirs = ot.solve(M, a, b, reg=0.1, unbalanced=(0.5, 0.4), tol=1e-12)
+        assert abs(theirs.value) < 1e-6 < ours.value
+        for name in ATTRIBUTES[1:]:
+            close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("grad", ["autodiff", "envelope"])
+@pytest.mark.parametrize("reg_type", ["KL", "entropy"])
+def test_gradients_of_the_balanced_value(problem, reg_type, grad):
+    """In a and b too, where POT's envelope for KL is up to 60 % off."""
+    reg = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+
+    def value(a, b, M, reg):
+        return solvers.solve(M, a / a.sum(), b / b.sum(), reg=reg, reg_type=reg_type, grad=grad, tol=0.0, max_iter=300).value
+
+    assert gradcheck(value, (*leaves(problem), reg))
+
+
+@pytest.mark.parametrize("grad", ["autodiff", "envelope"])
+@pytest.mark.parametrize("unbalanced_type", ["KL", "TV"])
+def test_gradients_of_the_relaxed_value(problem, unbalanced_type, grad):
+    settings = [torch.tensor(z, dtype=torch.float64, requires_grad=True) for z in (0.1, 0.4, 0.7)]
+
+    def value(a, b, M, reg, tau_a, tau_b):
+        # 1.3: with equal masses total variation has a kink
+        options = dict(unbalanced=(tau_a, tau_b), unbalanced_type=unbalanced_type, grad=grad, tol=0.0, max_iter=400)
+        return solvers.solve(M, a, 1.3 * b, reg=reg, **options).value
+
+    assert gradcheck(value, (*leaves(problem), *settings))
+
+
+@pytest.mark.parametrize("grad", ["autodiff", "last_step"])
+def test_gradients_of_everything(problem, grad):
+    def everything(a, b, M):
+        found = solvers.solve(M, a / a.sum(), b / b.sum(), reg=0.1, grad=grad, tol=0.0, max_iter=120)
+        return found.plan, found.value_linear, found.value
+
+    assert gradcheck(everything, leaves(problem))
+
+
+def test_modes_carry_what_they_say(problem):
+    a, b, M = leaves(problem)
+    for relaxed in (None, 0.5):
+        envelope = solvers.solve(M, a, b, reg=0.1, grad="envelope", unbalanced=relaxed)
+        assert envelope.value.requires_grad and not envelope.plan.requires_grad and not envelope.value_linear.requires_grad
+        nothing = solvers.solve(M, a, b, reg=0.1, grad="detach", unbalanced=relaxed)
+        with pytest.raises(RuntimeError):
+            nothing.value.backward()
+        close(envelope.value, nothing.value, rtol=1e-12)
+    with pytest.raises(ValueError, match="grad=last_step"):
+        solvers.solve(M, a, b, reg=0.1, grad="last_step", max_iter=0)
+
+
+@pytest.mark.parametrize(
+    "options, function",
+    [
+        (dict(), "ot.emd"),
+        (dict(reg=0), "ot.emd"),
+        (dict(unbalanced=1.0), "ot.unbalanced.mm_unbalanced"),
+        (dict(reg=0.1, reg_type="L2"), "ot.solve"),
+        (dict(reg=0.1, reg_type=(abs, abs)), "ot.solve"),
+        (dict(reg=0.1, unbalanced=1.0, unbalanced_type="L2"), "ot.unbalanced.lbfgsb_unbalanced"),
+        (dict(reg=0.1, unbalanced=1.0, method="mm"), "ot.unbalanced.mm_unbalanced"),
+        (dict(reg=0.1, reg_type="cryptic divergence"), "ot.solve"),
+    ],
+    ids=str,
+)
+def test_what_is_pots_alone_names_its_function(problem, options, function):
+    a, b, M = problem(6, 5)
+    with pytest.raises(NotImplementedError, match=function.replace(".", r"\.")) as seen:
+        solvers.solve(M, a, b, **options)
+    assert isinstance(seen.value, Elsewhere) and isinstance(seen.value, gpu_ot.ProblemError)
+
+
+def test_wrong_settings(problem):
+    a, b, M = problem(6, 5)
+    for options, message in (
+        (dict(reg=0.1, method="simplex"), "Unknown method"),
+        (dict(reg=-1.0), "reg must be"),
+        (dict(reg=0.1, grad="maybe"), "grad"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            solvers.solve(M, a, b, **options)
+    with pytest.raises(ValueError, match="M must be an array"):
+        solvers.solve([[0.0, 1.0]], reg=0.1)
+    with pytest.warns(UserWarning, match="Sinkhorn did not converge"):
+        solvers.solve(M, a, b, reg=1e-3, max_iter=3)
+    with pytest.warns(UserWarning, match="Sinkhorn did not converge"):
+        solvers.solve(M, a, b, reg=1e-3, max_iter=3, unbalanced=1.0)
+
+
+def test_potentials_to_start_from_are_used(problem):
+    a, b, M = problem(20, 15)
+    for relaxed in (None, 0.5):
+        found = solvers.solve(M, a, b, reg=0.05, unbalanced=relaxed)
+        again = solvers.solve(M, a, b, reg=0.05, unbalanced=relaxed, potentials_init=found.potentials, tol=1e-7)
+        assert found.n_iter > 0 and again.n_iter == 0
+
+
+def test_zero_weights(problem, kind):
+    a, b, M = problem(12, 9)
+    a[0], b[:2] = 0, 0
+    a, b = a / a.sum(), b / b.sum()
+    truth = ot.bregman.sinkhorn_log(a, b, M, 0.1, stopThr=1e-12)
+    for reg_type in ("KL", "entropy"):
+        found = solvers.solve(kind(M), kind(a), kind(b), reg=0.1, reg_type=reg_type, tol=1e-12)
+        close(found.plan, truth, rtol=0, atol=1e-10)
+        reference = torch.outer(a, b) if reg_type == "KL" else torch.ones_like(M)
+        entropy = torch.special.xlogy(truth, truth / torch.where(reference > 0, reference, 1.0)).sum()
+        assert float(found.value) == pytest.approx(float((truth * M).sum() + 0.1 * entropy), rel=1e-9)
+    a, b, M = a.requires_grad_(), b.requires_grad_(), M.requires_grad_()
+    for grad in ("autodiff", "envelope"):
+        value = solvers.solve(M, a, b, reg=0.1, reg_type="entropy", grad=grad).value
+        assert all(g.isfinite().all() for g in torch.autograd.grad(value, (a, b, M)))
+
+
+@pytest.fixture
+def clouds():
+    gen = torch.Generator().manual_seed(0)
+    return tuple(torch.rand(n, 3, generator=gen, dtype=torch.float64) for n in (12, 9))
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_samples(problem, clouds, kind, metric, lazy):
+    a, b, x, y = (kind(z) for z in (*problem(12, 9)[:2], *clouds))
+    ours = solvers.solve_sample(x, y, a, b, metric, 0.2, lazy=lazy, tol=1e-11)
+    theirs = ot.solve_sample(x, y, a, b, metric, 0.2, tol=1e-12)
+    for name in ("value", "value_linear"):
+        close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-9)
+        assert type(getattr(ours, name)) is type(getattr(theirs, name))
+    close(ours.lazy_plan[:] if lazy else ours.plan, theirs.plan, rtol=0, atol=1e-9)
+    assert (ours.plan is None) == lazy and type(ours.potential_a) is type(x)
+    close(ours.marginal_b, b, rtol=0, atol=1e-9)
+    if lazy:
+        POT = ot.solve_sample(x, y, a, b, metric, 0.2, lazy=True, tol=1e-12)
+        close(ours.potential_a, POT.potential_a, rtol=0, atol=1e-8)
+        assert set(POT.log) <= set(ours.log)
+
+
+@pytest.mark.parametrize("unbalanced_type", ["KL", "TV"])
+def test_lazy_samples_relaxed(clouds, unbalanced_type):
+    """POT has no lazy relaxed solver."""
+    x, y = clouds
+    options = dict(reg=0.2, unbalanced=(0.3, 0.4), unbalanced_type=unbalanced_type, tol=1e-12)
+    b = torch.full((9,), 0.2, dtype=torch.float64)
+    lazy, dense = (solvers.solve_sample(x, y, None, b, lazy=lazy, **options) for lazy in (True, False))
+    close(lazy.lazy_plan[:], dense.plan, rtol=0, atol=1e-9)
+    close(lazy.value, dense.value, rtol=1e-9)
+    close(lazy.value_linear, dense.value_linear, rtol=1e-8)
+
+
+def test_gradients_of_lazy_samples(clouds):
+    x, y = (z[:5].clone().requires_grad_() for z in clouds)
+    a = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).add_(0.1).requires_grad_()
+
+    def found(x, y, a, grad="autodiff", **options):
+        return solvers.solve_sample(x, y, a / a.sum(), None, reg=0.3, lazy=True, max_iter=200, tol=0.0, grad=grad, **options)
+
+    assert gradcheck(lambda x, y, a: (found(x, y, a).value, found(x, y, a).value_linear), (x, y, a))
+    assert gradcheck(lambda x, y, a: found(x, y, a, "envelope", reg_type="entropy").value, (x, y, a))
+    assert gradcheck(lambda x, y, a: found(x, y, a, "envelope", unbalanced=0.5).value, (x, y, a))
+    assert not found(x, y, a, "detach").value.requires_grad
+
+
+def test_samples_debiased_and_scaled(clouds, kind):
+    x, y = (kind(z) for z in clouds)
+    ours, theirs = (f(x, y, reg=0.2, debias=True, tol=1e-12) for f in (solvers.solve_sample, ot.solve_sample))
+    close(ours.value, theirs.value, rtol=0, atol=1e-10)
+    close(ours.value_linear, theirs.value_linear, rtol=0, atol=1e-10)
+    assert set(ours.log) == set(theirs.log)
+    scaled = solvers.solve_sample(x, y, reg=0.2, scaler=lambda z: 2 * z)  # POT scales the first cloud alone
+    close(scaled.plan, solvers.solve_sample(2 * x, 2 * y, reg=0.2).plan, rtol=0, atol=1e-12)
+    close(ot.solve_sample(x, y, reg=0.2, scaler=lambda z: 2 * z).plan, ot.solve_sample(2 * x, y, reg=0.2).plan, rtol=0, atol=1e-12)
+
+
+def test_methods_of_samples(clouds):
+    x, y = clouds
+    for method in ("sinkhorn", "sinkhorn_log", "geomloss_tensorized"):
+        assert solvers.solve_sample(x, y, reg=0.2, method=method).plan is not None
+    for method in ("geomloss", "geomloss_online"):
+        found = solvers.solve_sample(x, y, reg=0.2, method=method)
+        assert found.lazy_plan is not None and found._formed is None
+        close(found.plan, found.lazy_plan[:], rtol=0, atol=0)  # formed when read, as geomloss's results do
+    for options in (dict(method="sliced"), dict(method="1d"), dict(), dict(lazy=True), dict(reg=0.2, debias="split")):
+        with pytest.raises(Elsewhere, match=r"ot\.(solve|emd)"):
+            solvers.solve_sample(x, y, **options)
+    with pytest.raises(ValueError, match="Unknown method"):
+        solvers.solve_sample(x, y, method="invalid_method")
+    with pytest.raises(ValueError, match="lazy"):
+        solvers.solve_sample(x, y, reg=0.2, lazy=True, c=torch.ones(12, 9))
+
+
+@pytest.mark.parametrize("method", ["auto", "log_sinkhorn", "sinkhorn"])
+@pytest.mark.parametrize("reg_type", ["entropy", "kl"])
+@pytest.mark.parametrize("iterations, tol", [(1, 0), (3, 0), (100, 0), (1000, 1e-5), (1000, 1e-9)])
+def test_batches_are_pots(problems, kind, method, reg_type, iterations, tol):
+    a, b, M = (kind(z) for z in problems)
+    options = dict(reg_type=reg_type, method=method, max_iter=iterations, tol=tol)
+    ours, theirs = (f(M, 0.1, a, b, **options) for f in (batch.solve_batch, ot.batch.solve_batch))
+    for name in ATTRIBUTES:
+        close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-10)
+        assert type(getattr(ours, name)) is type(getattr(theirs, name))
+    if tol:
+        assert ours.log == theirs.log and np.asarray(ours.converged).all()
+    close(ours.marginals[1], b, rtol=1e-12)
+
+
+@pytest.mark.parametrize("grad", ["envelope", "autodiff"])
+@pytest.mark.parametrize("reg_type", ["entropy", "kl"])
+def test_gradients_of_batches(problems, reg_type, grad):
+    """POT's envelope does not reach the weights."""
+    a, b, M = (z[:2, :5, :4] if z.ndim == 3 else z[:2, :k] for z, k in zip(problems, (5, 4, 0), strict=True))
+    inputs = [z.clone().requires_grad_() for z in (a, b, M)]
+    reg = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+
+    def value(a, b, M, reg):
+        a, b = (w / w.sum(-1, keepdim=True) for w in (a, b))
+        return batch.solve_batch(M, reg, a, b, reg_type=reg_type, grad=grad, tol=0, max_iter=200).value
+
+    assert gradcheck(value, (*inputs, reg))
+
+
+def test_modes_of_batches(problems):
+    a, b, M = problems
+    M = M.clone().requires_grad_()
+    envelope = batch.solve_batch(M, 0.1, a, b)
+    assert not envelope.plan.requires_grad
+    (grad,) = torch.autograd.grad(envelope.value_linear.sum(), M)
+    close(grad, envelope.plan, rtol=1e-12)
+    with pytest.raises(RuntimeError):
+        batch.solve_batch(M, 0.1, a, b, grad="detach").value.sum().backward()
+    for wrong in (dict(method="foo"), dict(reg_type="foo"), dict(grad="foo"), dict(method="sinkhorn", reg=0)):
+        with pytest.raises(ValueError):
+            batch.solve_batch(M, **dict(reg=0.1) | wrong)
+    with pytest.raises(Elsewhere, match=r"ot\.batch\.solve_batch"):
+        batch.solve_batch(M)
+    a[:, 0] = 0  # POT: NaN
+    assert batch.solve_batch(M, 0.1, a / a.sum(-1, keepdim=True), b, reg_type="kl").value.isfinite().all()
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "minkowski", "kl"])
+def test_distances_of_batches(kind, metric):
+    x, y = (kind(torch.rand(3, n, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n))) for n in (6, 5))
+    close(batch.dist_batch(x, y, metric), ot.batch.dist_batch(x, y, metric), rtol=0, atol=1e-13)
+    ours, theirs = (f(x, y, 0.2, metric=metric) for f in (batch.solve_sample_batch, ot.batch.solve_sample_batch))
+    close(ours.value, theirs.value, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="Unknown metric: foo"):
+        batch.dist_batch(x, y, "foo")
+
+
+@pytest.mark.parametrize("name", ["bregman_log_projection_batch", "bregman_projection_batch"])
+def test_projections(problems, kind, name):
+    a, b, M = problems
+    K = kind(-M / 0.1 if "log" in name else (-M / 0.1).exp())
+    ours, theirs = (getattr(library, name)(K, kind(a), kind(b)) for library in (batch, ot.batch))
+    assert set(ours) == set(theirs) and ours["n_iters"] == theirs["n_iters"]
+    for key in set(theirs) - {"n_iters", "potentials"}:
+        close(ours[key], theirs[key], rtol=0, atol=1e-12)
+    close(ours["potentials"][0], theirs["potentials"][0], rtol=1e-10)
+    close(batch.entropy_batch(ours["T"]), ot.batch._utils.entropy_batch(theirs["T"]), rtol=1e-9)
+    close(batch.loss_linear_batch(kind(M), ours["T"]), ot.batch.loss_linear_batch(kind(M), theirs["T"]), rtol=1e-10)
+
+
+class Foreign:
+    """An array of some other library, as far as DLPack needs to know it."""
+
+    def __init__(self, z):
+        self._z = z
+
+    def __dlpack__(self, **options):
+        return self._z.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self._z.__dlpack_device__()
+
+    @property
+    def shape(self):
+        return self._z.shape
+
+    @staticmethod
+    def from_dlpack(z):
+        return Foreign(torch.from_dlpack(z))
+
+
+class Spaced(Foreign):
+    """One whose module has the way back, as the array API asks."""
+
+    def __array_namespace__(self):
+        return Foreign
+
+
+@pytest.mark.parametrize("library", [Foreign, Spaced])
+def test_foreign_arrays_come_back_in_kind(problem, library):
+    a, b, M = problem(6, 5)
+    theirs = [library(z) for z in (a, b, M)]
+    P, log = gpu_ot.sinkhorn(*theirs, 0.1, log=True)
+    assert type(P) is Foreign and type(log["u"]) is Foreign
+    close(P._z, gpu_ot.sinkhorn(a, b, M, 0.1), rtol=0, atol=0)
+    found = solvers.solve(theirs[2], *theirs[:2], reg=0.1)
+    assert type(found.plan) is Foreign and type(found.value) is Foreign
+    lists = gpu_ot.sinkhorn(a.tolist(), b.tolist(), theirs[2], 0.1)
+    close(lists._z, P._z, rtol=0, atol=1e-15)
+    with pytest.raises(ValueError, match="same type/backend"):
+        gpu_ot.sinkhorn(a, b, theirs[2], 0.1)
+
+
+def test_arrays_that_cannot_be_read_are_pots(problem):
+    a, b, _ = problem(6, 5)
+
+    class Opaque:
+        shape = (6, 5)
+
+    with pytest.raises(Elsewhere, match="Opaque"):
+        gpu_ot.sinkhorn(a, b, Opaque(), 0.1)
+
+
+def test_weights_may_be_integers_and_lists(problem):
+    _, _, M = problem(3, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        close(solvers.solve(M, torch.tensor([1, 0, 1]), torch.tensor([1, 1]), reg=0.1).marginal_a, [1, 0, 1], rtol=1e-12)
+    close(gpu_ot.sinkhorn([1, 0, 1], [1, 1], M.numpy(), 0.1).sum(1), [1, 0, 1], rtol=1e-12)
+    close(gpu_ot.sinkhorn(np.array([1, 0, 1]), np.array([1, 1]), M.float().numpy(), 0.1).sum(1), [1, 0, 1], rtol=1e-6)
