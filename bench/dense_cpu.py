@@ -14,8 +14,6 @@ import contextlib
 import io
 import json
 import os
-import platform
-import resource
 import subprocess
 import sys
 import time
@@ -23,7 +21,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
+from machine import environment
 from tqdm import tqdm
 
 import gpu_ot
@@ -109,23 +107,6 @@ def print_peak(name: str, n: int) -> None:
 def resident_mib(key: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
-
-
-def environment() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    names = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = next((line.split(":")[1].strip() for line in names.splitlines() if line.startswith("model name")), platform.machine())
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "pot": ot.__version__,
-        "gpu_ot": gpu_ot.__version__,
-        "commit": commit,
-        "max_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
 
 
 def table(rows: list[dict]) -> str:

@@ -55,7 +55,10 @@ def environment() -> dict[str, Any]:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     found: dict[str, Any] = {name: version(name) for name in PACKAGES}
     found |= {"commit": commit, "python": platform.python_version(), "dry": DRY, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    if not DRY:
+    names = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found["cpu"] = next((line.split(":")[1].strip() for line in names.splitlines() if line.startswith("model name")), platform.machine())
+    found["cores"] = os.cpu_count()
+    if not DRY and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         found |= {
             "gpu": gpu.name,

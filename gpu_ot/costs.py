@@ -93,6 +93,9 @@ class Cost:
         all rows, for dim = -1."""
         size, across = self.shape[dim], self.shape[-3 - dim]
         step = max(1, BLOCK // (max(1, self.shape[:-2].numel()) * across * self.depth))
+        if step >= size:
+            yield slice(0, size), self
+            return
         for i in range(0, size, step):
             window = slice(i, min(i + step, size))
             yield window, self.part(window, slice(None)) if dim == -2 else self.part(slice(None), window)
@@ -102,7 +105,12 @@ class Cost:
         and at most `problems` evenly strided ones."""
         rows, cols = (_every(size, limit) for size in self.shape[-2:])
         with torch.no_grad():
-            return self._some(problems).part(rows, cols).dense()
+            try:
+                return self._some(problems).part(rows, cols).dense()
+            except NotImplementedError:  # a cost of the user's own that cannot be cut, which only ever is a whole array
+                C = self.dense()
+                C = C if C.ndim == 2 else C.flatten(0, -3)[_every(self.shape[:-2].numel(), problems)]
+                return C[..., rows, cols]
 
     def scale(self, kind: str) -> Tensor:
         """The "std", "mean", "median" or "max" of all finite entries of all problems together: 0-d, float64, detached; NaN without any.
@@ -137,10 +145,10 @@ class Cost:
 
     def _folded_in_short(self) -> Folded | None:
         """The folded form in float64, where its d^2 is less work than the n m pairs."""
-        n, m = self.shape[-2:]
-        first = next(iter(self.inputs.values()))
-        folded = None if isinstance(self, Matrix) else self.to(_wide(first)).fold()
-        return folded if folded is not None and folded.u.shape[-1] * (n + m) <= n * m else None
+        (n, m), folded = self.shape[-2:], self.fold()
+        if folded is None or folded.u.shape[-1] * (n + m) > n * m:
+            return None
+        return self.to(_wide(folded.u)).fold()
 
     def _blocks(self) -> Iterator[Tensor]:
         """All entries, in pieces of about BLOCK numbers."""
@@ -428,6 +436,9 @@ class Sum(Cost):
     def of(self, inputs: Iterable[Tensor]) -> Sum:
         left = iter(inputs)
         return Sum(tuple((weight, cost.of([next(left) for _ in cost.inputs])) for weight, cost in self.terms))
+
+    def to(self, dtype: torch.dtype) -> Sum:
+        return Sum(tuple((weight, cost.to(dtype)) for weight, cost in self.terms))
 
     def part(self, rows: Index, cols: Index) -> Sum:
         return Sum(tuple((weight, cost.part(rows, cols)) for weight, cost in self.terms))

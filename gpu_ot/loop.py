@@ -30,7 +30,7 @@ PATIENCE, NEAR = 10, 1e3
 ROUNDING = 8.0
 #: "auto": so many plain iterations tell how fast they converge; annealing is worth its own iterations and `SETTLE` more; and with at
 #: most `FEW` rows or columns mixing sees so much of the problem at once that it does as well alone. Measured, see bench/FACTS.md.
-OPENING, SETTLE, FEW = 4, 16, 32
+OPENING, SETTLE, FEW = 6, 16, 32
 #: Of the way from the cost's standard deviation down to eps, in steps of this factor.
 COOLING = 0.6
 #: Whether some mass can have no partner is asked once so many iterations have not been enough.
@@ -63,6 +63,10 @@ class Stop:
         sums = ROUNDING * torch.finfo(dtype).eps
         differences = torch.finfo(g.dtype).eps * torch.where(b > 0, g.abs(), 0.0).amax(-1, keepdim=True) / eps
         return self._size(b * (sums + differences), b)
+
+    def unit(self, b: Tensor) -> Tensor:
+        """The error of a plan with nothing in its columns."""
+        return self._size(b, b)
 
     def _size(self, excess: Tensor, b: Tensor) -> Tensor:
         if self.norm == "l1":
@@ -196,6 +200,9 @@ class _Run:
         """Keeps what is best, and judges the run by numbers that on a GPU have travelled while it went on."""
         b = self.problem.b
         error = self.stop.error(b, (g - fresh) / self.eps)
+        floor = self.stop.floor(b, g, self.eps, self.geometry.dtype)
+        # Exponents rounded to more than a tenth: no sum over them means anything, however small it comes out.
+        error = torch.where(floor > 0.1 * self.stop.unit(b), torch.maximum(error, floor), error)
         if self.kept is not None:
             # Plain iterations only improve, and go on together. An accelerated one may be a trial, and a problem that is done stays.
             worse = self.done.all() if plain else self.done | ~(error < self.errors[-1])
@@ -207,7 +214,7 @@ class _Run:
         self.done = error <= self.stop.tol
         if self.on_check is not None:
             self.on_check(self.n_iter, error)
-        told = _on_its_way(self.progress.signs(error, self.done, self.stop.floor(b, g, self.eps, self.geometry.dtype), self.stuck(f, g)))
+        told = _on_its_way(self.progress.signs(error, self.done, floor, self.stuck(f, g)))
         told, self.waiting = (self.waiting, told) if error.is_cuda else (told, None)
         if told is not None:
             self.status = self.progress.judge(told())
@@ -224,9 +231,14 @@ class _Run:
 
     def worth_annealing(self) -> list[float]:
         """The eps to pass on the way to the target, where that takes fewer iterations than going on seems to; else none."""
-        spread = self.problem.cost.sample(32).double()
+        if min(self.problem.shape[-2:]) <= FEW or len(self.errors) < OPENING:
+            return []
+        try:
+            spread = self.problem.cost.sample(32).double()
+        except NotImplementedError:  # a cost of the user's own that cannot be taken apart
+            return []
         spread = spread[spread.isfinite()]
-        if min(self.problem.shape[-2:]) <= FEW or len(self.errors) < OPENING or not len(spread):
+        if not len(spread):
             return []
         steps = math.ceil(math.log(max(float(spread.std(correction=0)) / self.eps, 1.0)) / -math.log(COOLING))
         before, now = (z.double().clamp(min=1e-300).log() for z in (self.errors[-3], self.errors[-1]))

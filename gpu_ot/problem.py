@@ -39,7 +39,7 @@ class Problem:
     """Minimise over P >= 0:  <C, P> + eps KL(P | a⊗b) + penalty_a(P1) + penalty_b(P^T 1).
 
     cost       a Cost, or the matrix itself (*batch, n, m); +inf forbids a pair.
-    eps        > 0, in units of the cost.
+    eps        > 0, in units of the cost; or relative to it, ("std", 0.05), also of its "mean", "median" or "max", see `Cost.scale`.
     a, b       weights (*batch, n) and (*batch, m), >= 0; None is uniform of mass 1. Batches broadcast.
     penalties  one for both marginals or a pair (rows, columns); the default KL() holds them exactly.
 
@@ -59,7 +59,7 @@ class Problem:
     def __init__(
         self,
         cost: Cost | Tensor,
-        eps: float | Tensor,
+        eps: float | Tensor | tuple[str, float],
         a: Tensor | None = None,
         b: Tensor | None = None,
         penalties: Penalty | tuple[Penalty, Penalty] = BALANCED,
@@ -75,7 +75,9 @@ class Problem:
             raise errors.mixed_devices({name: str(z.device) for name, z in tensors.items()})
         if isinstance(eps, Tensor) and eps.requires_grad:
             raise errors.ProblemError("eps is a tensor that requires a gradient: divide the cost and every tau by it and pass eps=1.")
-        if not 0 < (number := float(eps)) < math.inf:
+        relative = eps if isinstance(eps, tuple) else None
+        number = float(eps[1] if isinstance(eps, tuple) else eps)
+        if not 0 < number < math.inf:
             raise errors.bad_eps("eps", eps)
 
         given = float_type(*tensors.values())
@@ -97,6 +99,13 @@ class Problem:
             found = " and ".join(errors.shape(w.shape) for w in weights)
             raise errors.wrong_shape("the pair (a, b)", bound.shape, f"batches that broadcast, found {found} beside that cost") from None
         wa, wb = (w.expand(*batch, w.shape[-1]) for w in weights)
+
+        if relative is not None:
+            number *= float(bound.scale(relative[0]))
+            if not 0 < number < math.inf:
+                raise errors.ProblemError(
+                    f"eps = {relative} is {number} here: the costs do not vary. Give eps as a number, in their units."
+                )
 
         balanced = pair[0].balanced and pair[1].balanced
         bound = _check_values(bound, wa, wb, balanced, MASS_RTOL if given.itemsize >= 4 else MASS_RTOL_HALF)

@@ -37,8 +37,8 @@ MAX_ITER = Status(
 )
 STALLED = Status(
     "stalled",
-    "The marginals are as exact as this floating type can hold them, which is less exact than the tolerance asked for. Nothing "
-    "is wrong with the plan; for more digits pass float64 costs, or set a tolerance this type can reach.",
+    "The marginals are as exact as this floating type can hold them, which is less exact than the tolerance asked for; the last entry "
+    "of `errors` says how exact. For more digits pass float64 costs or a larger eps, or set a tolerance this type can reach.",
 )
 INFEASIBLE = Status(
     "infeasible",
@@ -304,9 +304,9 @@ class Solution:
 
     @cached_property
     def _sharp_cost(self) -> Tensor:
-        plan, (n, m) = self.plan, self.shape[-2:]
-        cost = self._detached_cost
-        folded = cost.to(self.f.dtype).fold() if n * m > LARGE else None
+        plan = self.plan
+        with torch.no_grad():
+            folded = self.problem.cost.to(self.f.dtype).fold() if self.shape[-2:].numel() > LARGE else None
         if folded is None:
             parts = [torch.where(P > 0, P * C, 0.0).sum((-1, -2)) for _, C, P in plan._strips()]
             return torch.stack(parts).sum(0)

@@ -106,7 +106,7 @@ def _rows(start: Tensor | Solution | Scaled | None, problem: Problem) -> Tensor:
         return start.rows.to(problem.a).expand_as(problem.a)
     f = torch.zeros_like(problem.a) if start is None else start
     if isinstance(f, Solution):
-        f = f.f if f.problem.cost is problem.cost else f.potential_a(problem.cost.rows)
+        f = f.potential_a(problem.cost)
     if f.ndim == 0 or f.shape[-1] != problem.a.shape[-1]:
         raise errors.wrong_shape("start", f.shape, f"(*batch, {problem.a.shape[-1]}), a potential for each row")
     f = torch.where(f.isfinite(), f, 0.0).to(problem.a).expand_as(problem.a)

@@ -218,3 +218,46 @@ def test_medians_of_many_entries_are_those_of_a_sample(batch, monkeypatch):
 def test_clouds_with_more_coordinates_than_points_go_by_blocks():
     cost = SqEuclidean(*clouds(5, 6, d=40))
     torch.testing.assert_close(cost.scale("std"), cost.dense().std(correction=0), rtol=1e-12, atol=0)
+
+
+class Own(Cost):
+    """A cost of the user's own, with no more than the machines need: an array."""
+
+    def __init__(self, M):
+        self.M = M
+
+    @property
+    def inputs(self):
+        return {"M": self.M}
+
+    @property
+    def shape(self):
+        return self.M.shape
+
+    def dense(self):
+        return self.M
+
+    def to(self, dtype):
+        return Own(self.M.to(dtype))
+
+
+@pytest.mark.parametrize("batch", [(), (3, 3)])
+def test_costs_that_cannot_be_cut_are_sampled_and_measured_as_a_whole(batch):
+    M = torch.rand(*batch, 20, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for cost in (Own(M), 2.0 * Own(M)):
+        C = cost.dense()
+        expected = C[::2, ::3] if not batch else C.flatten(0, 1)[::3, ::2, ::3]
+        assert torch.equal(cost.sample(10), expected)
+        for kind in KINDS:
+            torch.testing.assert_close(cost.scale(kind), KINDS[kind](C), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("block", [1, 100, 10**6])
+def test_strips_make_up_the_whole(dim, block, monkeypatch):
+    monkeypatch.setattr(costs, "BLOCK", block)
+    cost = manhattan(*clouds(batch=(2,)))
+    strips = list(cost.strips(dim))
+    assert len(strips) == {1: cost.shape[dim], 10**6: 1}.get(block, len(strips))
+    assert [i for window, _ in strips for i in range(cost.shape[dim])[window]] == list(range(cost.shape[dim]))
+    torch.testing.assert_close(torch.cat([part.dense() for _, part in strips], dim), cost.dense())

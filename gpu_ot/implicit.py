@@ -1,0 +1,271 @@
+"""Potentials as functions of the cost and the weights, through the equations they solve.
+
+At convergence f = damp_a(s_a) and g = damp_b(s_b) with s_a = softmin(C, g, b) and s_b = softmin(C^T, f, a). With row-stochastic
+A = -ds_a / dg and B = -ds_b / df, and the slopes D = diag(damp'), small changes obey
+
+    df = D_a (r_a - A dg),    dg = D_b (r_b - B df)                                    (tangent)
+
+for r the change of s_a and s_b at fixed potentials; and cotangents F, G of f, g pull back to cotangents of s_a, s_b
+
+    w_a = D_a (F - B^T w_b),    w_b = D_b (G - A^T w_a).                                (adjoint)
+
+As diag(rho) A = P = B^T diag(kappa) for the plan P and its marginals, both reduce to one symmetric system in the columns,
+
+    (diag(kappa) / D_b - P^T D_a A) q = rhs,
+
+solved by conjugate gradients at two products with the plan an iteration. Where both marginals are hard, it is singular along
+q = 1, the gauge (f + c, g - c), and solved in the complement. In the same way Luise et al. 2018, arXiv:1805.11897, and
+Cuturi et al. 2020, arXiv:2002.03229.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import NotConverged
+from .geometry import Geometry, weigh
+from .gradients import apply, pull_apply, pull_softmin, softmin
+from .gradients import value as dual
+from .penalties import Penalty
+from .problem import Problem
+
+#: Relative residual of the linear systems, where sweeps run in float64 and where they do not, and the iterations allowed to reach it.
+TOL, TOL_SINGLE, LIMIT = 1e-11, 1e-6, 5000
+#: Between looks at the residual on a device where a look makes the host wait.
+LOOK_EVERY = 8
+
+
+def potentials(
+    problem: Problem, geometry: Geometry, f: Tensor, g: Tensor, *, caution: str = "", tol: float | None = None, limit: int = LIMIT
+) -> tuple[Tensor, Tensor]:
+    """(f, g) as differentiable functions of the cost and the weights, given their values at convergence.
+
+    Exact to first order in the error that the iterations left. Between hard marginals, where (f + c, g - c) serves as well, they come back in
+    the gauge <a, f> = <b, g>, in which their derivatives are meant. Can be differentiated again wherever `gradients.pull_back` can.
+
+    caution  said as a warning in the backward, for potentials that are not converged.
+    tol      relative residual of the linear systems; TOL or TOL_SINGLE when left out.
+    limit    conjugate-gradient iterations; where they run out, the backward raises NotConverged.
+    """
+    if tol is None:
+        tol = TOL if geometry.dtype == torch.float64 else TOL_SINGLE
+    system = _System(geometry, geometry.T, problem.penalties, problem.eps, tol, limit, caution)
+    a, b = problem.a, problem.b
+    f, g = _Potentials.apply(system, f.detach(), g.detach(), a, b, *geometry.inputs, *system.columns.inputs)
+    if all(penalty.balanced for penalty in problem.penalties):
+        heights = ((w * torch.where(z.isfinite(), z, 0.0)).sum(-1, keepdim=True) for w, z in ((a, f), (b, g)))
+        over = (next(heights) - next(heights)) / (2 * a.sum(-1, keepdim=True))
+        f, g = f - over, g + over
+    return f, g
+
+
+def value(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
+    """`gradients.value` at the potentials of `potentials`, (*batch,): its first derivatives cost one sweep, as the envelope's do, and see
+    f and g move when they are differentiated again."""
+    return _Value.apply(problem, geometry, f, g, problem.a, problem.b, *geometry.inputs)
+
+
+@dataclass(frozen=True)
+class _System:
+    rows: Geometry
+    columns: Geometry
+    penalties: tuple[Penalty, Penalty]
+    eps: float
+    tol: float
+    limit: int
+    caution: str
+
+
+class _Potentials(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, system: _System, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        f, g = f.clone(), g.clone()
+        ctx.system = system
+        ctx.save_for_backward(f, g, a, b)
+        return f, g
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        system, (f, g, a, b) = ctx.system, ctx.saved_tensors
+        if system.caution:
+            warnings.warn(system.caution, RuntimeWarning, stacklevel=2)
+        rows, columns, eps = system.rows, system.columns, system.eps
+        s_a, s_b = softmin(rows, g, b, eps), softmin(columns, f, a, eps)
+        w_a, w_b = _Linear.apply(system, True, *grad_outputs, s_a, s_b, f, g, a, b, *rows.inputs, *columns.inputs)
+        _, _, _, need_a, need_b, *need = ctx.needs_input_grad
+        count = len(rows.inputs)
+        _, grad_b, *into_rows = pull_softmin(rows, g, b, eps, s_a, w_a, [False, need_b, *need[:count]])
+        _, grad_a, *into_columns = pull_softmin(columns, f, a, eps, s_b, w_b, [False, need_a, *need[count:]])
+        return None, None, None, grad_a, grad_b, *into_rows, *into_columns
+
+
+class _Linear(torch.autograd.Function):
+    """Solves the adjoint system, or the tangent one. The derivative of either takes a solve of the other:
+
+    for tangents (t_a, t_b) and adjoints (w_a, w_b) the equations move by d(<w_a, A t_b> + <w_b, B t_a>).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, system: _System, adjoint: bool, on_rows: Tensor, on_columns: Tensor,
+        s_a: Tensor, s_b: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        found = _solve(system, adjoint, on_rows, on_columns, s_a, s_b, f, g, a, b)
+        ctx.system, ctx.adjoint = system, adjoint
+        ctx.save_for_backward(*found, s_a, s_b, f, g, a, b)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *found, s_a, s_b, f, g, a, b = ctx.saved_tensors
+        system = ctx.system
+        rows, columns, eps = system.rows, system.columns, system.eps
+        into = _Linear.apply(system, not ctx.adjoint, *grad_outputs, s_a, s_b, f, g, a, b, *rows.inputs, *columns.inputs)
+        (t_a, t_b), (w_a, w_b) = (into, found) if ctx.adjoint else (found, into)
+        need, count = ctx.needs_input_grad[10:], len(rows.inputs)
+        moved = []  # A t_b = apply(s_a, g, b t_b) and B t_a = apply(s_b, f, a t_a), and what these are pulled back to
+        for side, s, h, weight, t, w, needed in (
+            (rows, s_a, g, b, t_b, w_a, need[:count]),
+            (columns, s_b, f, a, t_a, w_b, need[count:]),
+        ):
+            s = torch.where(s.isfinite(), s, -math.inf)
+            v = (weight * t).unsqueeze(-1)
+            moved.append((t, *pull_apply(side, s, h, eps, v, apply(side, s, h, eps, v), -w.unsqueeze(-1), [True] * 3 + list(needed))))
+        (t_b, grad_s_a, grad_g, grad_v_b, *into_rows), (t_a, grad_s_b, grad_f, grad_v_a, *into_columns) = moved
+        grad_a, grad_b = t_a * grad_v_a.squeeze(-1), t_b * grad_v_b.squeeze(-1)
+        return None, None, *into, grad_s_a, grad_s_b, grad_f, grad_g, grad_a, grad_b, *into_rows, *into_columns
+
+
+class _Value(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, geometry: Geometry, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.problem, ctx.geometry = problem, geometry
+        ctx.save_for_backward(f, g, a, b)
+        return dual(problem, geometry, f, g)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad = grad_outputs[0].unsqueeze(-1)
+        (f, g, a, b), geometry = ctx.saved_tensors, ctx.geometry
+        (penalty_a, penalty_b), eps = ctx.problem.penalties, ctx.problem.eps
+        s = softmin(geometry, g, b, eps)
+        rows = torch.where(s.isfinite(), ((f - s) / eps).exp(), 0.0)
+        need = [False, *ctx.needs_input_grad[5:]]
+        _, grad_b, *grads = pull_softmin(geometry, g, b, eps, s, grad * a * rows, need)
+        grad_a = grad * (penalty_a.reward(f) - eps * rows + eps * b.sum(-1, keepdim=True))
+        if grad_b is not None:
+            grad_b = grad_b + grad * (penalty_b.reward(g) + eps * a.sum(-1, keepdim=True))
+        return None, None, None, None, grad_a, grad_b, *grads  # nothing for f and g, at which the dual is stationary
+
+
+def _solve(
+    system: _System, adjoint: bool, on_rows: Tensor, on_columns: Tensor,
+    s_a: Tensor, s_b: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(w_a, w_b) of the adjoint system for (F, G) = (on_rows, on_columns), or (df, dg) of the tangent one for (r_a, r_b)."""
+    eps = system.eps
+    k, h = weigh(f, a, eps), weigh(g, b, eps)
+    slope_a, slope_b = (_slope(penalty, s, eps) for penalty, s in zip(system.penalties, (s_a, s_b), strict=True))
+    rho, kappa = (torch.where(w > 0, w * ((z - s) / eps).exp(), 0.0) for w, z, s in ((a, f, s_a), (b, g, s_b)))
+    s_a, s_b = (torch.where(s.isfinite(), s, -math.inf) for s in (s_a, s_b))
+
+    def times(geometry: Geometry, k: Tensor, h: Tensor, z: Tensor) -> Tensor:
+        return geometry.apply(k, h, eps, z.unsqueeze(-1)).squeeze(-1)
+
+    def A(z: Tensor) -> Tensor:
+        return times(system.rows, s_a, h, z)
+
+    def A_T(z: Tensor) -> Tensor:
+        return times(system.columns, h, s_a, z)
+
+    def P(z: Tensor) -> Tensor:
+        return times(system.rows, k, h, z)
+
+    def P_T(z: Tensor) -> Tensor:
+        return times(system.columns, h, k, z)
+
+    heavy = (kappa > 0) & (slope_b > 0)  # the columns that can answer
+    diagonal = torch.where(heavy, kappa / torch.where(heavy, slope_b, 1.0), 1.0)
+    # The gauge is free where nothing gives way on either side.
+    free = ((slope_a == 1) | (rho == 0)).all(-1, keepdim=True) & ((slope_b == 1) | (kappa == 0)).all(-1, keepdim=True)
+
+    def solve(rhs: Tensor) -> Tensor:
+        return _conjugate_gradients(lambda q: diagonal * q - P_T(slope_a * A(q)), rhs, diagonal, heavy, free, system)
+
+    if adjoint:
+        # Empty columns see the rows and are not seen: their cotangent is known, and first handed on to the rows.
+        empty = torch.where(kappa > 0, 0.0, slope_b * on_columns)
+        on_rows = on_rows - times(system.rows, k, s_b, empty)
+        w_a = slope_a * (on_rows - P(solve(on_columns - A_T(slope_a * on_rows))))
+        return w_a, slope_b * (on_columns - A_T(w_a))
+    f_dot = slope_a * (on_rows - A(solve(kappa * on_columns - P_T(slope_a * on_rows))))
+    return f_dot, slope_b * (on_columns - times(system.columns, s_b, k, f_dot))
+
+
+def _slope(penalty: Penalty, s: Tensor, eps: float) -> Tensor:
+    """damp' at s, which for every penalty here is constant but for kinks."""
+    with torch.enable_grad():
+        s = s.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(penalty.damp(s, eps).sum(), s)
+    return slope
+
+
+def _conjugate_gradients(
+    matvec: Callable[[Tensor], Tensor], rhs: Tensor, diagonal: Tensor, heavy: Tensor, free: Tensor, system: _System
+) -> Tensor:
+    """q with matvec(q) = rhs on the `heavy` columns and 0 elsewhere, for each problem of a batch; along 1 undetermined where `free`.
+
+    Preconditioned by `diagonal`. Done is what the true residual says, in the norm that this defines: within `system.tol` of the
+    right-hand side, or of what rounding q in the sweeps can do. Raises NotConverged.
+    """
+    weight = torch.where(heavy, diagonal, 0.0)
+
+    def within(r: Tensor) -> Tensor:
+        """What of r the system can answer: its range is orthogonal to 1 where the gauge is free."""
+        r = torch.where(heavy, r, 0.0)
+        return r - torch.where(free, weight * (r.sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)), 0.0)
+
+    def dot(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).sum(-1, keepdim=True)
+
+    rounding = 8 * torch.finfo(system.rows.dtype).eps
+    rhs = within(rhs)
+    q, r, size = torch.zeros_like(rhs), rhs, dot(rhs, rhs / diagonal).sqrt()
+    every = 1 if rhs.device.type == "cpu" else LOOK_EVERY
+    taken = 0
+    while True:
+        z = r / diagonal
+        p, rz = z, dot(r, z)
+        goal = (0.5 * torch.maximum(system.tol * size, rounding * dot(q, weight * q).sqrt())).square()
+        while taken < system.limit:
+            taken += 1
+            Sp = within(matvec(p))
+            curvature = dot(p, Sp)
+            going = (rz > goal) & (curvature > 0)
+            step = torch.where(going, rz / torch.where(going, curvature, 1.0), 0.0)
+            q, r = q + step * p, r - step * Sp
+            z = r / diagonal
+            rz, before = torch.where(going, dot(r, z), rz), rz
+            p = z + torch.where(going, rz / before, 0.0) * p
+            if taken % every == 0 and not bool(going.any().item()):
+                break
+        # The residual above is a recurrence, which goes on falling where the true one stands still.
+        r = within(rhs - matvec(q))
+        left = dot(r, r / diagonal).sqrt()
+        met = left <= torch.maximum(system.tol * size, rounding * dot(q, weight * q).sqrt())
+        if bool(met.all().item()):
+            return q
+        if taken >= system.limit:
+            worst = float(torch.where(met, 0.0, left / size).amax())
+            raise NotConverged(
+                f"the linear system behind an implicit derivative is not solved: after {taken} conjugate-gradient iterations "
+                f"{int((~met).sum())} of {met.numel()} problems have a relative residual of up to {worst:.2g}, above {system.tol:.2g}. It is as "
+                'ill-conditioned as the iterations are slow: raise eps, solve to a smaller tol, pass float64 costs, or use grad="unroll".'
+            )
