@@ -8,7 +8,7 @@ also counts each time that its kernel is formed anew. Peers, on the costs and ep
 
     POT        sinkhorn_log is the plain iteration: passes are those of our plain loop, and rows marked `checked` ran POT for so
                many iterations and for twenty fewer: the first is within the tolerance, the second is not.
-    GeomLoss   SamplesLoss has no tolerance: the fewest passes of its schedules, scaling from 0.5 to 0.999, that end within it.
+    GeomLoss   SamplesLoss has no tolerance: the fewest passes of its schedules, scaling from 0.5 to 0.99, that end within it (1e-3 alone).
     OTT-JAX    threshold = tol in L1, Anderson(5), or momentum with Lehmann's factor, a look an iteration (extra "ott").
 
 The bars at the end are those the default has to meet; the command fails if one is missed.
@@ -139,7 +139,7 @@ def geomloss(case: Case, tol: float, cap: int) -> Result:
     both = torch.cat((case.x, case.y))
     diameter = float((both.amax(0) - both.amin(0)).norm())
     last = math.inf
-    for scaling in (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999):
+    for scaling in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99):
         # One iteration at the diameter, one a step down to the blur, one there; two passes more to start, and two to end.
         passes = 2 * (2 + math.ceil(math.log(diameter / blur) / -math.log(scaling))) + 4
         if passes > cap:
@@ -206,8 +206,8 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         case = Case(data, n, relative)
         for name, (dtype, run) in solvers(n, arguments.peers).items():
             for tol in TOLERANCES:
-                if dtype == "fp32" and tol < 1e-5:
-                    continue  # below what its sums hold
+                if tol < 1e-5 and (dtype == "fp32" or name.startswith("GeomLoss")):
+                    continue  # below what the sums of the one hold, and hours of the other's schedules
                 found = run(case, tol, arguments.cap)
                 yield dict(section="passes", data=data, n=n, eps_std=relative, tol=tol, solver=name, dtype=dtype) | found
 

@@ -1,8 +1,9 @@
 """Differentiable optimal transport that stays on the device: log-domain Sinkhorn, and a drop-in for POT's."""
 
 from .backends import explain
-from .costs import Cosine, Cost, Dot, Euclidean, Formula, Matrix, SqEuclidean
+from .costs import Cosine, Cost, Dot, Euclidean, Formula, Matrix, SqEuclidean, Sum
 from .errors import BackendError, NotConverged, ProblemError
+from .initial import gaussian_potentials, sorted_potentials
 from .penalties import KL, TV
 from .pot import bregman, unbalanced
 from .pot.batch import (
@@ -62,6 +63,7 @@ __all__ = [
     "Solution",
     "SqEuclidean",
     "Status",
+    "Sum",
     "bregman",
     "bregman_log_projection_batch",
     "bregman_projection_batch",
@@ -71,6 +73,7 @@ __all__ = [
     "empirical_sinkhorn2",
     "empirical_sinkhorn_divergence",
     "explain",
+    "gaussian_potentials",
     "greenkhorn",
     "loss_linear_batch",
     "loss_linear_samples_batch",
@@ -91,5 +94,6 @@ __all__ = [
     "solve_batch",
     "solve_sample",
     "solve_sample_batch",
+    "sorted_potentials",
     "unbalanced",
 ]

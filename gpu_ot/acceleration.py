@@ -75,7 +75,7 @@ class Relaxed:
         # A factor that is too large makes the updates swing instead of shrink: back to half the relaxation.
         self.omega = torch.where(grown, 1 + (omega - 1) / 2, omega)
         self.sizes = [torch.minimum(self.sizes[0], self.sizes[-1]) if len(self.sizes) < 3 * self.OBSERVED else self.sizes[-1]]
-        return torch.where(grown, fresh, moved)
+        return torch.where(grown | (self.b == 0), fresh, moved)
 
 
 class _Trial(NamedTuple):
@@ -166,7 +166,7 @@ class Mixing:
             found = _Trial(*(torch.where(overshot, old, new) for old, new in zip(held, found, strict=True)))
             g = found.g
         self.trial = found
-        return g + found.step
+        return torch.where(self.b > 0, g + found.step, fresh)  # an empty atom only follows
 
     def _remember(self, g: Tensor, update: Tensor, overshot: Tensor, stale: Tensor) -> None:
         """Adds what the last step has shown; where it overshot nothing yet, where the model was wrong nothing at all."""

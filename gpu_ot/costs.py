@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -322,16 +322,39 @@ class _Clouds(_Pointed):
         return type(self)(*inputs)
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
-    # Differences first: |x|^2 + |y|^2 - 2<x, y> has no digits left for clouds far from the origin.
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+class _Distances(torch.autograd.Function):
+    """|x_i - y_j| or its square, (*batch, n, m). torch's own has no second derivative, and of the square it could not have the right one
+    where points coincide."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, squared: bool) -> Tensor:
+        # Differences first: |x|^2 + |y|^2 - 2<x, y> has no digits left for clouds far from the origin.
+        D = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        ctx.squared = squared
+        ctx.save_for_backward(x, y, D)
+        return D.square() if squared else D
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (G,), (x, y, D) = grad_outputs, ctx.saved_tensors
+        need_x, need_y, _ = ctx.needs_input_grad
+        if not torch.is_grad_enabled():
+            G = 2 * D * G if ctx.squared else G
+            back = torch.ops.aten._cdist_backward
+            grad_x = back(G.contiguous(), x, y, 2.0, D) if need_x else None
+            return grad_x, back(G.mT.contiguous(), y, x, 2.0, D.mT.contiguous()) if need_y else None, None
+        # The derivatives again are products, about a common centre.
+        W = 2 * G if ctx.squared else torch.where(D > 0, G / torch.where(D > 0, D, 1.0), 0.0)
+        centre = torch.cat((x, y), -2).mean(-2, keepdim=True).detach()
+        x, y = x - centre, y - centre
+        return W.sum(-1, keepdim=True) * x - W @ y, W.sum(-2).unsqueeze(-1) * y - W.mT @ x, None
 
 
 class SqEuclidean(_Clouds):
     """C_ij = |x_i - y_j|^2."""
 
     def dense(self) -> Tensor:
-        return _distances(self.x, self.y).square()
+        return _Distances.apply(self.x, self.y, True)
 
     def fold(self) -> Folded:
         # A common centre changes no distance and keeps the digits of clouds far from the origin.
@@ -345,7 +368,7 @@ class Euclidean(_Clouds):
     """C_ij = |x_i - y_j|; its gradient is 0 where the points coincide."""
 
     def dense(self) -> Tensor:
-        return _distances(self.x, self.y)
+        return _Distances.apply(self.x, self.y, False)
 
 
 class Dot(_Clouds):

@@ -131,6 +131,21 @@ def divergence(
     return result
 
 
+def at_potentials(problem: Problem, f: Tensor, g: Tensor, own: tuple[Tensor, Tensor] | None, backend: str = "auto") -> Tensor:
+    """The value (*batch,), wide, at potentials that are known: the divergence given its self potentials `own`, else OT(a, b).
+
+    For derivatives without the solve that they belong to. Differentiable in the cost and the weights.
+    """
+    value = gradients.value(problem, bind(problem, backend), f, g)
+    if own is None:
+        return value
+    for side, potential in enumerate(own):
+        weights = (problem.a, problem.b)[side].to(problem.dtype)
+        alone = Problem(_within(problem.cost, side, None), problem.eps, weights, weights, problem.penalties[side])
+        value = value - gradients.value(alone, bind(alone, backend), potential, potential) / 2
+    return value + problem.eps / 2 * (problem.a.sum(-1) - problem.b.sum(-1)).square()
+
+
 def self_term(
     cost: Cost | Tensor,
     eps: float,

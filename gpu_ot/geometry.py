@@ -34,6 +34,11 @@ class Geometry(ABC):
     def T(self) -> Geometry:
         """The same cost seen from the other side."""
 
+    @property
+    def exact(self) -> Geometry:
+        """The same cost without the rounding that this machine was allowed; itself, where it was allowed none."""
+        return self
+
     @abstractmethod
     def softmin(self, h: Tensor, eps: float) -> Tensor:
         """(*batch, m) -> (*batch, n):  -eps log sum_j exp((h_j - C_ij) / eps). h = -inf is an empty atom."""

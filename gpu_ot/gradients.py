@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .costs import Cost
 from .geometry import Geometry, weigh
@@ -112,11 +111,10 @@ def pull_back(geometry: Geometry, k: Tensor, h: Tensor, eps: float, w: Tensor, z
     """
     inputs = geometry.inputs
     if len(inputs) == 1:
-        k, h = _present(k, w), _present(h, z)
         if torch.is_grad_enabled():
-            P = ((k.unsqueeze(-1) + h.unsqueeze(-2) - inputs[0]) / eps).exp()
+            P = _exponentials(k, h, inputs[0], eps, (w == 0).all(-1), (z == 0).all(-1))
         else:
-            P = geometry.plan(k, h, eps)
+            P = geometry.plan(_present(k, w), _present(h, z), eps)
         return ((P * (w @ z.mT).to(P.dtype)).sum_to_size(inputs[0].shape).to(inputs[0].dtype),)
     if _folds(geometry):
         _, _, u, v = inputs
@@ -142,7 +140,7 @@ def _pull_side(geometry: Geometry, k: Tensor, h: Tensor, eps: float, w: Tensor, 
     v = v.to(z.dtype)
     c, d = z.shape[-1], v.shape[-1]
     both = (z.unsqueeze(-1) * v.unsqueeze(-2)).flatten(-2)  # (*batch, m, c d)
-    sums = apply(geometry, _present(k, w), h, eps, torch.cat((z.expand(*both.shape[:-1], c), both), -1))
+    sums = apply(geometry, k, h, eps, torch.cat((z.expand(*both.shape[:-1], c), both), -1))
     return (w * sums[..., :c]).sum(-1), -(w.unsqueeze(-1) * sums[..., c:].unflatten(-1, (c, d))).sum(-2)
 
 
@@ -210,15 +208,27 @@ def unroll(problem: Problem, geometry: Geometry, start: Tensor, k: int) -> tuple
 
 def plan(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
     """a_i b_j exp((f_i + g_j - C_ij) / eps) as a differentiable array (*batch, n, m)."""
-    C = geometry.inputs[0] if len(geometry.inputs) == 1 else problem.cost.dense()
-    return _plan(f, g, problem.a, problem.b, C, problem.eps)
+    return _plan(f, g, problem.a, problem.b, _matrix(problem, geometry), problem.eps)
+
+
+def _matrix(problem: Problem, geometry: Geometry) -> Tensor:
+    """C as the geometry knows it, which for a folded form can be differentiated any number of times."""
+    if len(geometry.inputs) == 1:
+        return geometry.inputs[0]
+    if _folds(geometry):
+        alpha, beta, u, v = geometry.inputs
+        return alpha.unsqueeze(-1) + beta.unsqueeze(-2) - u @ v.mT
+    return problem.cost.dense()
 
 
 def _plan(f: Tensor, g: Tensor, a: Tensor, b: Tensor, C: Tensor, eps: float) -> Tensor:
-    exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / eps
+    return a.unsqueeze(-1) * b.unsqueeze(-2) * _exponentials(f, g, C, eps, a == 0, b == 0)
+
+
+def _exponentials(k: Tensor, h: Tensor, C: Tensor, eps: float, empty_rows: Tensor, empty_columns: Tensor) -> Tensor:
+    exponent = (k.unsqueeze(-1) + h.unsqueeze(-2) - C) / eps
     # Between two empty atoms nothing bounds the exponent, and inf times their weight 0 would be NaN.
-    both_empty = (a == 0).unsqueeze(-1) & (b == 0).unsqueeze(-2)
-    return a.unsqueeze(-1) * b.unsqueeze(-2) * exponent.masked_fill(both_empty, -torch.inf).exp()
+    return exponent.masked_fill(empty_rows.unsqueeze(-1) & empty_columns.unsqueeze(-2), -math.inf).exp()
 
 
 def transport(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor, v: Tensor) -> Tensor:
@@ -228,7 +238,9 @@ def transport(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor, v: Ten
 
 
 def sharp_cost(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
-    """<P, C> in (*batch,), differentiable in f, g, the weights and the cost."""
+    """<P, C> in (*batch,), differentiable in f, g, the weights and the cost; an n-by-m array only where the geometry holds one."""
+    if len(geometry.inputs) == 1:
+        return _inner(f, g, problem.a, problem.b, geometry.inputs[0], problem.eps)
     if _folds(geometry):
         alpha, beta, u, v = (z.to(f.dtype) for z in geometry.inputs)
         columns = torch.cat((torch.ones_like(beta).unsqueeze(-1), beta.unsqueeze(-1), v), -1)
@@ -236,12 +248,16 @@ def sharp_cost(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Te
         return (alpha * sent[..., 0] + sent[..., 1] - (u * sent[..., 2:]).sum(-1)).sum(-1)
 
     def strip(f: Tensor, g: Tensor, a: Tensor, b: Tensor, part: Cost, *inputs: Tensor) -> Tensor:
-        C = part.of(inputs).dense()
-        P = _plan(f, g, a, b, C, problem.eps)
-        return torch.where(C.isfinite(), P * torch.where(C.isfinite(), C, 0.0), 0.0).sum((-1, -2))
+        return _inner(f, g, a, b, part.of(inputs).dense(), problem.eps)
+
+    from torch.utils.checkpoint import checkpoint  # its first use imports for seconds
 
     parts = []
     for rows, part in problem.cost.strips():  # one strip at a time is in memory, also on the way back
         arguments = (f[..., rows], g, problem.a[..., rows], problem.b, part, *part.inputs.values())
         parts.append(checkpoint(strip, *arguments, use_reentrant=False))
     return torch.stack(parts).sum(0)
+
+
+def _inner(f: Tensor, g: Tensor, a: Tensor, b: Tensor, C: Tensor, eps: float) -> Tensor:
+    return (_plan(f, g, a, b, C, eps) * torch.where(C.isfinite(), C, 0.0)).sum((-1, -2))

@@ -38,6 +38,9 @@ from .problem import Problem
 
 #: Relative residual of the linear systems, where sweeps run in float64 and where they do not, and the iterations allowed to reach it.
 TOL, TOL_SINGLE, LIMIT = 1e-11, 1e-6, 5000
+#: How much more than the tolerance is let pass where rounding explains it. Without a bound, a solution that grows along a direction in
+#: which the system is all but singular would explain anything.
+SLACK = 100.0
 #: Between looks at the residual on a device where a look makes the host wait.
 LOOK_EVERY = 8
 
@@ -58,6 +61,8 @@ def potentials(
         tol = TOL if geometry.dtype == torch.float64 else TOL_SINGLE
     system = _System(geometry, geometry.T, problem.penalties, problem.eps, tol, limit, caution)
     a, b = problem.a, problem.b
+    with torch.no_grad():  # no marginal tells the loop about the potentials of empty columns, so they may lag behind
+        g = torch.where(b > 0, g, problem.penalties[1].damp(softmin(system.columns, f, a, problem.eps), problem.eps))
     f, g = _Potentials.apply(system, f.detach(), g.detach(), a, b, *geometry.inputs, *system.columns.inputs)
     if all(penalty.balanced for penalty in problem.penalties):
         heights = ((w * torch.where(z.isfinite(), z, 0.0)).sum(-1, keepdim=True) for w, z in ((a, f), (b, g)))
@@ -88,17 +93,21 @@ class _Potentials(torch.autograd.Function):
     def forward(ctx: Any, system: _System, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         f, g = f.clone(), g.clone()
         ctx.system = system
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(f, g, a, b)
         return f, g
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if all(grad is None for grad in grad_outputs):  # the value alone was differentiated, see _Value
+            return (None,) * len(ctx.needs_input_grad)
         system, (f, g, a, b) = ctx.system, ctx.saved_tensors
+        cotangents = [torch.zeros_like(z) if grad is None else grad for z, grad in zip((f, g), grad_outputs, strict=True)]
         if system.caution:
             warnings.warn(system.caution, RuntimeWarning, stacklevel=2)
         rows, columns, eps = system.rows, system.columns, system.eps
         s_a, s_b = softmin(rows, g, b, eps), softmin(columns, f, a, eps)
-        w_a, w_b = _Linear.apply(system, True, *grad_outputs, s_a, s_b, f, g, a, b, *rows.inputs, *columns.inputs)
+        w_a, w_b = _Linear.apply(system, True, *cotangents, s_a, s_b, f, g, a, b, *rows.inputs, *columns.inputs)
         _, _, _, need_a, need_b, *need = ctx.needs_input_grad
         count = len(rows.inputs)
         _, grad_b, *into_rows = pull_softmin(rows, g, b, eps, s_a, w_a, [False, need_b, *need[:count]])
@@ -196,16 +205,16 @@ def _solve(
     # The gauge is free where nothing gives way on either side.
     free = ((slope_a == 1) | (rho == 0)).all(-1, keepdim=True) & ((slope_b == 1) | (kappa == 0)).all(-1, keepdim=True)
 
-    def solve(rhs: Tensor) -> Tensor:
-        return _conjugate_gradients(lambda q: diagonal * q - P_T(slope_a * A(q)), rhs, diagonal, heavy, free, system)
+    def solve(first: Tensor, second: Tensor) -> Tensor:
+        return _conjugate_gradients(lambda q: diagonal * q - P_T(slope_a * A(q)), first, second, diagonal, heavy, free, system)
 
     if adjoint:
         # Empty columns see the rows and are not seen: their cotangent is known, and first handed on to the rows.
         empty = torch.where(kappa > 0, 0.0, slope_b * on_columns)
         on_rows = on_rows - times(system.rows, k, s_b, empty)
-        w_a = slope_a * (on_rows - P(solve(on_columns - A_T(slope_a * on_rows))))
+        w_a = slope_a * (on_rows - P(solve(on_columns, A_T(slope_a * on_rows))))
         return w_a, slope_b * (on_columns - A_T(w_a))
-    f_dot = slope_a * (on_rows - A(solve(kappa * on_columns - P_T(slope_a * on_rows))))
+    f_dot = slope_a * (on_rows - A(solve(kappa * on_columns, P_T(slope_a * on_rows))))
     return f_dot, slope_b * (on_columns - times(system.columns, s_b, k, f_dot))
 
 
@@ -218,12 +227,14 @@ def _slope(penalty: Penalty, s: Tensor, eps: float) -> Tensor:
 
 
 def _conjugate_gradients(
-    matvec: Callable[[Tensor], Tensor], rhs: Tensor, diagonal: Tensor, heavy: Tensor, free: Tensor, system: _System
+    matvec: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, diagonal: Tensor, heavy: Tensor, free: Tensor, system: _System
 ) -> Tensor:
-    """q with matvec(q) = rhs on the `heavy` columns and 0 elsewhere, for each problem of a batch; along 1 undetermined where `free`.
+    """q with matvec(q) = first - second on the `heavy` columns and 0 elsewhere, for each problem of a batch; along 1 undetermined
+    where `free`.
 
-    Preconditioned by `diagonal`. Done is what the true residual says, in the norm that this defines: within `system.tol` of the
-    right-hand side, or of what rounding q in the sweeps can do. Raises NotConverged.
+    Preconditioned by `diagonal`, and stopped in the norm that this defines by the true residual: within `system.tol` of the right-hand
+    side, or within what rounding q in the sweeps makes of it if that is no more than SLACK times as much. A right-hand side that is nothing
+    but the rounding of its two parts is not solved for. Raises NotConverged.
     """
     weight = torch.where(heavy, diagonal, 0.0)
 
@@ -235,16 +246,22 @@ def _conjugate_gradients(
     def dot(x: Tensor, y: Tensor) -> Tensor:
         return (x * y).sum(-1, keepdim=True)
 
-    rounding = 8 * torch.finfo(system.rows.dtype).eps
-    rhs = within(rhs)
-    q, r, size = torch.zeros_like(rhs), rhs, dot(rhs, rhs / diagonal).sqrt()
+    def norm(r: Tensor) -> Tensor:
+        return dot(r, r / diagonal).sqrt()
+
+    def allowed(q: Tensor) -> Tensor:
+        return (digit * dot(q, weight * q).sqrt()).clamp(min=system.tol * size, max=SLACK * system.tol * size).clamp(min=least)
+
+    digit = 8 * torch.finfo(system.rows.dtype).eps
+    rhs = within(first - second)
+    q, r, size, least = torch.zeros_like(rhs), rhs, norm(rhs), digit * (norm(within(first)) + norm(within(second)))
+    left = torch.full_like(size, math.inf)
     every = 1 if rhs.device.type == "cpu" else LOOK_EVERY
     taken = 0
     while True:
         z = r / diagonal
-        p, rz = z, dot(r, z)
-        goal = (0.5 * torch.maximum(system.tol * size, rounding * dot(q, weight * q).sqrt())).square()
-        while taken < system.limit:
+        p, rz, goal = z, dot(r, z), (0.5 * allowed(q)).square()
+        for _ in range(system.limit - taken):
             taken += 1
             Sp = within(matvec(p))
             curvature = dot(p, Sp)
@@ -253,19 +270,21 @@ def _conjugate_gradients(
             q, r = q + step * p, r - step * Sp
             z = r / diagonal
             rz, before = torch.where(going, dot(r, z), rz), rz
-            p = z + torch.where(going, rz / before, 0.0) * p
+            p = z + torch.where(going, rz / torch.where(going, before, 1.0), 0.0) * p
             if taken % every == 0 and not bool(going.any().item()):
                 break
         # The residual above is a recurrence, which goes on falling where the true one stands still.
         r = within(rhs - matvec(q))
-        left = dot(r, r / diagonal).sqrt()
-        met = left <= torch.maximum(system.tol * size, rounding * dot(q, weight * q).sqrt())
-        if bool(met.all().item()):
+        left, last = norm(r), left
+        met = left <= allowed(q)
+        done, better = torch.stack((met.all(), (~met & (left < 0.5 * last)).any())).tolist()
+        if done:
             return q
-        if taken >= system.limit:
+        if taken >= system.limit or not better:
             worst = float(torch.where(met, 0.0, left / size).amax())
             raise NotConverged(
                 f"the linear system behind an implicit derivative is not solved: after {taken} conjugate-gradient iterations "
                 f"{int((~met).sum())} of {met.numel()} problems have a relative residual of up to {worst:.2g}, above {system.tol:.2g}. It is as "
-                'ill-conditioned as the iterations are slow: raise eps, solve to a smaller tol, pass float64 costs, or use grad="unroll".'
+                "ill-conditioned as the iterations are slow, and singular where the plan falls into parts whose potentials move freely against "
+                'each other: raise eps, solve to a smaller tol, pass float64 costs, or use grad="unroll".'
             )

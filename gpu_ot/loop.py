@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -89,6 +89,11 @@ class Outcome:
     n_iter: int
     n_passes: int
     errors: list[Tensor] = field(default_factory=list)
+
+    def then(self, later: Outcome) -> Outcome:
+        """This run and the one that went on from it, as one."""
+        n_iter, n_passes = self.n_iter + later.n_iter, self.n_passes + later.n_passes
+        return replace(later, n_iter=n_iter, n_passes=n_passes, errors=self.errors + later.errors)
 
 
 def iterate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from . import errors
 from .costs import Cost, Euclidean, Matrix, SqEuclidean
-from .divergence import SelfTerm, divergence
+from .divergence import SelfTerm, at_potentials, divergence
 from .errors import ProblemError
 from .geometry import Geometry, weigh
 from .penalties import KL
-from .problem import MASS_RTOL_HALF, Problem, float_type, matched
+from .problem import MASS_RTOL_HALF, Problem, float_type, matched, vector_dtype
 from .solution import CONVERGED, STALLED, Solution, Status
 from .solve import solve
 
@@ -118,6 +119,14 @@ class SamplesLoss(nn.Module):
         a, x, b, y = _measures(args)
         target, given = (y, b, (lengths or mask or (None, None))[1]), float_type(x, y)
         a, x, b, y = self._prepared(a, x, b, y, lengths, mask)
+        if _transformed():
+            if self.cost is not None or self.plan or self.static_y:
+                raise ProblemError("inside torch.compile, torch.func and vmap, SamplesLoss takes no cost=, plan=True or static_y=True.")
+            reach = self.reach or math.inf
+            value, f, g, _, _ = _Transformable.apply(
+                a, x, b, y, self.p, self.blur, reach, self.debias, self.backend, self.tol, self.max_iter
+            )
+            return (f.to(given), g.to(given)) if self.potentials else value.to(given)
         with torch.autocast(x.device.type, enabled=False):
             if self.debias:
                 kept = self._kept_term(target)
@@ -127,7 +136,7 @@ class SamplesLoss(nn.Module):
                     cost_aa=within[0],
                     cost_bb=within[1],
                     self_b=kept,
-                    backend=self._backend(problem.cost),
+                    backend=_backend(self.backend, problem.cost),
                     tol=self.tol,
                     max_iter=self.max_iter,
                 )
@@ -136,9 +145,9 @@ class SamplesLoss(nn.Module):
                     self._kept = _Kept(target, tuple(z._version for z in target if z is not None), self._settings(), found.self_b.detach())
             else:
                 problem, _, unit = self._problem(a, x, b, y, within=None)
-                found = solution = solve(problem, backend=self._backend(problem.cost), tol=self.tol, max_iter=self.max_iter)
+                found = solution = solve(problem, backend=_backend(self.backend, problem.cost), tol=self.tol, max_iter=self.max_iter)
                 status = solution.status
-        self._report(status, found.n_passes)
+        _report(status, found.n_passes, self.verbose)
         if self.potentials:
             out = tuple((unit * z).to(given) for z in (found.f, found.g))
             return (*out, solution.plan) if self.plan else out
@@ -168,22 +177,8 @@ class SamplesLoss(nn.Module):
             if within is None or not isinstance(problem.cost, Matrix):
                 return problem, (None, None), 1.0
             return problem, (_ground(self.cost, x, x), _ground(self.cost, y, y) if within else None), 1.0
-        # Lengths are counted in units of about blur, so that no power of them leaves the range of float32; a power of 2 moves no digit.
-        grain = 2.0 ** math.floor(math.log2(self.blur))
-        x, y, blur, reach = x / grain, y / grain, self.blur / grain, reach / grain
-        kind, half = (Euclidean, 1.0) if self.p == 1 else (SqEuclidean, 0.5)  # |x - y|^2 / 2 by its units, not by one more array
-        problem = Problem(kind(x, y), blur**self.p / half, a, b, KL(reach**self.p / half))
-        return problem, (None, None), half * grain**self.p
-
-    def _backend(self, cost: Cost) -> str:
-        """geomloss's name in ours; what is a matrix already is not streamed."""
-        if self.backend not in ("tensorized", "online", "multiscale"):
-            return self.backend
-        if self.backend == "tensorized" or isinstance(cost, Matrix):
-            return "dense"
-        if not next(iter(cost.inputs.values())).is_cuda:
-            return "chunked"
-        return "keops" if cost.fold() is None else "triton"
+        problem, unit = _between_samples(a, x, b, y, self.p, self.blur, reach)
+        return problem, (None, None), unit
 
     def _settings(self) -> tuple[object, ...]:
         return self.p, self.blur, self.reach, self.cost, self.precision, self.tol
@@ -195,12 +190,6 @@ class SamplesLoss(nn.Module):
         if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in target):
             raise ProblemError("static_y=True keeps the target's own term without its gradient, and y or its weights ask for one.")
         return self._kept.term if self._kept is not None and self._kept.serves(target, self._settings()) else None
-
-    def _report(self, status: Status, n_passes: int) -> None:
-        if self.verbose:
-            print(f"SamplesLoss, {n_passes} passes over the pairs, {status}")
-        if status not in (CONVERGED, STALLED):  # stalled is as good as the type allows
-            warnings.warn(f"SamplesLoss, {n_passes} passes over the pairs, {status}", RuntimeWarning, stacklevel=4)
 
 
 class SinkhornLoss(nn.Module):
@@ -269,11 +258,40 @@ class _Kept(NamedTuple):
         return same and self.settings == settings and self.versions == tuple(z._version for z in target if z is not None)
 
 
+def _report(status: Status, n_passes: int, verbose: bool) -> None:
+    if verbose:
+        print(f"SamplesLoss, {n_passes} passes over the pairs, {status}")
+    if status not in (CONVERGED, STALLED):  # stalled is as good as the type allows
+        warnings.warn(f"SamplesLoss, {n_passes} passes over the pairs, {status}", RuntimeWarning, stacklevel=4)
+
+
+def _between_samples(a: Tensor, x: Tensor, b: Tensor, y: Tensor, p: float, blur: float, reach: float) -> tuple[Problem, float]:
+    """The problem with C = |x - y|^p / p, p = 1 or 2, in units of its own, and what one of these is worth."""
+    # Lengths are counted in units of about blur, so that no power of them leaves the range of float32; a power of 2 moves no digit.
+    grain = 2.0 ** math.floor(math.log2(blur))
+    x, y, blur, reach = x / grain, y / grain, blur / grain, reach / grain
+    kind, half = (Euclidean, 1.0) if p == 1 else (SqEuclidean, 0.5)  # |x - y|^2 / 2 by its units, not by one more array
+    return Problem(kind(x, y), blur**p / half, a, b, KL(reach**p / half)), half * grain**p
+
+
+def _backend(name: str, cost: Cost) -> str:
+    """geomloss's name in ours; what is a matrix already is not streamed."""
+    if name not in ("tensorized", "online", "multiscale"):
+        return name
+    if name == "tensorized" or isinstance(cost, Matrix):
+        return "dense"
+    if not next(iter(cost.inputs.values())).is_cuda:
+        return "chunked"
+    return "keops" if cost.fold() is None else "triton"
+
+
 class _PlanCost(torch.autograd.Function):
     """sum_ij P_ij C_ij with P held: the derivative in C_ij is P_ij = exp((k_i + h_j - C_ij) / eps) where it stands."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, geometry: Geometry, k: Tensor, h: Tensor, eps: float, *inputs: Tensor) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, value: Tensor, geometry: Geometry, k: Tensor, h: Tensor, eps: float, *inputs: Tensor
+    ) -> Tensor:
         ctx.geometry, ctx.k, ctx.h, ctx.eps = geometry, k, h, eps
         return value.clone()
 
@@ -288,6 +306,167 @@ def _held(solution: Solution) -> Tensor:
     problem, geometry = solution.problem, solution.geometry
     k, h = (weigh(z, w.detach(), problem.eps) for z, w in ((solution.f, problem.a), (solution.g, problem.b)))
     return _PlanCost.apply(solution.sharp_cost, geometry, k, h, problem.eps, *geometry.inputs)
+
+
+def _transformed() -> bool:
+    """Whether tensors are stand-ins, whose numbers no loop can look at: under torch.compile, torch.func and vmap."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _outside(work: Callable[[], tuple[Tensor, ...]], near: Tensor) -> tuple[Tensor, ...]:
+    """`work` on a thread of its own, on the stream of `near`: transforms, autocast and what an operation does without (autograd) are
+    all states of the thread that calls."""
+    out: list[tuple[Tensor, ...]] = []
+    failed: list[BaseException] = []
+    stream = torch.cuda.current_stream(near.device) if near.is_cuda else None
+
+    def run() -> None:
+        try:
+            with torch.cuda.stream(stream):
+                out.append(work())
+        except BaseException as failure:
+            failed.append(failure)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return out[0]
+
+
+@torch.library.custom_op("gpu_ot::samples_loss", mutates_args=())
+def _samples_loss(
+    a: Tensor,
+    x: Tensor,
+    b: Tensor,
+    y: Tensor,
+    p: float,
+    blur: float,
+    reach: float,
+    debias: bool,
+    backend: str,
+    tol: float,
+    max_iter: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(value, f, g, f_aa, g_bb) as one operation, opaque to whatever transforms the program around it.
+
+    It keeps potentials for its derivative, which forms the costs anew: O(n + m) memory between the two, one sweep a term more.
+    """
+
+    def work() -> tuple[Tensor, ...]:
+        problem, unit = _between_samples(a.detach(), x.detach(), b.detach(), y.detach(), p, blur, reach)
+        settings: dict[str, Any] = dict(backend=_backend(backend, problem.cost), tol=tol, max_iter=max_iter)
+        if debias:
+            found = divergence(problem, **settings)
+            status, out = found.status, (found.value, found.f, found.g, found.self_a.f, found.self_b.f)
+        else:
+            found = solve(problem, **settings)
+            status, out = found.status, (found.value, found.f, found.g, torch.zeros_like(found.f), torch.zeros_like(found.g))
+        _report(status, found.n_passes, False)
+        return (unit * out[0]).to(x.dtype), *((unit * z).contiguous() for z in out[1:])
+
+    value, f, g, f_aa, g_bb = _outside(work, x)
+    return value, f, g, f_aa, g_bb
+
+
+@torch.library.custom_op("gpu_ot::samples_loss_backward", mutates_args=())
+def _samples_loss_backward(
+    grad: Tensor,
+    a: Tensor,
+    x: Tensor,
+    b: Tensor,
+    y: Tensor,
+    f: Tensor,
+    g: Tensor,
+    f_aa: Tensor,
+    g_bb: Tensor,
+    p: float,
+    blur: float,
+    reach: float,
+    debias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+    def work() -> tuple[Tensor, ...]:
+        leaves = [z.detach().requires_grad_() for z in (a, x, b, y)]
+        problem, unit = _between_samples(leaves[0], leaves[1], leaves[2], leaves[3], p, blur, reach)
+        own = (f_aa / unit, g_bb / unit) if debias else None
+        value = at_potentials(problem, (f + f_aa) / unit, (g + g_bb) / unit, own, _backend(backend, problem.cost))
+        return torch.autograd.grad(unit * value, leaves, grad.to(value.dtype))
+
+    da, dx, db, dy = (z.contiguous() for z in _outside(work, x))
+    return da, dx, db, dy
+
+
+@_samples_loss.register_fake
+def _(a: Tensor, x: Tensor, b: Tensor, y: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    wide = vector_dtype(x.device)
+    f, g = a.new_empty(x.shape[:-1], dtype=wide), b.new_empty(y.shape[:-1], dtype=wide)
+    return x.new_empty(x.shape[:-2]), f, g, torch.empty_like(f), torch.empty_like(g)
+
+
+@_samples_loss_backward.register_fake
+def _(grad: Tensor, a: Tensor, x: Tensor, b: Tensor, y: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    return a.new_empty(a.shape), x.new_empty(x.shape), b.new_empty(b.shape), y.new_empty(y.shape)
+
+
+class _Transformable(torch.autograd.Function):
+    """The operation with its derivative, in the form that torch.func and torch.compile can take apart."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _samples_loss(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:4], *output[1:])
+        ctx.settings = inputs[4:9]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # The compiler does not trace a Function within a Function, and torch.func takes no operation without one.
+        derivative = _samples_loss_backward if torch.compiler.is_compiling() else _Derivative.apply
+        return (*derivative(grad_outputs[0], *ctx.saved_tensors, *ctx.settings), *[None] * 7)
+
+
+class _Derivative(torch.autograd.Function):
+    """The first derivative, and a refusal of the second."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _samples_loss_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise NotImplementedError("SamplesLoss has first derivatives under torch.func and torch.compile: its potentials are held still.")
+
+
+def _by_batch(op: Any) -> Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]:
+    """vmap is what the solver does anyway: one more batch axis in front."""
+
+    def mapped(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        moved = [
+            z if not isinstance(z, Tensor) else z.expand(info.batch_size, *z.shape) if dim is None else z.movedim(dim, 0)
+            for z, dim in zip(args, in_dims, strict=True)
+        ]
+        out = op(*moved)
+        return out, (0,) * len(out)
+
+    return mapped
+
+
+_samples_loss.register_vmap(_by_batch(_samples_loss))
+_samples_loss_backward.register_vmap(_by_batch(_samples_loss_backward))
 
 
 def _measures(args: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
@@ -347,9 +526,7 @@ def _real(name: str, w: Tensor | None, z: Tensor, flags: Tensor | None, dtype: t
 
 def _ground(cost: Ground, x: Tensor, y: Tensor) -> Cost | Tensor:
     """The user's cost between two clouds. geomloss always calls its functions with a batch axis."""
-    if isinstance(cost, type) and issubclass(cost, Cost):
-        return cost(x, y)
-    C = cost(x, y) if x.ndim == 3 else cost(x.unsqueeze(0), y.unsqueeze(0))
+    C = cost(x, y) if x.ndim == 3 or isinstance(cost, type) else cost(x.unsqueeze(0), y.unsqueeze(0))
     if not isinstance(C, (Tensor, Cost)):
         raise errors.not_a_tensor("cost(x, y)", C)
     if x.ndim == 3 or len(C.shape) == 2:

@@ -53,6 +53,8 @@ DIVERGED = Status(
 
 #: Pairs of a problem beyond which <P, C> of a cost that folds is taken in one sweep of the machine rather than entry by entry.
 LARGE = 2**24
+#: Columns of a block that partners are drawn from: many draws are made at once, and long rows of costs in pieces.
+WIDTH = 2**10
 
 
 class Plan:
@@ -147,7 +149,7 @@ class Plan:
         rows = rows.expand(*batch, rows.shape[-1])
         copies = max(1, batch.numel()) * self._cost.depth
         drawn = []
-        for part in rows.split(max(1, BLOCK // (copies * min(m, 2**10))), -1):
+        for part in rows.split(max(1, BLOCK // (copies * min(m, WIDTH))), -1):
             best = torch.full_like(part, -math.inf, dtype=self._h.dtype)
             chosen = torch.full_like(part, -1)
             width = max(1, BLOCK // (copies * part.shape[-1]))

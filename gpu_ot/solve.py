@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import errors, gradients
+from . import errors, gradients, implicit
 from .backends import bind
 from .geometry import weigh
-from .loop import Stop, iterate
+from .loop import Outcome, Stop, iterate
 from .problem import Problem
 from .schedule import Anneal, Constant
-from .solution import Solution
+from .solution import CONVERGED, STALLED, Solution
+
+GRADS = ("envelope", "implicit", "unroll")
 
 
 def solve(
@@ -30,6 +32,7 @@ def solve(
     start: Tensor | Solution | Scaled | None = None,
     schedule: Constant | Anneal | None = None,
     on_check: Callable[[int, Tensor], None] | None = None,
+    precision: str = "fp32",
     strict: bool = False,
 ) -> Solution:
     """Entropic transport between the two measures of `problem`, in the log domain, on the device its tensors live on.
@@ -37,8 +40,10 @@ def solve(
     Minimises <C, P> + eps KL(P | a⊗b) plus the marginal penalties; batched over leading axes.
 
     backend      "auto", or by name: "dense", "chunked", "keops", "triton", "softmin"; `gpu_ot.explain(problem)` says which and why.
-    grad         how the outputs depend on the inputs: "envelope" is exact for `value` at convergence and costs one sweep;
-                 "unroll" differentiates f, g and `value` through every iteration that was run.
+    grad         how the outputs depend on the inputs: "envelope" is exact for the first derivatives of `value` at convergence and costs
+                 one sweep; "implicit" differentiates f and g, too, through the equations that they solve at convergence (set `tol`
+                 as small as the derivatives should be exact), and again: second derivatives of `value` in all of its inputs;
+                 "unroll" differentiates f, g and `value` through every iteration that was run, any number of times.
     tol, norm    when to stop: L1 marginal error as a fraction of the mass, or see `gpu_ot.loop.Stop`.
     max_iter     iterations at most; a status says so when they run out.
     check_every  iterations between looks at the error; when left out, every one on a CPU, where a look is free, and 10 otherwise.
@@ -48,6 +53,8 @@ def solve(
                  eps; zeros when left out.
     schedule     how eps reaches its target, `Constant` or `Anneal`; when left out, `accelerate` decides.
     on_check     called with (iterations, errors) at each look.
+    precision    what "triton" may round float32 points to on the way: "tf32", "bf16" or "fp16" sweeps are faster, and their
+                 potentials are then corrected in "fp32", the default. Other backends compute in the type they are given.
     strict       raise NotConverged, with the explanation, unless every problem met the tolerance.
 
     Returns a Solution: `value` (*batch,) in units of the cost, potentials f (*batch, n) and g (*batch, m),
@@ -57,11 +64,11 @@ def solve(
 
     Feydy et al. 2019, arXiv:1810.08278 (the dual and its loop); Séjourné et al. 2019, arXiv:1910.12958 (relaxed marginals).
     """
-    if grad not in ("envelope", "unroll"):
-        raise errors.unknown("grad", grad, ["envelope", "unroll"])
+    if grad not in GRADS:
+        raise errors.unknown("grad", grad, GRADS)
     if max_iter < 1:
         raise errors.ProblemError(f"max_iter must be at least 1, found {max_iter}.")
-    geometry = bind(problem, backend)
+    geometry = bind(problem, backend, precision)
     rows = _rows(start, problem)
     replayed = grad == "unroll" and needs_gradient(problem)
     if replayed and isinstance(schedule, Anneal):
@@ -73,25 +80,36 @@ def solve(
         raise errors.ProblemError('grad="unroll" replays plain iterations: leave `accelerate` out, or use grad="envelope".')
     if check_every is None:
         check_every = 1 if accelerate != "none" and problem.a.device.type == "cpu" else 10
+    stop = Stop(tol, norm)
     with torch.no_grad():
         outcome = iterate(
-            geometry,
-            problem,
-            schedule or Constant(problem.eps),
-            rows.detach(),
-            Stop(tol, norm),
-            max_iter,
-            check_every,
-            on_check,
-            accelerate,
+            geometry, problem, schedule or Constant(problem.eps), rows.detach(), stop, max_iter, check_every, on_check, accelerate
         )
+        if geometry.exact is not geometry:
+            geometry = geometry.exact
+            rows = weigh(outcome.f, problem.a, problem.eps)
+            left = max(max_iter - outcome.n_iter, 1)
+            corrected = iterate(geometry, problem, Constant(problem.eps), rows, stop, left, check_every, on_check, accelerate)
+            outcome = outcome.then(corrected)
     f, g = outcome.f, outcome.g
     if replayed:
         f, g = gradients.unroll(problem, geometry, rows, outcome.n_iter)
-    value = gradients.value(problem, geometry, f, g).to(problem.given_dtype)
+    if grad == "implicit":
+        f, g = implicit.potentials(problem, geometry, f, g, caution=_caution(outcome))
+    value = (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g).to(problem.given_dtype)
     history = torch.stack(outcome.errors)
     solution = Solution(problem, geometry, value, f, g, outcome.status, outcome.converged, outcome.n_iter, outcome.n_passes, history)
     return solution.raise_unless_converged() if strict else solution
+
+
+def _caution(outcome: Outcome) -> str:
+    """What to say where implicit derivatives of these potentials are asked for; nothing where they are as good as the type allows."""
+    if outcome.status in (CONVERGED, STALLED):
+        return ""
+    return (
+        f"implicit derivatives are exact at convergence, and these potentials are not there: marginal error "
+        f"{float(outcome.errors[-1].amax()):.3g}. {outcome.status}"
+    )
 
 
 class Scaled(NamedTuple):

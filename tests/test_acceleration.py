@@ -280,3 +280,15 @@ def test_eps_relative_to_the_cost(kind):
     assert Problem(C, (kind, 0.05)).eps == pytest.approx(0.05 * float(expected), rel=1e-10)
     with pytest.raises(gpu_ot.ProblemError, match="do not vary"):
         Problem(torch.zeros(3, 3), (kind, 0.05))
+
+
+@pytest.mark.parametrize("accelerate", WAYS)
+def test_empty_atoms_have_the_potentials_that_plain_iterations_give_them(accelerate):
+    """They move no mass, and derivatives in their weights are read off their potentials."""
+    x, y = cube(60, 50)
+    b = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    b[:5] = 0
+    problem = Problem(gpu_ot.SqEuclidean(x, y), 0.02, None, b / b.sum())
+    ours, plain = (gpu_ot.solve(problem, accelerate=way, tol=1e-11) for way in (accelerate, "none"))
+    shifted = ours.g - ours.g[5] + plain.g[5]
+    torch.testing.assert_close(shifted, plain.g, rtol=1e-6, atol=1e-7)

@@ -244,7 +244,8 @@ def chi_square(pairs, P):
 @pytest.mark.parametrize("penalty", ["balanced", "kl"])
 @pytest.mark.parametrize("flipped", [False, True])
 def test_pairs_are_drawn_in_proportion_to_the_plan(name, penalty, flipped, monkeypatch):
-    monkeypatch.setattr(solution, "BLOCK", 2**13)  # blocks of columns and of draws
+    monkeypatch.setattr(solution, "BLOCK", 2**15)  # blocks of draws
+    monkeypatch.setattr(solution, "WIDTH", 7)  # and of columns
     found = solved(name, penalty)
     plan, P = (found.plan.T, dense_plan(found).mT) if flipped else (found.plan, dense_plan(found))
     pairs = plan.sample(40_000, torch.Generator().manual_seed(3))
@@ -297,6 +298,14 @@ def test_rows_without_a_partner_draw_none():
     assert plan.sample_columns(torch.tensor([0, 1, 1]))[1:].tolist() == [-1, -1]
     with pytest.raises(ProblemError, match="made without its cost"):
         gpu_ot.Plan(None, torch.zeros(2), torch.zeros(2), 1.0, torch.float64).diagonal()
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53, 1.0])
+def test_the_ends_of_the_draw_fall_on_rows_with_mass(u, monkeypatch):
+    a = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0], dtype=torch.float64)
+    plan = gpu_ot.solve(Problem(torch.rand(5, 4, dtype=torch.float64), 0.1, a)).plan
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, device, generator: torch.full(shape, u, dtype=dtype))
+    assert plan.sample(3)[0].tolist() == [1 if u == 0 else 3] * 3
 
 
 def test_one_row_holding_nearly_all_the_mass_is_drawn_in_range():

@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from gpu_ot import KL, Cosine, Dot, Euclidean, Matrix, Problem, SqEuclidean, errors, gradients, solve
+from gpu_ot import KL, Cosine, Dot, Euclidean, Matrix, Problem, SqEuclidean, errors, gradients
 from gpu_ot.backends.dense import Dense
 from gpu_ot.backends.triton import Streaming, _Captured, streamed_apply, streamed_softmin
 from gpu_ot.geometry import weigh
+from gpu_ot.solve import solve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: run by test_in_the_interpreter")
@@ -458,3 +459,15 @@ def test_what_it_refuses_and_why():
 def test_a_cpu_is_refused():
     reason = Streaming.refuse(Problem(SqEuclidean(*clouds(4, 5, 3)), 0.1))
     assert reason is not None and "GPU" in reason
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_rough_sweeps_end_in_the_faithful_solution(precision):
+    """Rounded points are another problem; the correction in full precision leaves nothing of it but the iterations it saved."""
+    gen = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(k, 5, generator=gen) for k in (70, 60))
+    problem = Problem(SqEuclidean(x, y), 0.02)
+    ours, exact = (solve(problem, backend="triton", tol=1e-5, precision=p) for p in (precision, "fp32"))
+    truth = solve(Problem(SqEuclidean(x.double(), y.double()), 0.02), backend="softmin", tol=1e-10)
+    errors = [float((z.plan.to_dense().double() - truth.plan.to_dense()).abs().sum()) for z in (ours, exact)]
+    assert ours.status.name in ("converged", "stalled") and max(errors) <= 1e-4, errors

@@ -26,6 +26,9 @@ DENSE_BYTES = 2**28
 RESIDENT = 256
 
 
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
 @dataclass(frozen=True)
 class Backend:
     """One machine, as `bind` and `explain` know it.
@@ -50,10 +53,10 @@ def _refuse_triton(problem: Problem) -> str | None:
     return Streaming.refuse(problem)
 
 
-def _bind_triton(problem: Problem) -> Geometry:
+def _bind_triton(problem: Problem, precision: str = "fp32") -> Geometry:
     from .triton import Streaming
 
-    return Streaming(problem)
+    return Streaming(problem, precision)
 
 
 def _matrix_bytes(problem: Problem) -> int:
@@ -145,8 +148,8 @@ RULES = (
 )
 
 
-def bind(problem: Problem, backend: str = "auto") -> Geometry:
-    """The problem's cost as a Geometry.
+def bind(problem: Problem, backend: str = "auto", precision: str = "fp32") -> Geometry:
+    """The problem's cost as a Geometry; `precision` is what "triton" may round points to, and nothing to the others.
 
     Raises ProblemError for a backend that does not exist, BackendError for one that cannot serve this problem, with the reason.
     """
@@ -156,7 +159,9 @@ def bind(problem: Problem, backend: str = "auto") -> Geometry:
         raise errors.unknown("backend", backend, ["auto", *BACKENDS])
     elif why := BACKENDS[backend].refuse(problem):
         raise errors.backend_refused(backend, why)
-    return BACKENDS[backend].bind(problem)
+    if precision not in PRECISIONS:
+        raise errors.unknown("precision", precision, PRECISIONS)
+    return _bind_triton(problem, precision) if backend == "triton" else BACKENDS[backend].bind(problem)
 
 
 def explain(problem: Problem) -> str:

@@ -56,6 +56,7 @@ class Streaming(Geometry):
             folded.v.expand(*self.batch, -1, -1),
         )
         self.precision = precision
+        self._exact = (lambda: Streaming(problem)) if precision != "fp32" else (lambda: self)
         sides = []
         for offset, points in ((alpha, u), (beta, v)):
             points = points.detach().reshape(-1, *points.shape[-2:])
@@ -82,13 +83,17 @@ class Streaming(Geometry):
             return _NO_FOLD if problem.cost.fold() is None else None
 
     @property
+    def exact(self) -> Geometry:
+        return self._exact()
+
+    @property
     def T(self) -> Streaming:
         other = object.__new__(Streaming)  # both clouds are stored already; copy.copy would break torch 2.7's graph
         other.batch, other.precision = self.batch, self.precision
         other.rows, other.columns = self.columns, self.rows
         alpha, beta, u, v = self.inputs
         other.inputs = beta, alpha, v, u
-        other._stretches = {}
+        other._stretches, other._exact = {}, lambda: self._exact().T
         return other
 
     def softmin(self, h: Tensor, eps: float) -> Tensor:
