@@ -138,7 +138,7 @@ RULES = (
     ),
     Rule(lambda p: _on(p, "cuda"), "keops", "the cost does not go through the kernels, and KeOps compiles a loop for it"),
     Rule(
-        lambda p: _on(p, "cpu") and chunked.depth(p.cost) > 1,
+        lambda p: _on(p, "cpu") and p.cost.depth > 1,
         "keops",
         "the n-by-m arrays are too large to keep, and torch would hold every coordinate of the formula, where KeOps compiles a loop",
     ),

@@ -274,11 +274,6 @@ def _pairs(cost: Cost) -> _Pairs:
     return _Sliced(cost) if folded is None else _Folding(folded)
 
 
-def depth(cost: Cost) -> int:
-    """Numbers formed per pair: a formula may hold all coordinates of every difference, torch's own distances do not."""
-    return cost.depth
-
-
 def _strangers(cost: Cost) -> list[str]:
     """The kinds of cost in `cost` that cannot be bound anew to a part of their points."""
     if isinstance(cost, Sum):

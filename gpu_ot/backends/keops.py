@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..costs import Cosine, Cost, Dot, Euclidean, Formula, Matrix, SqEuclidean, Sum
+from ..costs import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
 from ..geometry import Geometry
 from ..problem import Problem, vector_dtype
 from .chunked import Chunked
@@ -58,7 +58,7 @@ class Keops(Geometry):
     """A Cost between two clouds, without batch axes, as a lazy formula. O((n + m) d) memory, n m exponentials a sweep.
 
     Potentials come and go in float64. Sweeps run in float64 on a CPU, where KeOps takes the same time for both types (measured,
-    n = 10k, d = 3, 2 cores: 0.52 s and 0.55 s), and in the cost's own type on a GPU.
+    n = 10k, d = 3, 2 cores: 0.52 s and 0.55 s), and in the cost's own type on a GPU. A user's own LazyTensor keeps its type on both.
     """
 
     def __init__(self, cost: Cost, transposed: bool = False) -> None:
@@ -66,7 +66,7 @@ class Keops(Geometry):
         self.folded = cost.fold()
         self.inputs = tuple(cost.inputs.values() if self.folded is None else self.folded)
         z = self.inputs[0]
-        self.dtype = vector_dtype(z.device) if z.device.type == "cpu" else z.dtype
+        self.dtype = vector_dtype(z.device) if z.device.type == "cpu" and not isinstance(cost, Lazy) else z.dtype
         self.keops = _pykeops()
 
     @property
@@ -101,12 +101,15 @@ class Keops(Geometry):
             return tuple(grad.to(z.dtype) for grad, z in zip(grads, self.inputs, strict=True))
         # KeOps' own derivative of the softmin s, since exp((k + h - C) / eps) = exp((k - s) / eps) ds / dC.
         h, offset = self._centred(h, eps)
-        leaves = tuple(z.requires_grad_() for z in self._held())
+        held, asked = self._held(), [z.requires_grad for z in self.inputs]
+        # Every leaf is one more formula to compile: none for inputs that nobody asks about, parameters above all.
+        leaves = [z.requires_grad_() for z, wanted in zip(held, asked, strict=True) if wanted or not any(asked)]
         with torch.enable_grad():
-            s = self._softmin(h, offset, eps, leaves)
+            s = self._softmin(h, offset, eps, held)
             settled = s.detach()
             scale = torch.where(settled.isfinite(), w * ((k - settled) / eps).exp(), 0.0)
-            grads = torch.autograd.grad(s, leaves, scale, allow_unused=True)
+            found = iter(torch.autograd.grad(s, leaves, scale, allow_unused=True))
+        grads = [next(found) if z.requires_grad else None for z in held]
         return tuple(torch.zeros_like(z) if grad is None else grad.to(z.dtype) for grad, z in zip(grads, self.inputs, strict=True))
 
     def _softmin(self, h: Tensor, offset: Tensor, eps: float, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -177,6 +180,9 @@ def _lazy(keops: ModuleType, cost: Cost, inputs: tuple[Tensor, ...], transposed:
             return sum(rest, start=first)
         if isinstance(cost, Matrix):
             raise TypeError("it holds a matrix")
+        if isinstance(cost, Lazy):
+            own = cost.of([next(tensors) for _ in cost.inputs])
+            return (own.T if transposed else own).C
         x, y = next(tensors), next(tensors)
         if isinstance(cost, Cosine):
             x, y = (torch.nn.functional.normalize(z, dim=-1) for z in (x, y))
