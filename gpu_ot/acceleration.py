@@ -109,86 +109,96 @@ class Mixing:
     CAP, FOLLOW = 8.0, 4.0
     #: Least and largest part of an overshooting step that is tried next.
     SHORT, LONG = 0.1, 0.5
-    #: A difference with less than this (squared) part of its own direction left after orthogonalisation is rounding.
-    NOTHING_NEW = 1e-12
+    #: A difference with less than this part of itself left after orthogonalisation is rounding.
+    NOTHING_NEW = 1e-6
 
     def __init__(self, problem: Problem, eps: float, memory: int = 3) -> None:
         self.b, self.eps, self.memory = problem.b, eps, memory
         self.share = problem.b / problem.b.sum(-1, keepdim=True)
+        self.tiny = torch.finfo(problem.b.dtype).tiny
         self.gauge = all(penalty.balanced for penalty in problem.penalties)  # f + c, g - c is the same plan
         self.restart()
 
     def restart(self) -> None:
-        self.pairs: list[tuple[Tensor, Tensor]] = []  # (change of the update, of unit size; the change of g behind it)
+        # (*batch, memory, m): changes of the update, orthonormal or zero, and the changes of g behind them.
+        self.changes = self.b.new_zeros(*self.b.shape[:-1], self.memory, self.b.shape[-1])
+        self.moves = self.changes
         self.last: tuple[Tensor, Tensor] | None = None  # (g, update)
         self.trial: _Trial | None = None
 
     def next(self, g: Tensor, fresh: Tensor) -> Tensor:
         gap = torch.where(self.b > 0, fresh - g, 0.0)
         excess = -self.b * expm1((-gap / self.eps).clamp(max=80.0))
-        update = gap - self._dot(gap, torch.ones_like(gap)) if self.gauge else gap
+        update = gap - (self.share * gap).sum(-1, keepdim=True) if self.gauge else gap
         size = self._size(update)
 
-        trial = self.trial
-        overshot = stale = torch.zeros_like(size, dtype=torch.bool)
-        if trial is not None:
-            slope = (excess * trial.step).sum(-1, keepdim=True)
-            overshot = ~(slope >= -self.TURN * trial.ascent)
-            stale = size > trial.predicted
-            shrink = (trial.ascent / (trial.ascent - slope)).nan_to_num(nan=0.0).clamp(self.SHORT, self.LONG)
-            grown = torch.maximum(trial.cap, self.FOLLOW * self._size(trial.step) / trial.size.clamp(min=1e-300))
-            trial = trial._replace(cap=torch.where(overshot, (trial.cap * shrink).clamp(min=2.0), grown))
-
+        none = torch.zeros_like(size, dtype=torch.bool)
+        held, overshot, stale = (None, none, none) if self.trial is None else self._judge(self.trial, excess, size)
         self._remember(g, update, overshot, stale)
-        step, predicted = update, update
-        mixed = torch.zeros_like(overshot)
-        for change, move in self.pairs:
-            along = self._dot(update, change)
-            step, predicted = step - along * (move + change), predicted - along * change
-            mixed = mixed | (self._size(change) > 0)
-        cap = torch.full_like(size, self.CAP) if trial is None else trial.cap
-        limit = cap * size / self._size(step).clamp(min=1e-300)
+        along = self._along(update)
+        left = update - _sum(along, self.changes)
+        step = left - _sum(along, self.moves)
+        cap = torch.full_like(size, self.CAP) if held is None else held.cap
+        limit = cap * size / self._size(step).clamp(min=self.tiny)
         step = torch.where(limit < 1, step * limit, step)
         ascent = (excess * step).sum(-1, keepdim=True)
-        ahead = mixed & (ascent > 0)
-        self.pairs = [(torch.where(mixed & ~ahead, 0.0, change), torch.where(mixed & ~ahead, 0.0, move)) for change, move in self.pairs]
         # A plain step is never called an overshoot: Sinkhorn's own iterations cannot make the marginals worse.
+        mixed, uphill = (along != 0).any(-2), ascent > 0
+        plain = ~(mixed & uphill)
+        self._forget(mixed & ~uphill)
         found = _Trial(
             g,
-            torch.where(ahead, step, update),
-            torch.where(ahead, ascent, math.inf),
-            torch.where(ahead & (limit >= 1), self._size(predicted), math.inf),
+            torch.where(plain, update, step),
+            torch.where(plain, math.inf, ascent),
+            torch.where(plain | (limit < 1), math.inf, self._size(left)),
             size,
             cap,
         )
-        if trial is not None:
-            held = (trial.g, shrink * trial.step, shrink * trial.ascent, torch.full_like(size, math.inf), trial.size, trial.cap)
+        if held is not None:
             found = _Trial(*(torch.where(overshot, old, new) for old, new in zip(held, found, strict=True)))
-            g = found.g
         self.trial = found
-        return torch.where(self.b > 0, g + found.step, fresh)  # an empty atom only follows
+        return torch.where(self.b > 0, found.g + found.step, fresh)  # an empty atom only follows
+
+    def _judge(self, trial: _Trial, excess: Tensor, size: Tensor) -> tuple[_Trial, Tensor, Tensor]:
+        """The trial, shortened where it overshot and with the cap that its outcome allows; where it did; where the model was wrong."""
+        slope = (excess * trial.step).sum(-1, keepdim=True)
+        overshot = ~(slope >= -self.TURN * trial.ascent)  # NaN overshot
+        shrink = (trial.ascent / (trial.ascent - slope)).nan_to_num(nan=0.0).clamp(self.SHORT, self.LONG)
+        reached = self.FOLLOW * self._size(trial.step) / trial.size.clamp(min=self.tiny)
+        cap = torch.where(overshot, (trial.cap * shrink).clamp(min=2.0), torch.maximum(trial.cap, reached))
+        held = _Trial(trial.g, shrink * trial.step, shrink * trial.ascent, torch.full_like(size, math.inf), trial.size, cap)
+        return held, overshot, size > trial.predicted
 
     def _remember(self, g: Tensor, update: Tensor, overshot: Tensor, stale: Tensor) -> None:
         """Adds what the last step has shown; where it overshot nothing yet, where the model was wrong nothing at all."""
+        if self.last is None:
+            self.last = g, update
+            return
+        before, was = self.last
         forget = overshot | stale
-        self.pairs = [(torch.where(forget, 0.0, change), torch.where(forget, 0.0, move)) for change, move in self.pairs]
-        if self.last is not None:
-            before, was = self.last
-            change, move = update - was, g - before
-            whole = self._dot(change, change)
-            for _ in range(2):  # twice is enough (Kahan, Parlett)
-                for other, moved in self.pairs:
-                    along = self._dot(change, other)
-                    change, move = change - along * other, move - along * moved
-            left = self._dot(change, change)
-            unit = torch.where((left > self.NOTHING_NEW * whole) & ~forget, left.rsqrt(), 0.0).nan_to_num(nan=0.0, posinf=0.0)
-            self.pairs = [*self.pairs, (torch.where(unit > 0, change * unit, 0.0), torch.where(unit > 0, move * unit, 0.0))][-self.memory :]
-            g, update = torch.where(overshot, before, g), torch.where(overshot, was, update)
-        self.last = g, update
+        self._forget(forget)
+        changes, moves = self.changes, self.moves
+        change, move = update - was, g - before
+        whole = self._size(change)
+        for _ in range(2):  # twice is enough (Kahan, Parlett)
+            along = self._along(change)
+            change, move = change - _sum(along, changes), move - _sum(along, moves)
+        new = self._size(change)
+        fit = (new > self.NOTHING_NEW * whole) & ~forget  # False for NaN
+        change, move = (torch.where(fit, z / new, 0.0).unsqueeze(-2) for z in (change, move))
+        self.changes, self.moves = torch.cat((changes[..., 1:, :], change), -2), torch.cat((moves[..., 1:, :], move), -2)
+        self.last = torch.where(overshot, before, g), torch.where(overshot, was, update)
 
-    def _dot(self, p: Tensor, q: Tensor) -> Tensor:
-        """(*batch, 1): the inner product in which the map is self-adjoint."""
-        return (self.share * p * q).sum(-1, keepdim=True)
+    def _forget(self, where: Tensor) -> None:
+        self.changes, self.moves = (torch.where(where.unsqueeze(-1), 0.0, z) for z in (self.changes, self.moves))
+
+    def _along(self, p: Tensor) -> Tensor:
+        """(*batch, memory, 1): the parts of p along the remembered changes, in the inner product in which the map is self-adjoint."""
+        return self.changes @ (self.share * p).unsqueeze(-1)
 
     def _size(self, p: Tensor) -> Tensor:
-        return self._dot(p, p).sqrt()
+        return (self.share * p * p).sum(-1, keepdim=True).sqrt()
+
+
+def _sum(along: Tensor, vectors: Tensor) -> Tensor:
+    return (along.mT @ vectors).squeeze(-2)
