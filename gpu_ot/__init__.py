@@ -1,9 +1,11 @@
 """Differentiable optimal transport that stays on the device: log-domain Sinkhorn, and a drop-in for POT's."""
 
 from .backends import explain
-from .costs import Cosine, Cost, Dot, Euclidean, Formula, Matrix, SqEuclidean, Sum
+from .costs import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
+from .divergence import Divergence, SelfTerm, divergence, self_term
 from .errors import BackendError, NotConverged, ProblemError
 from .initial import gaussian_potentials, sorted_potentials
+from .losses import SamplesLoss, SinkhornLoss
 from .penalties import KL, TV
 from .pot import bregman, unbalanced
 from .pot.batch import (
@@ -51,15 +53,20 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cost",
+    "Divergence",
     "Dot",
     "Euclidean",
     "Formula",
+    "Lazy",
     "Matrix",
     "NotConverged",
     "OTResult",
     "Plan",
     "Problem",
     "ProblemError",
+    "SamplesLoss",
+    "SelfTerm",
+    "SinkhornLoss",
     "Solution",
     "SqEuclidean",
     "Status",
@@ -69,6 +76,7 @@ __all__ = [
     "bregman_projection_batch",
     "dist",
     "dist_batch",
+    "divergence",
     "empirical_sinkhorn",
     "empirical_sinkhorn2",
     "empirical_sinkhorn_divergence",
@@ -79,6 +87,7 @@ __all__ = [
     "loss_linear_samples_batch",
     "patch",
     "screenkhorn",
+    "self_term",
     "sinkhorn",
     "sinkhorn2",
     "sinkhorn_epsilon_scaling",

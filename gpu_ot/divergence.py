@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import errors, gradients
+from . import errors, gradients, implicit
 from .acceleration import Mixing
 from .backends import bind
 from .costs import Cosine, Cost, Dot, Euclidean, Matrix, SqEuclidean, Sum
 from .errors import NotConverged, ProblemError
 from .geometry import Geometry, weigh
-from .loop import Outcome, Stop, _Progress, iterate
+from .loop import Outcome, Progress, Stop, iterate
 from .penalties import BALANCED, Penalty
 from .problem import Problem
 from .schedule import Constant
-from .solution import CONVERGED, MAX_ITER, Plan, Solution, Status
+from .solution import CONVERGED, MAX_ITER, STALLED, Plan, Solution, Status
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class SelfTerm:
 
     def detach(self) -> SelfTerm:
         """Without the graph: for the side of a loss that stays as it is."""
-        return replace(self, value=self.value.detach())
+        return replace(self, value=self.value.detach(), f=self.f.detach())
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,8 @@ class Divergence:
     """The result of `divergence`.
 
     value    S_eps(a, b), (*batch,), in units of the cost and the type of the inputs.
-    f, g     debiased potentials, those of OT(a, b) less those of OT(a, a) and OT(b, b): (*batch, n) and (*batch, m), detached and wide.
-             For hard marginals they are the derivatives in a and b, each up to a constant.
+    f, g     debiased potentials, those of OT(a, b) less those of OT(a, a) and OT(b, b): (*batch, n) and (*batch, m), wide; detached but
+             for grad="implicit". For hard marginals they are the derivatives in a and b, each up to a constant.
     between  the Solution of OT(a, b), with its plan.
     self_a, self_b  the self terms.
     """
@@ -87,6 +87,7 @@ def divergence(
     self_a: SelfTerm | None = None,
     self_b: SelfTerm | None = None,
     backend: str = "auto",
+    grad: str = "envelope",
     tol: float = 1e-4,
     max_iter: int = 10_000,
     accelerate: str = "auto",
@@ -102,27 +103,28 @@ def divergence(
 
     cost_aa, cost_bb  the costs within each side, (*batch, n, n) and (*batch, m, m), symmetric: for problems whose cost is a matrix.
     self_a, self_b    terms to reuse, from `self_term` or an earlier result: the side of a loss that stays as it is (detach it first).
+    grad              "envelope", or "implicit": f and g then carry gradients as well, and `value` second derivatives.
     backend, tol, max_iter, accelerate   as in `gpu_ot.solve`, for each of the three solves.
     strict            raise NotConverged, with the explanation, unless all met the tolerance.
 
     Raises ProblemError for a cost that is not symmetric within a side, or a matrix without its costs within; and whatever
     `gpu_ot.solve` raises. Not converging is a status.
 
-    Feydy et al. 2019, arXiv:1810.08278, equation (3); Séjourné et al. 2019, arXiv:1910.12958, Definition 4, for relaxed marginals.
+    Feydy et al. 2019, arXiv:1810.08278, equation (3); Séjourné et al. 2019, arXiv:1910.12958, for relaxed marginals and other masses.
     """
     (penalty_a, penalty_b), eps = problem.penalties, problem.eps
 
     def own(side: int, given: Cost | Tensor | None) -> SelfTerm:
         weights = (problem.a, problem.b)[side].to(problem.dtype)  # wide ones would make the sweeps wide
         within = _within(problem.cost, side, given)
-        return self_term(within, eps, weights, (penalty_a, penalty_b)[side], backend=backend, tol=tol, max_iter=max_iter)
+        return self_term(within, eps, weights, (penalty_a, penalty_b)[side], backend=backend, grad=grad, tol=tol, max_iter=max_iter)
 
     with torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
         if self_a is None:
             self_a = own(0, cost_aa)
         if self_b is None:
             self_b = own(1, cost_bb)
-        between, value = _between(problem, self_a.f, backend, Stop(tol), max_iter, accelerate)
+        between, value = _between(problem, self_a.f.detach(), backend, grad, Stop(tol), max_iter, accelerate)
     masses = problem.a.sum(-1) - problem.b.sum(-1)
     value = value - (self_a.value + self_b.value) / 2 + eps / 2 * masses.square()
     result = Divergence(value.to(problem.given_dtype), between.f - self_a.f, between.g - self_b.f, between, self_a, self_b)
@@ -153,6 +155,7 @@ def self_term(
     penalty: Penalty = BALANCED,
     *,
     backend: str = "auto",
+    grad: str = "envelope",
     tol: float = 1e-4,
     max_iter: int = 10_000,
 ) -> SelfTerm:
@@ -167,8 +170,8 @@ def self_term(
         geometry = bind(problem, backend)
         with torch.no_grad():
             end = symmetric(geometry, problem, Stop(tol), max_iter)
-        value = gradients.value(problem, geometry, end.f, end.f)
-    return SelfTerm(value, end.f, end.status, end.converged, end.n_iter, end.n_passes)
+        value, f, _ = _differentiable(problem, geometry, end, grad)
+    return SelfTerm(value, f, end.status, end.converged, end.n_iter, end.n_passes)
 
 
 def symmetric(geometry: Geometry, problem: Problem, stop: Stop, max_iter: int) -> Outcome:
@@ -177,7 +180,7 @@ def symmetric(geometry: Geometry, problem: Problem, stop: Stop, max_iter: int) -
     Not `gpu_ot.loop.iterate`: there a column potential is carried across and back, two softmins an iteration, and the pair (f, g) comes
     near f = g as slowly as two different clouds come near each other. Here both sides move at once, halfway:
 
-        f <- (f + T(f)) / 2,  Feydy et al. 2019, arXiv:1810.08278, equation (25)
+        f <- (f + T(f)) / 2,  Feydy et al. 2019, arXiv:1810.08278, section 3.1
 
     whose derivative, 1/2 (1 - diag(1/a) P) for hard marginals, lies in [0, 1/2] wherever exp(-C / eps) is positive definite: 1/2 a pass
     at worst, whatever eps. `Mixing` of these updates, which are self-adjoint like the loop's, halves the passes again (measured: 3 to 10
@@ -186,7 +189,7 @@ def symmetric(geometry: Geometry, problem: Problem, stop: Stop, max_iter: int) -
     a, eps, penalty = problem.a.detach(), problem.eps, problem.penalties[0]
     mixing = Mixing(problem, eps)
     mixing.gauge = False  # (f + c, f + c) is another plan, unlike (f + c, g - c)
-    progress, status, errors_seen = _Progress(), None, []
+    progress, status, errors_seen = Progress(), None, []
     f = penalty.damp(_half_diagonal(problem), eps)
     kept, error, done = f, f.new_full(a.shape[:-1], torch.inf), torch.zeros(a.shape[:-1], dtype=torch.bool, device=a.device)
     sweep = geometry.first  # the transpose's softmin, the same for a symmetric cost, with which a machine may prepare itself
@@ -207,12 +210,15 @@ def symmetric(geometry: Geometry, problem: Problem, stop: Stop, max_iter: int) -
     return Outcome(kept, kept, status or MAX_ITER, done, n_iter, n_iter + geometry.extra, errors_seen)
 
 
-def _between(problem: Problem, start: Tensor, backend: str, stop: Stop, max_iter: int, accelerate: str) -> tuple[Solution, Tensor]:
+def _between(
+    problem: Problem, start: Tensor, backend: str, grad: str, stop: Stop, max_iter: int, accelerate: str
+) -> tuple[Solution, Tensor]:
     """The solve of OT(a, b) from the row potentials of OT(a, a), and its value, wide: what is left of it has fewer digits.
 
     At that start the dual is at least 1/2 (OT(a, a) + OT(b, b)) - eps/2 (|a| - |b|)^2 for a positive definite kernel (Feydy et al. 2019,
-    Theorem 1), and iterations only raise it: the divergence is not negative, however early they stop. For measures that are nearly
-    the same, as at the end of a training, it is also most of the work.
+    Theorem 1), and plain iterations only raise it: stopped early, the divergence is not negative. (Accelerated ones are kept for smaller
+    errors, which where measures are that close are larger duals; annealing forgets the start, and pays only where they are far
+    apart.) For measures that are nearly the same, as at the end of a training, it is also most of the work.
     """
     geometry = bind(problem, backend)
     if accelerate == "auto" and not geometry.accelerates:
@@ -221,10 +227,21 @@ def _between(problem: Problem, start: Tensor, backend: str, stop: Stop, max_iter
     with torch.no_grad():
         rows = weigh(start.expand_as(problem.a), problem.a.detach(), problem.eps)
         end = iterate(geometry, problem, Constant(problem.eps), rows, stop, max_iter, check_every, None, accelerate)
-    value = gradients.value(problem, geometry, end.f, end.g)
+    value, f, g = _differentiable(problem, geometry, end, grad)
     history = torch.stack(end.errors)
     narrow = value.to(problem.given_dtype)
-    return Solution(problem, geometry, narrow, end.f, end.g, end.status, end.converged, end.n_iter, end.n_passes, history), value
+    return Solution(problem, geometry, narrow, f, g, end.status, end.converged, end.n_iter, end.n_passes, history), value
+
+
+def _differentiable(problem: Problem, geometry: Geometry, end: Outcome, grad: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(value, f, g), wide, with the derivatives that `grad` says."""
+    if grad == "envelope":
+        return gradients.value(problem, geometry, end.f, end.g), end.f, end.g
+    if grad != "implicit":
+        raise errors.unknown("grad", grad, ["envelope", "implicit"])
+    settled = end.status in (CONVERGED, STALLED)
+    f, g = implicit.potentials(problem, geometry, end.f, end.g, caution="" if settled else str(end.status))
+    return implicit.value(problem, geometry, f, g), f, g
 
 
 def _within(cost: Cost, side: int, given: Cost | Tensor | None) -> Cost | Tensor:

@@ -110,7 +110,7 @@ def pull_back(geometry: Geometry, k: Tensor, h: Tensor, eps: float, w: Tensor, z
     NotImplementedError where another one is asked for that.
     """
     inputs = geometry.inputs
-    if len(inputs) == 1:
+    if _stored(geometry):
         if torch.is_grad_enabled():
             P = _exponentials(k, h, inputs[0], eps, (w == 0).all(-1), (z == 0).all(-1))
         else:
@@ -142,6 +142,11 @@ def _pull_side(geometry: Geometry, k: Tensor, h: Tensor, eps: float, w: Tensor, 
     both = (z.unsqueeze(-1) * v.unsqueeze(-2)).flatten(-2)  # (*batch, m, c d)
     sums = apply(geometry, k, h, eps, torch.cat((z.expand(*both.shape[:-1], c), both), -1))
     return (w * sums[..., :c]).sum(-1), -(w.unsqueeze(-1) * sums[..., c:].unflatten(-1, (c, d))).sum(-2)
+
+
+def _stored(geometry: Geometry) -> bool:
+    """Whether the one input is the matrix itself. (A formula may have one input, too.)"""
+    return getattr(geometry, "C", None) is not None
 
 
 def _folds(geometry: Geometry) -> bool:
@@ -189,8 +194,10 @@ def value(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
     return dual if f.requires_grad or g.requires_grad else _FirstOnly.apply(dual)
 
 
-def unroll(problem: Problem, geometry: Geometry, start: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(f, g) after k iterations from the row potentials `start`, as a function of the cost and the weights.
+def unroll(problem: Problem, geometry: Geometry, start: Tensor, k: int, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(f, g) after k iterations from the row potentials `start`, as a function of the start, the cost and the weights.
+
+    `weight` (*batch, n) belongs to the start alone; when left out, `start` holds its weights already, f + eps log a.
 
     Exact for whatever was computed, converged or not. O((n + m) k) memory beside the cost, and the time of k readable
     iterations forward and again backward.
@@ -198,7 +205,7 @@ def unroll(problem: Problem, geometry: Geometry, start: Tensor, k: int) -> tuple
     penalty_a, penalty_b = problem.penalties
     eps = problem.eps
     f, g = start, torch.zeros_like(problem.b)
-    weight = torch.ones_like(start)  # `start` holds its weights already
+    weight = torch.ones_like(start) if weight is None else weight
     for _ in range(k):
         g = penalty_b.damp(softmin(geometry.T, f, weight, eps), eps)
         f = penalty_a.damp(softmin(geometry, g, problem.b, eps), eps)
@@ -213,7 +220,7 @@ def plan(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
 
 def _matrix(problem: Problem, geometry: Geometry) -> Tensor:
     """C as the geometry knows it, which for a folded form can be differentiated any number of times."""
-    if len(geometry.inputs) == 1:
+    if _stored(geometry):
         return geometry.inputs[0]
     if _folds(geometry):
         alpha, beta, u, v = geometry.inputs
@@ -231,15 +238,27 @@ def _exponentials(k: Tensor, h: Tensor, C: Tensor, eps: float, empty_rows: Tenso
     return exponent.masked_fill(empty_rows.unsqueeze(-1) & empty_columns.unsqueeze(-2), -math.inf).exp()
 
 
-def transport(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor, v: Tensor) -> Tensor:
-    """The plan times v (*batch, m, c), (*batch, n, c), differentiable in f, g, v, the weights and the cost; no n-by-m array."""
-    f = torch.where(f.isfinite(), f, -math.inf)
-    return problem.a.unsqueeze(-1) * apply(geometry, f, g, problem.eps, problem.b.unsqueeze(-1) * v)
+def transport(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor, v: Tensor, transposed: bool = False) -> Tensor:
+    """The plan times v (*batch, m, c), or its transpose times v (*batch, n, c), differentiable in f, g, v, the weights and the cost.
+
+    No n-by-m array is formed.
+    """
+    rows, columns = ((torch.where(z.isfinite(), z, -math.inf), w.unsqueeze(-1)) for z, w in ((f, problem.a), (g, problem.b)))
+    if transposed:
+        rows, columns, geometry = columns, rows, geometry.T
+    return rows[1] * apply(geometry, rows[0], columns[0], problem.eps, columns[1] * v)
+
+
+def average(problem: Problem, geometry: Geometry, g: Tensor, v: Tensor) -> Tensor:
+    """sum_j P_ij v_j / sum_j P_ij in (*batch, n, c), NaN for a row that may go nowhere, as differentiable as `transport`."""
+    s = softmin(geometry, g, problem.b, problem.eps)  # each row's own total, so that rows without weight have an image too
+    sent = apply(geometry, torch.where(s.isfinite(), s, 0.0), g, problem.eps, problem.b.unsqueeze(-1) * v)
+    return torch.where(s.isfinite().unsqueeze(-1), sent, math.nan)
 
 
 def sharp_cost(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
     """<P, C> in (*batch,), differentiable in f, g, the weights and the cost; an n-by-m array only where the geometry holds one."""
-    if len(geometry.inputs) == 1:
+    if _stored(geometry):
         return _inner(f, g, problem.a, problem.b, geometry.inputs[0], problem.eps)
     if _folds(geometry):
         alpha, beta, u, v = (z.to(f.dtype) for z in geometry.inputs)

@@ -50,8 +50,9 @@ def potentials(
 ) -> tuple[Tensor, Tensor]:
     """(f, g) as differentiable functions of the cost and the weights, given their values at convergence.
 
-    Exact to first order in the error that the iterations left. Between hard marginals, where (f + c, g - c) serves as well, they come back in
-    the gauge <a, f> = <b, g>, in which their derivatives are meant. Can be differentiated again wherever `gradients.pull_back` can.
+    As exact as the iterations left f and g. Between hard marginals (f + c, g - c) serves as well: they come back in the gauge
+    <a, f> = <b, g>, in which their derivatives are meant. The same freedom is left by TV penalties that clamp nothing; there only what it
+    does not change, the plan and the value, has a derivative. Can be differentiated again wherever `gradients.pull_back` can.
 
     caution  said as a warning in the backward, for potentials that are not converged.
     tol      relative residual of the linear systems; TOL or TOL_SINGLE when left out.
@@ -284,7 +285,7 @@ def _conjugate_gradients(
             worst = float(torch.where(met, 0.0, left / size).amax())
             raise NotConverged(
                 f"the linear system behind an implicit derivative is not solved: after {taken} conjugate-gradient iterations "
-                f"{int((~met).sum())} of {met.numel()} problems have a relative residual of up to {worst:.2g}, above {system.tol:.2g}. It is as "
-                "ill-conditioned as the iterations are slow, and singular where the plan falls into parts whose potentials move freely against "
-                'each other: raise eps, solve to a smaller tol, pass float64 costs, or use grad="unroll".'
+                f"{int((~met).sum())} of {met.numel()} problems have a relative residual of up to {worst:.2g}, above {system.tol:.2g}. "
+                "It is as ill-conditioned as the iterations are slow, and singular where the plan falls into parts whose potentials "
+                'move freely against each other: raise eps, solve to a smaller tol, pass float64 costs, or use grad="unroll".'
             )

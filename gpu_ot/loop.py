@@ -148,7 +148,7 @@ class _Run:
         self.n_iter = self.n_starts = 0
         self.status: Status | None = None
         self.errors: list[Tensor] = []
-        self.progress = _Progress()
+        self.progress = Progress()
         self.done = torch.zeros(problem.b.shape[:-1], dtype=torch.bool, device=problem.b.device)
         self.kept: tuple[Tensor, Tensor] | None = None  # (f, g), whose error is the last of `errors`
         self.ceiling: Tensor | None = None
@@ -297,7 +297,7 @@ def _ceiling(problem: Problem, eps: float) -> Tensor:
     return torch.where(M.amax((-2, -1)).isposinf(), ceiling, nothing)
 
 
-class _Progress:
+class Progress:
     """Decides from a look at the errors whether the loop should end."""
 
     def __init__(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import errors
+from .backends import BACKENDS
 from .costs import Cost, Euclidean, Matrix, SqEuclidean
 from .divergence import SelfTerm, at_potentials, divergence
 from .errors import ProblemError
@@ -25,7 +26,6 @@ from .solve import solve
 Ground = Callable[[Tensor, Tensor], Cost | Tensor]
 #: One entry for each side.
 Sides = tuple[Tensor | None, Tensor | None]
-
 #: The costs within each side, where the cost between them does not tell.
 Within = tuple[Cost | Tensor | None, Cost | Tensor | None]
 
@@ -41,7 +41,7 @@ class SamplesLoss(nn.Module):
     blur, reach  in the unit of the points. reach=None holds the marginals exactly.
     cost         (x, y) -> (B, N, M) from points (B, N, D) and (B, M, D), or to a gpu_ot.Cost, `gpu_ot.Cosine` say, which can be streamed.
     debias       False for OT(a, b) alone.
-    potentials   return (F, G), (N,) and (M,) or (B, N) and (B, M), in place of the value: debiased, detached.
+    potentials   return (F, G), (N,) and (M,) or (B, N) and (B, M), in place of the value: debiased.
     verbose      print how each solve ended.
     backend      geomloss's "auto", "tensorized", "online", "multiscale", or one of gpu_ot's, see `gpu_ot.explain`.
 
@@ -50,6 +50,7 @@ class SamplesLoss(nn.Module):
     tol, max_iter  L1 error of the marginals as a fraction of the mass; iterations at most, beyond which a warning says why.
     plan           return the lazy plan between x and y as well: (value, plan), or (F, G, plan).
     precision      compute in this type whatever the type of the points, torch.float64 say; values come back in that of the points.
+    grad           "envelope", or "implicit", with which F and G carry gradients, too, and the value second derivatives (set a small tol).
     static_y       the target stays as it is: its own term is computed once and kept for as long as y and its weights are the same,
                    unmodified tensors, and carries no gradient.
 
@@ -59,7 +60,8 @@ class SamplesLoss(nn.Module):
     Call it with (x, y), uniform weights, or (a, x, b, y): points (N, D), (M, D) and weights (N,), (M,), giving a scalar, or all with a
     batch axis in front, giving (B,). Weights need not be normalised and may be 0. Gradients flow to x, y, a and b, through both sides of
     every term, and with reach, too, they are the derivatives of the value. Halves, alone or under autocast, are computed in
-    float32 and come back as they were. Raises ProblemError (a ValueError) for arguments without meaning here.
+    float32 and come back as they were. torch.func.grad, vmap and torch.compile(fullgraph=True) see one opaque operation with a first
+    derivative. Raises ProblemError (a ValueError) for arguments without meaning here.
 
     Feydy et al. 2019, arXiv:1810.08278; Séjourné et al. 2019, arXiv:1910.12958.
     """
@@ -85,6 +87,7 @@ class SamplesLoss(nn.Module):
         max_iter: int = 10_000,
         plan: bool = False,
         precision: torch.dtype | None = None,
+        grad: str = "envelope",
         static_y: bool = False,
     ) -> None:
         super().__init__()
@@ -102,7 +105,8 @@ class SamplesLoss(nn.Module):
         self.loss, self.p, self.blur, self.reach, self.cost = loss, p, blur, reach, cost
         self.diameter, self.scaling, self.truncate, self.kernel, self.cluster_scale = diameter, scaling, truncate, kernel, cluster_scale
         self.debias, self.potentials, self.verbose, self.backend = debias, potentials, verbose, backend
-        self.tol, self.max_iter, self.plan, self.precision, self.static_y = tol, max_iter, plan, precision, static_y
+        self.tol, self.max_iter, self.plan, self.precision = tol, max_iter, plan, precision
+        self.grad, self.static_y = grad, static_y
         self._kept: _Kept | None = None
 
     def extra_repr(self) -> str:
@@ -120,8 +124,11 @@ class SamplesLoss(nn.Module):
         target, given = (y, b, (lengths or mask or (None, None))[1]), float_type(x, y)
         a, x, b, y = self._prepared(a, x, b, y, lengths, mask)
         if _transformed():
-            if self.cost is not None or self.plan or self.static_y:
-                raise ProblemError("inside torch.compile, torch.func and vmap, SamplesLoss takes no cost=, plan=True or static_y=True.")
+            if self.cost is not None or self.plan or self.static_y or self.grad != "envelope":
+                raise ProblemError(
+                    "under torch.compile and torch.func SamplesLoss is one opaque operation: leave out cost=, plan=True, static_y=True and "
+                    'grad="implicit", or call it outside (torch.compiler.disable).'
+                )
             reach = self.reach or math.inf
             value, f, g, _, _ = _Transformable.apply(
                 a, x, b, y, self.p, self.blur, reach, self.debias, self.backend, self.tol, self.max_iter
@@ -136,16 +143,19 @@ class SamplesLoss(nn.Module):
                     cost_aa=within[0],
                     cost_bb=within[1],
                     self_b=kept,
-                    backend=_backend(self.backend, problem.cost),
+                    backend=_backend(self.backend, problem),
+                    grad=self.grad,
                     tol=self.tol,
                     max_iter=self.max_iter,
                 )
                 solution, status = found.between, found.status
-                if self.static_y:
+                if self.static_y and not any(z is not None and z.is_inference() for z in target):  # whose changes are not counted
                     self._kept = _Kept(target, tuple(z._version for z in target if z is not None), self._settings(), found.self_b.detach())
             else:
                 problem, _, unit = self._problem(a, x, b, y, within=None)
-                found = solution = solve(problem, backend=_backend(self.backend, problem.cost), tol=self.tol, max_iter=self.max_iter)
+                found = solution = solve(
+                    problem, backend=_backend(self.backend, problem), grad=self.grad, tol=self.tol, max_iter=self.max_iter
+                )
                 status = solution.status
         _report(status, found.n_passes, self.verbose)
         if self.potentials:
@@ -201,7 +211,7 @@ class SinkhornLoss(nn.Module):
     reduction    "mean" or "sum" over the batch, "none" for each problem's own, (*batch,).
     detach_plan  False: the value <C, P> + eps KL(P | a⊗b) + penalties, whose gradients in C, x, y, a and b are exact at convergence.
                  True: sum_ij P_ij C_ij with P constant, whose gradient in C is P itself, and in x and y that of the cost under P.
-    backend, tol, max_iter  as in `gpu_ot.solve`.
+    backend, grad, tol, max_iter  as in `gpu_ot.solve`.
 
     Call it with costs (*batch, n, m), with a gpu_ot.Cost, or with clouds x (*batch, n, d) and y (*batch, m, d), and weights a=(*batch, n)
     and b=(*batch, m), uniform when left out. Nothing n by m is formed for clouds that are streamed. Raises what `gpu_ot.solve` raises;
@@ -219,6 +229,7 @@ class SinkhornLoss(nn.Module):
         detach_plan: bool = False,
         *,
         backend: str = "auto",
+        grad: str = "envelope",
         tol: float = 1e-4,
         max_iter: int = 10_000,
     ) -> None:
@@ -226,22 +237,26 @@ class SinkhornLoss(nn.Module):
         if reduction not in ("mean", "sum", "none"):
             raise errors.unknown("reduction", reduction, ["mean", "sum", "none"])
         self.eps, self.tau, self.cost, self.reduction, self.detach_plan = eps, tau, cost, reduction, detach_plan
-        self.backend, self.tol, self.max_iter = backend, tol, max_iter
+        self.backend, self.grad, self.tol, self.max_iter = backend, grad, tol, max_iter
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}, tau={self.tau}, reduction={self.reduction!r}, detach_plan={self.detach_plan}"
 
     def forward(self, x: Tensor | Cost, y: Tensor | None = None, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        if not isinstance(x, (Tensor, Cost)):
+            raise errors.not_a_tensor("x", x)
+        if isinstance(x, Cost) and y is not None:
+            raise ProblemError("a Cost is bound to both clouds already: leave y out.")
         device = x.device if isinstance(x, Tensor) else next(iter(x.inputs.values())).device
         rows, columns = self.tau if isinstance(self.tau, tuple) else (self.tau, self.tau)
         penalties = KL(rows or math.inf), KL(columns or math.inf)
         with torch.autocast(device.type, enabled=False):
-            cost = x if y is None or isinstance(x, Cost) else self.cost(x, y)
+            cost = x if isinstance(x, Cost) or y is None else self.cost(x, y)
             problem = Problem(cost, self.eps, a, b, penalties)
-            solution = solve(problem, backend=self.backend, tol=self.tol, max_iter=self.max_iter)
+            solution = solve(problem, backend=self.backend, grad=self.grad, tol=self.tol, max_iter=self.max_iter)
             value = _held(solution) if self.detach_plan else solution.value
         if solution.status not in (CONVERGED, STALLED):
-            warnings.warn(f"SinkhornLoss, {solution.n_iter} iterations, {solution.status}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"SinkhornLoss, {solution.n_iter} iterations, {solution.status}", RuntimeWarning, stacklevel=4)
         return value if self.reduction == "none" else value.mean() if self.reduction == "mean" else value.sum()
 
 
@@ -262,7 +277,7 @@ def _report(status: Status, n_passes: int, verbose: bool) -> None:
     if verbose:
         print(f"SamplesLoss, {n_passes} passes over the pairs, {status}")
     if status not in (CONVERGED, STALLED):  # stalled is as good as the type allows
-        warnings.warn(f"SamplesLoss, {n_passes} passes over the pairs, {status}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"SamplesLoss, {n_passes} passes over the pairs, {status}", RuntimeWarning, stacklevel=5)
 
 
 def _between_samples(a: Tensor, x: Tensor, b: Tensor, y: Tensor, p: float, blur: float, reach: float) -> tuple[Problem, float]:
@@ -274,15 +289,13 @@ def _between_samples(a: Tensor, x: Tensor, b: Tensor, y: Tensor, p: float, blur:
     return Problem(kind(x, y), blur**p / half, a, b, KL(reach**p / half)), half * grain**p
 
 
-def _backend(name: str, cost: Cost) -> str:
-    """geomloss's name in ours; what is a matrix already is not streamed."""
+def _backend(name: str, problem: Problem) -> str:
+    """geomloss's name in ours: the first machine of that kind that takes the problem. What is a matrix already is not streamed."""
     if name not in ("tensorized", "online", "multiscale"):
         return name
-    if name == "tensorized" or isinstance(cost, Matrix):
-        return "dense"
-    if not next(iter(cost.inputs.values())).is_cuda:
-        return "chunked"
-    return "keops" if cost.fold() is None else "triton"
+    streaming = ("triton", "keops") if problem.a.is_cuda else ()
+    taken = [one for one in (*streaming, "chunked") if BACKENDS[one].refuse(problem) is None]
+    return taken[0] if taken and name != "tensorized" else "dense"
 
 
 class _PlanCost(torch.autograd.Function):
@@ -297,6 +310,10 @@ class _PlanCost(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled() and (len(ctx.geometry.inputs) > 1 or grad_outputs[0].requires_grad):
+            raise NotImplementedError(
+                "second derivatives of a cost with its plan held are known for matrices only; leave out create_graph=True."
+            )
         w = grad_outputs[0].to(ctx.k.dtype).unsqueeze(-1).expand_as(ctx.k)
         return None, None, None, None, None, *ctx.geometry.pull_back(ctx.k, ctx.h, ctx.eps, w)
 
@@ -304,7 +321,7 @@ class _PlanCost(torch.autograd.Function):
 def _held(solution: Solution) -> Tensor:
     """<P, C> with P constant."""
     problem, geometry = solution.problem, solution.geometry
-    k, h = (weigh(z, w.detach(), problem.eps) for z, w in ((solution.f, problem.a), (solution.g, problem.b)))
+    k, h = (weigh(z.detach(), w.detach(), problem.eps) for z, w in ((solution.f, problem.a), (solution.g, problem.b)))
     return _PlanCost.apply(solution.sharp_cost, geometry, k, h, problem.eps, *geometry.inputs)
 
 
@@ -356,7 +373,7 @@ def _samples_loss(
 
     def work() -> tuple[Tensor, ...]:
         problem, unit = _between_samples(a.detach(), x.detach(), b.detach(), y.detach(), p, blur, reach)
-        settings: dict[str, Any] = dict(backend=_backend(backend, problem.cost), tol=tol, max_iter=max_iter)
+        settings: dict[str, Any] = dict(backend=_backend(backend, problem), tol=tol, max_iter=max_iter)
         if debias:
             found = divergence(problem, **settings)
             status, out = found.status, (found.value, found.f, found.g, found.self_a.f, found.self_b.f)
@@ -392,7 +409,7 @@ def _samples_loss_backward(
         leaves = [z.detach().requires_grad_() for z in (a, x, b, y)]
         problem, unit = _between_samples(leaves[0], leaves[1], leaves[2], leaves[3], p, blur, reach)
         own = (f_aa / unit, g_bb / unit) if debias else None
-        value = at_potentials(problem, (f + f_aa) / unit, (g + g_bb) / unit, own, _backend(backend, problem.cost))
+        value = at_potentials(problem, (f + f_aa) / unit, (g + g_bb) / unit, own, _backend(backend, problem))
         return torch.autograd.grad(unit * value, leaves, grad.to(value.dtype))
 
     da, dx, db, dy = (z.contiguous() for z in _outside(work, x))

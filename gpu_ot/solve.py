@@ -64,6 +64,25 @@ def solve(
 
     Feydy et al. 2019, arXiv:1810.08278 (the dual and its loop); Séjourné et al. 2019, arXiv:1910.12958 (relaxed marginals).
     """
+    with torch.autocast(problem.a.device.type, enabled=False):  # half-precision products would be somebody else's problem
+        return _solve(problem, backend, grad, tol, norm, max_iter, check_every, accelerate, start, schedule, on_check, precision, strict)
+
+
+def _solve(
+    problem: Problem,
+    backend: str,
+    grad: str,
+    tol: float,
+    norm: str,
+    max_iter: int,
+    check_every: int | None,
+    accelerate: str,
+    start: Tensor | Solution | Scaled | None,
+    schedule: Constant | Anneal | None,
+    on_check: Callable[[int, Tensor], None] | None,
+    precision: str,
+    strict: bool,
+) -> Solution:
     if grad not in GRADS:
         raise errors.unknown("grad", grad, GRADS)
     if max_iter < 1:

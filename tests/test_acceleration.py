@@ -294,3 +294,11 @@ def test_empty_atoms_have_the_potentials_that_plain_iterations_give_them(acceler
     ours, plain = (gpu_ot.solve(problem, accelerate=way, tol=1e-11) for way in (accelerate, "none"))
     shifted = ours.g - ours.g[5] + plain.g[5]
     torch.testing.assert_close(shifted, plain.g, rtol=1e-6, atol=1e-7)
+
+
+def test_autocast_changes_nothing():
+    x, y = (z.float() for z in cube(40, 30))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = gpu_ot.solve(Problem(gpu_ot.Dot(x, y), 0.1), tol=1e-6)
+    plain = gpu_ot.solve(Problem(gpu_ot.Dot(x, y), 0.1), tol=1e-6)
+    assert cast.value.dtype == torch.float32 and torch.equal(cast.value, plain.value)

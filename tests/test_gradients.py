@@ -152,8 +152,49 @@ def test_no_graph_is_kept_when_none_is_asked_for(problem):
     assert not gpu_ot.sinkhorn(*(z.detach() for z in (a, b, M)), 0.1).requires_grad
 
 
-def test_second_derivatives_refuse_instead_of_being_wrong(problem):
-    a, b, M = leaves(problem)
-    loss = gpu_ot.sinkhorn2(a, b, M, 0.1, **FIXED)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        torch.autograd.grad(loss, M, create_graph=True)
+@pytest.mark.parametrize("name", ["M", "a", "b"])
+def test_second_derivatives_of_an_envelope_refuse_instead_of_being_wrong(problem, name):
+    """Also where only a weight is asked for, in which the envelope is linear and would pass for its own derivative."""
+    a, b, M = problem(6, 5)
+    given = dict(a=a, b=b, M=M)
+    given[name] = given[name].clone().requires_grad_()
+    value = gpu_ot.solve(Problem(given["M"], 0.1, given["a"], given["b"])).value
+    with pytest.raises(NotImplementedError, match=r'second derivatives.*grad="implicit"'):
+        torch.autograd.grad(value, given[name], create_graph=True)
+
+
+def test_second_derivatives_of_what_was_computed(problem):
+    a, b, M = leaves(problem, 4, 3)
+
+    def function(a, b, M):
+        P = gpu_ot.sinkhorn(a, b, M, 0.2, **FIXED | dict(numItermax=4))
+        return P.square().sum(), gpu_ot.solve(Problem(M, 0.2, a / a.sum(), b / b.sum(), KL(0.3)), grad="unroll", tol=0.0, max_iter=3).value
+
+    assert torch.autograd.gradgradcheck(function, (a, b, M), nondet_tol=1e-12)
+
+
+def test_second_derivatives_in_the_points_of_unrolled_iterations():
+    x, y = (torch.rand(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (4, 3))
+
+    def f(x, y):
+        return gpu_ot.solve(Problem(gpu_ot.SqEuclidean(x, y), 0.2), backend="chunked", grad="unroll", tol=0.0, max_iter=3).f
+
+    assert torch.autograd.gradgradcheck(f, (x, y), nondet_tol=1e-12)
+
+
+def test_empty_atoms_far_below_the_rest_leave_no_nan(problem):
+    """Between two empty atoms exponents overflow at small eps; times their weights, 0, they are no derivative."""
+    a, b, M = leaves(problem, 6, 5)
+    with torch.no_grad():
+        a[0], b[0] = 0, 0
+        a /= a.sum()
+        b /= b.sum()
+        M[0], M[:, 0] = 3.0, 3.0
+        M[0, 0] = 0.0
+    for mode in ("envelope", "implicit"):
+        s = gpu_ot.solve(Problem(M, 2e-3, a, b), grad=mode, backend="softmin", tol=1e-12, max_iter=20_000)
+        assert float(s.f[0] + s.g[0]) / 2e-3 > 710  # exp overflows
+        grads = torch.autograd.grad(s.value, (a, b, M), retain_graph=True)
+        assert all(grad.isfinite().all() for grad in grads)
+    P = gpu_ot.gradients.plan(s.problem, s.geometry, s.f, s.g)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(P.square().sum(), (a, b, M)))

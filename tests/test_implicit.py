@@ -20,7 +20,7 @@ OUTPUTS = ("value", "f", "g", "plan", "plan @ v", "map", "sharp cost")
 
 
 def rand(*shape, seed=0):
-    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 X, Y, A, B = rand(N, D, seed=1), rand(M, D, seed=2) + 0.2, rand(N, seed=3) + 0.2, rand(M, seed=4) + 0.2
@@ -70,23 +70,17 @@ def outputs(s, names=OUTPUTS):
     """A smooth number of each output."""
     p, at = s.problem, (s.problem, s.geometry, s.f, s.g)
     (n, m), batch = p.shape[-2:], p.shape[:-2]
-    v = rand(m, 2, seed=8).expand(*batch, m, 2)
+    v = (rand(m, 2, seed=8) - 0.3).expand(*batch, m, 2)
     found = {
         "value": lambda: s.value,
         "f": lambda: (s.f * rand(n, seed=5)).sum(-1),
         "g": lambda: (s.g * rand(m, seed=6)).sum(-1),
         "plan": lambda: (gradients.plan(*at) * rand(n, m, seed=7)).sum((-1, -2)),
         "plan @ v": lambda: (gradients.transport(*at, v).square() * rand(n, 1, seed=9)).sum((-1, -2)),
-        "map": lambda: entropic_map(s, v).sin().sum((-1, -2)),
+        "map": lambda: gradients.average(p, s.geometry, s.g, v).sin().sum((-1, -2)),
         "sharp cost": lambda: gradients.sharp_cost(*at),
     }
     return {name: found[name]() for name in names}
-
-
-def entropic_map(s, v):
-    p = s.problem
-    s_a = gradients.softmin(s.geometry, s.g, p.b, p.eps)
-    return gradients.apply(s.geometry, s_a, s.g, p.eps, p.b.unsqueeze(-1) * v)
 
 
 def differences(function, at, step):
@@ -303,6 +297,49 @@ def test_a_cost_that_cannot_be_differentiated_twice_says_who_can():
     f = solution("formula", "chunked", KL(), *leaves, A, B).f
     with pytest.raises(NotImplementedError, match='backend="dense"'):
         torch.autograd.grad(f[0], leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("grad", ["implicit", "unroll"])
+@pytest.mark.parametrize("backend", ["dense", "chunked"])
+def test_what_a_solution_offers_carries_the_same_derivatives(backend, grad):
+    leaves = [z.clone().requires_grad_() for z in (X, Y, A, B)]
+    s = solution("clouds", backend, KL(0.4), *leaves, grad=grad, tol=1e-13)
+    at, v, w = (s.problem, s.geometry, s.f, s.g), rand(M, 2, seed=8), rand(N, seed=9)
+    P = gradients.plan(*at)
+    pairs = {
+        "plan": (s.plan.to_dense(), P),
+        "plan @ v": (s.plan @ v, P @ v),
+        "plan.T @ w": (s.plan.T @ w, P.mT @ w),
+        "plan.T": (s.plan.T.to_dense(), P.mT),
+        "marginals": (s.plan.sum(-1), P.sum(-1)),
+        "mass": (s.transport_mass, P.sum()),
+        "map": (s.transport(), P @ leaves[1] / P.sum(-1, keepdim=True)),
+        "sharp cost": (s.sharp_cost, (P * COSTS["matrix"](*leaves[:2])).sum()),
+    }
+    for name, (found, expected) in pairs.items():
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, msg=name)
+        weight = rand(*found.shape, seed=10)
+        ours, truth = (torch.autograd.grad((z * weight).sum(), leaves, retain_graph=True) for z in (found, expected))
+        for one, other in zip(ours, truth, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9, msg=name)
+    assert not s.normalized_entropy.requires_grad
+
+
+def test_an_envelope_leaves_the_plan_detached():
+    s = solution("clouds", "dense", KL(), *(z.clone().requires_grad_() for z in (X, Y, A, B)), grad="envelope")
+    assert not any(z.requires_grad for z in (s.f, s.plan @ rand(M), s.plan.to_dense(), s.transport(), s.sharp_cost))
+
+
+def test_hessian_vector_products_of_torch():
+    def value(x):
+        return solution("clouds", "chunked", KL(), x, Y, A, B).value
+
+    d = rand(N, D, seed=11)
+    H = torch.autograd.functional.hessian(value, X).reshape(N * D, N * D)
+    torch.testing.assert_close(H, H.T, rtol=1e-9, atol=1e-11)
+    for product in (torch.autograd.functional.hvp, torch.autograd.functional.vhp):
+        _, found = product(value, X, d)
+        torch.testing.assert_close(found.reshape(-1), H @ d.reshape(-1), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("penalties", [KL(), KL(0.4)], ids=str)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .. import errors
-from ..costs import Matrix
+from ..costs import Lazy, Matrix
 from ..geometry import Geometry
 from ..problem import Problem, vector_dtype
 from . import chunked, keops
@@ -120,6 +120,7 @@ def _small(problem: Problem) -> bool:
 
 #: The first that holds and is not refused. "dense" serves everything, so the last is never out of answers.
 RULES = (
+    Rule(lambda p: isinstance(p.cost, Lazy), "keops", "the cost is a LazyTensor, and KeOps runs it as it is written"),
     Rule(
         lambda p: _on(p, "cuda") and _small(p),
         "resident",
@@ -202,6 +203,8 @@ def _passed_over(name: str, problem: Problem) -> str:
         return 'the readable form of "dense", for tests: slower, and never chosen'
     if name == "resident":
         return f"for problems of up to {RESIDENT} by {RESIDENT} on a GPU"
+    if name == "dense" and isinstance(problem.cost, Lazy):
+        return "whoever passes a LazyTensor wants no n-by-m array"
     if name == "dense":
         return "slower on this device" if _fits(problem) else f"its n-by-m arrays exceed {DENSE_BYTES >> 20} MiB"
     if name == "keops":

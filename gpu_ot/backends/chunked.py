@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..costs import Cosine, Cost, Dot, Euclidean, Folded, Formula, Matrix, SqEuclidean, Sum
+from ..costs import Cosine, Cost, Dot, Euclidean, Folded, Formula, Lazy, Matrix, SqEuclidean, Sum
 from ..geometry import Geometry, weigh
 from ..problem import Problem, vector_dtype
 from ..vectors import exp, log
@@ -37,6 +37,8 @@ def refuse(problem: Problem) -> str | None:
     """Why this problem cannot be taken in blocks, or None."""
     if isinstance(problem.cost, Matrix):
         return "the cost is a matrix that is already in memory; there is nothing to save"
+    if isinstance(problem.cost, Lazy):
+        return "the cost is a LazyTensor, which KeOps runs without blocks"
     if problem.cost.fold() is None and (strange := _strangers(problem.cost)):
         return f"{', '.join(strange)} has no fold(), and how to take rows and columns of it is not known"
     return None

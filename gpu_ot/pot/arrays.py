@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..costs import Cost
+from ..costs import Cost, Lazy
 from ..errors import ProblemError
 from .refusals import Elsewhere
 
@@ -39,18 +39,14 @@ def take(**named: Any) -> tuple[list[Tensor | None], Callable[[Tensor], Any]]:
 def take_problem(a: Any, b: Any, M: Any, **others: Any) -> tuple[list[Any], Callable[[Tensor], Any]]:
     """[a (n,), b (m,) or (m, n_hists), M (n, m), *others] as tensors, checked against each other, and the way back.
 
-    M may be a Cost, which stays one.
+    M may be a Cost, which stays one, or a LazyTensor of KeOps, which becomes one.
     """
+    M = lazily(M)
     if isinstance(M, Cost):
         (ta, tb, *rest), back = take(a=a, b=b, **others)
         back = back if any(is_array(z) for z in (a, b)) else tensors
         found: Any = M
     else:
-        if type(M).__module__.partition(".")[0] == "pykeops":
-            raise ProblemError(
-                "M is a LazyTensor of KeOps. Pass the formula and its points instead, and it stays lazy: "
-                "gpu_ot.Formula(lambda x_i, y_j: ((x_i - y_j) ** 2).sum(-1), x, y)."
-            )
         (ta, tb, found, *rest), back = take(a=a, b=b, M=M, **others)
     if found is None or len(found.shape) != 2:
         raise errors.wrong_shape("M", () if found is None else found.shape, "(n, m), one row for each weight of a")
@@ -62,6 +58,11 @@ def take_problem(a: Any, b: Any, M: Any, **others: Any) -> tuple[list[Any], Call
     if tb is not None and tb.shape[:1] + tb.shape[2:] != (m,):
         raise errors.wrong_shape("b", tb.shape, f"({m},) or ({m}, n_hists) to match M with shape ({n}, {m})")
     return [ta, tb, found, *rest], back
+
+
+def lazily(M: Any) -> Any:
+    """A LazyTensor of KeOps as the Cost that it is; anything else as it came."""
+    return Lazy(M) if hasattr(M, "__GenericLazyTensor__") else M
 
 
 def number(z: Any) -> float:

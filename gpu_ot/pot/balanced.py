@@ -178,7 +178,7 @@ def run(
     if method == "sinkhorn_epsilon_scaling":
         numItermax = max(36, numItermax) * numInnerItermax  # POT's stages, each of so many iterations
     done = transport(a, b, M, reg, rules, numItermax, stopThr, verbose, warn, warmstart)
-    result = done.give(done.losses()) if loss or done.many else done.lazy_plan() if isinstance(M, Cost) else done.give(done.plan())
+    result = done.give(done.losses()) if loss or done.many else done.lazy_plan() if isinstance(done.M, Cost) else done.give(done.plan())
     return (result, {**rules.log(done), **done.story()}) if log else result
 
 

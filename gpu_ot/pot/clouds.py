@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import errors
-from ..costs import Cosine, Cost, Dot, Euclidean, Formula, Matrix, SqEuclidean, Sum
+from ..costs import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
 from ..problem import Problem, float_type
 from .refusals import elsewhere
 
@@ -74,21 +74,13 @@ def _flipped(cost: Cost) -> Cost:
         return Matrix(cost.M.mT)
     if isinstance(cost, Sum):
         return Sum(tuple((weight, _flipped(term)) for weight, term in cost.terms))
+    if isinstance(cost, Lazy):
+        return cost.T
     if isinstance(cost, Formula):
         function = cost.function
         return Formula(lambda y_i, x_j: function(x_j, y_i), cost.y, cost.x)
     assert isinstance(cost, (SqEuclidean, Euclidean, Dot, Cosine)), type(cost)
     return replace(cost, x=cost.y, y=cost.x)
-
-
-def part(cost: Cost, rows: Any, columns: Any) -> Cost:
-    """The cost between some of its rows and some of its columns: slices or vectors of indices."""
-    if isinstance(cost, Matrix):
-        return Matrix(cost.M[..., rows, :][..., columns])
-    if isinstance(cost, Sum):
-        return Sum(tuple((weight, part(term, rows, columns)) for weight, term in cost.terms))
-    assert isinstance(cost, (SqEuclidean, Euclidean, Dot, Cosine, Formula)), type(cost)
-    return replace(cost, x=cost.x[..., rows, :], y=cost.y[..., columns, :])
 
 
 def in_blocks(n: int, m: int) -> list[slice]:
@@ -102,7 +94,7 @@ def linear_cost(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
     n, m = problem.shape
 
     def block(rows: slice, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor) -> Tensor:
-        C = part(problem.cost, rows, slice(None)).dense().to(f.dtype)
+        C = problem.cost.part(rows, slice(None)).dense().to(f.dtype)
         return (C * plan_entries(C, f[rows], g, a[rows], b, problem.eps)).sum()
 
     inputs = (f, g, problem.a, problem.b, *problem.cost.inputs.values())

@@ -16,7 +16,7 @@ from ..geometry import Geometry, weigh
 from ..problem import Problem
 from ..solution import Plan
 from .arrays import take
-from .clouds import ENTRIES, in_blocks, part, plan_entries, transposed
+from .clouds import ENTRIES, in_blocks, plan_entries, transposed
 
 
 class LazyPlan:
@@ -116,7 +116,7 @@ class LazyPlan:
 
     def _cost(self, rows: Any, columns: Any) -> Tensor:
         with torch.no_grad():
-            return part(self._problem.cost, rows, columns).dense().to(self._f)
+            return self._problem.cost.part(rows, columns).dense().to(self._f)
 
     @cached_property
     def _operator(self) -> Plan:

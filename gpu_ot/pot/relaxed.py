@@ -27,7 +27,7 @@ from ..problem import Problem, float_type, matched, vector_dtype
 from ..solution import CONVERGED, STALLED
 from ..solve import needs_gradient
 from .alternation import Method, State, alternate, print_progress, translated
-from .arrays import number, take, take_problem
+from .arrays import lazily, number, take, take_problem
 from .clouds import transposed
 from .refusals import elsewhere, warn
 
@@ -207,7 +207,7 @@ def run(
     """
     rules = METHODS[method]
     after = 0 if rules.translate or accelerate else PLAIN if accelerate is None and penalty is KL else math.inf
-    if isinstance(M, Cost):
+    if isinstance(lazily(M), Cost):
         raise errors.ProblemError("relaxed marginals of a Cost: gpu_ot.solve(M, a, b, reg, unbalanced=reg_m) solves them lazily.")
     (ta, tb, tM, tc), back = take_problem(a, b, M, c=c)
     (n, m), many = tM.shape, tb is not None and tb.ndim == 2

@@ -21,7 +21,7 @@ from ..problem import Problem
 from ..solution import CONVERGED, STALLED, Solution, Status
 from ..solve import solve as solve_problem
 from . import balanced
-from .arrays import is_array, number, take, tensors
+from .arrays import is_array, lazily, number, take, tensors
 from .clouds import between
 from .empirical import Limits, streamed
 from .lazy import LazyPlan
@@ -217,6 +217,7 @@ def _solve_costs(
     if number(reg) < 0:
         raise errors.bad_eps("reg", reg)
     asked = _Asked(reg, entropy, relaxed, penalty, init, verbose, grad, max_iter or 1000, 1e-9 if tol is None else tol)
+    M = lazily(M)
     if isinstance(M, Cost):
         (ta, tb), back = take(a=a, b=b)
         return _solve_lazily(M, ta, tb, back if is_array(a) or is_array(b) else tensors, asked)
