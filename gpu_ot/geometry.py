@@ -26,6 +26,8 @@ class Geometry(ABC):
     extra: int = 0
     #: Whether fewer iterations are worth more than faster ones: not where a launch runs many at the price of one.
     accelerates: bool = True
+    #: Whether the one input is the matrix itself, of which derivatives of any order are made.
+    stored: bool = False
     #: The tensors that gradients flow to, as the machine holds them: (C,) for a matrix.
     inputs: tuple[Tensor, ...]
 

@@ -110,7 +110,7 @@ def pull_back(geometry: Geometry, k: Tensor, h: Tensor, eps: float, w: Tensor, z
     NotImplementedError where another one is asked for that.
     """
     inputs = geometry.inputs
-    if _stored(geometry):
+    if geometry.stored:
         if torch.is_grad_enabled():
             P = _exponentials(k, h, inputs[0], eps, (w == 0).all(-1), (z == 0).all(-1))
         else:
@@ -142,11 +142,6 @@ def _pull_side(geometry: Geometry, k: Tensor, h: Tensor, eps: float, w: Tensor, 
     both = (z.unsqueeze(-1) * v.unsqueeze(-2)).flatten(-2)  # (*batch, m, c d)
     sums = apply(geometry, k, h, eps, torch.cat((z.expand(*both.shape[:-1], c), both), -1))
     return (w * sums[..., :c]).sum(-1), -(w.unsqueeze(-1) * sums[..., c:].unflatten(-1, (c, d))).sum(-2)
-
-
-def _stored(geometry: Geometry) -> bool:
-    """Whether the one input is the matrix itself. (A formula may have one input, too.)"""
-    return getattr(geometry, "C", None) is not None
 
 
 def _folds(geometry: Geometry) -> bool:
@@ -220,7 +215,7 @@ def plan(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
 
 def _matrix(problem: Problem, geometry: Geometry) -> Tensor:
     """C as the geometry knows it, which for a folded form can be differentiated any number of times."""
-    if _stored(geometry):
+    if geometry.stored:
         return geometry.inputs[0]
     if _folds(geometry):
         alpha, beta, u, v = geometry.inputs
@@ -258,7 +253,7 @@ def average(problem: Problem, geometry: Geometry, g: Tensor, v: Tensor) -> Tenso
 
 def sharp_cost(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
     """<P, C> in (*batch,), differentiable in f, g, the weights and the cost; an n-by-m array only where the geometry holds one."""
-    if _stored(geometry):
+    if geometry.stored:
         return _inner(f, g, problem.a, problem.b, geometry.inputs[0], problem.eps)
     if _folds(geometry):
         alpha, beta, u, v = (z.to(f.dtype) for z in geometry.inputs)

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import errors
+from . import errors, gradients
 from .costs import BLOCK, Cost, Points
 from .errors import NotConverged, ProblemError
 from .geometry import Geometry, weigh
@@ -58,17 +58,27 @@ WIDTH = 2**10
 
 
 class Plan:
-    """P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps), computed where it is needed and never stored; detached.
+    """P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps), computed where it is needed and never stored.
 
     `P @ v`, `P.T @ v`, `marginals` and `sum` are sweeps over the cost; `sample` draws matched pairs, `diagonal` forms P_ii; `to_dense()`
-    is the (*batch, n, m) array. Internally P_ij = exp((k_i + h_j - C_ij) / eps).
+    is the (*batch, n, m) array. Internally P_ij = exp((k_i + h_j - C_ij) / eps). Detached; of a solution by grad="implicit" or "unroll",
+    products, sums and the array carry its derivatives.
     """
 
     def __init__(
-        self, geometry: Geometry, k: Tensor, h: Tensor, eps: float, dtype: torch.dtype, cost: Cost | None = None, flipped: bool = False
+        self,
+        geometry: Geometry,
+        k: Tensor,
+        h: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        cost: Cost | None = None,
+        flipped: bool = False,
+        live: Solution | None = None,
     ) -> None:
         self._geometry, self._k, self._h, self._eps, self.dtype = geometry, k, h, eps, dtype
         self._own_cost, self._flipped = cost, flipped  # flipped: rows of the plan are columns of the cost
+        self._live = live  # whose potentials carry derivatives
 
     @property
     def shape(self) -> torch.Size:
@@ -80,9 +90,12 @@ class Plan:
 
     @property
     def T(self) -> Plan:
-        return Plan(self._geometry.T, self._h, self._k, self._eps, self.dtype, self._own_cost, not self._flipped)
+        return Plan(self._geometry.T, self._h, self._k, self._eps, self.dtype, self._own_cost, not self._flipped, self._live)
 
     def to_dense(self) -> Tensor:
+        if (s := self._live) is not None:
+            P = gradients.plan(s.problem, s.geometry, s.f, s.g)
+            return (P.mT if self._flipped else P).to(self.dtype)
         return self._geometry.plan(self._k, self._h, self._eps).to(self.dtype)
 
     def __matmul__(self, v: Tensor) -> Tensor:
@@ -92,8 +105,11 @@ class Plan:
     def _apply(self, v: Tensor) -> Tensor:
         """P @ v in the type of the potentials."""
         columns = v.unsqueeze(-1) if v.ndim == 1 else v
-        with torch.no_grad():
-            out = self._geometry.apply(self._k, self._h, self._eps, columns)
+        if (s := self._live) is not None:
+            out = gradients.transport(s.problem, s.geometry, s.f, s.g, columns.to(s.f), self._flipped)
+        else:
+            with torch.no_grad():
+                out = self._geometry.apply(self._k, self._h, self._eps, columns)
         return out.squeeze(-1) if v.ndim == 1 else out
 
     @cached_property
@@ -212,8 +228,17 @@ class Solution:
 
     @cached_property
     def plan(self) -> Plan:
-        """The lazy plan, detached: `grad="unroll"` and the front doors give plans that carry a gradient."""
-        return Plan(self.geometry, self._k, self._h, self.problem.eps, self.problem.given_dtype, self.problem.cost)
+        """The lazy plan. By grad="implicit" or "unroll" it carries derivatives, see Plan; otherwise it is detached."""
+        return self._plan(self if self._live else None)
+
+    def _plan(self, live: Solution | None) -> Plan:
+        problem = self.problem
+        return Plan(self.geometry, self._k, self._h, problem.eps, problem.given_dtype, problem.cost, live=live)
+
+    @property
+    def _live(self) -> bool:
+        """Whether the potentials carry derivatives."""
+        return self.f.requires_grad or self.g.requires_grad
 
     def transport(self, x_new: Points | None = None, y: Tensor | None = None) -> Tensor:
         """Where the plan sends the source points, or `x_new` (*batch, k, d), on average: sum_j P_ij y_j / sum_j P_ij, (*batch, n or k, c).
@@ -221,8 +246,9 @@ class Solution:
         y  what is carried over, (m, c) or (*batch, m, c); the target points when left out. Colours or labels (one-hot) work as well.
 
         New points are sent by the same potentials: the entropic map, Pooladian and Niles-Weed 2021, arXiv:2109.12004, equation (6). A
-        point that may go nowhere gives NaN. Detached from the problem; gradients flow to `x_new`, at the price of keeping the
-        k-by-m costs. In the problem's type. Raises ProblemError for new points where the cost is a matrix, which knows none.
+        point that may go nowhere gives NaN. New points see the problem detached; gradients flow to `x_new`, at the price of keeping the
+        k-by-m costs. For the source points and grad="implicit" or "unroll", derivatives reach the problem and y. In the problem's type.
+        Raises ProblemError for new points where the cost is a matrix, which knows none.
         """
         if y is None:
             found = self.problem.cost.points[1]
@@ -231,6 +257,8 @@ class Solution:
             y = found
         if y.ndim < 2 or y.shape[-2] != self.shape[-1]:
             raise errors.wrong_shape("y", y.shape, f"(*batch, {self.shape[-1]}, c), a row for each target point")
+        if x_new is None and self._live:
+            return gradients.average(self.problem, self.geometry, self.g, y.to(self.g)).to(self.problem.given_dtype)
         h, eps = self._h, self.problem.eps
         y = y.detach().to(h)
         if x_new is not None:
@@ -258,16 +286,19 @@ class Solution:
 
     @cached_property
     def transport_mass(self) -> Tensor:
-        """(*batch,) the mass that moves, sum_ij P_ij: |a| for balanced problems. Detached."""
+        """(*batch,) the mass that moves, sum_ij P_ij: |a| for balanced problems. Carries derivatives as the plan does."""
         return self.plan._marginals[0].sum(-1).to(self.problem.given_dtype)
 
     @cached_property
     def sharp_cost(self) -> Tensor:
-        """(*batch,) <P, C>, without the entropy and penalties that `value` holds; in units of the cost, detached.
+        """(*batch,) <P, C>, without the entropy and penalties that `value` holds; in units of the cost. Carries derivatives as the
+        plan does.
 
         Exact entry by entry, in blocks, for up to 2^24 pairs a problem and for costs that do not fold. Beyond, by one sweep with C's folded
         form, alpha P1 + P beta - <u, P v>, whose rounding error is that of the largest of these terms.
         """
+        if self._live:
+            return gradients.sharp_cost(self.problem, self.geometry, self.f, self.g).to(self.problem.given_dtype)
         return self._sharp_cost.to(self.problem.given_dtype)
 
     @cached_property
@@ -277,7 +308,7 @@ class Solution:
         1 - I(P) / min(H(P1), H(P^T 1)) with I the mutual information H(P1) + H(P^T 1) - H(P) and H(p) = -sum p log p, all of P divided by
         its mass. For n = m uniform weights this is H(P) / log n - 1. 1 where one side is a single point.
         """
-        plan = self.plan
+        plan = self._plan(None)
         marginals, mass = plan._marginals, plan._marginals[0].sum(-1)
         # log P_ij = (k_i + h_j - C_ij) / eps, so that sum P log P takes the marginals and the cost alone.
         inner = [torch.where(p > 0, p * z, 0.0).sum(-1) for p, z in zip(marginals, (self._k, self._h), strict=True)]
@@ -306,7 +337,7 @@ class Solution:
 
     @cached_property
     def _sharp_cost(self) -> Tensor:
-        plan = self.plan
+        plan = self._plan(None)
         with torch.no_grad():
             folded = self.problem.cost.to(self.f.dtype).fold() if self.shape[-2:].numel() > LARGE else None
         if folded is None:

@@ -88,7 +88,7 @@ def _solve(
     if max_iter < 1:
         raise errors.ProblemError(f"max_iter must be at least 1, found {max_iter}.")
     geometry = bind(problem, backend, precision)
-    rows = _rows(start, problem)
+    rows, weight = _rows(start, problem)
     replayed = grad == "unroll" and needs_gradient(problem)
     if replayed and isinstance(schedule, Anneal):
         raise errors.ProblemError('grad="unroll" replays iterations at one eps: leave `schedule` out, or use grad="envelope".')
@@ -101,18 +101,19 @@ def _solve(
         check_every = 1 if accelerate != "none" and problem.a.device.type == "cpu" else 10
     stop = Stop(tol, norm)
     with torch.no_grad():
+        first = weigh(rows, weight, problem.eps)
         outcome = iterate(
-            geometry, problem, schedule or Constant(problem.eps), rows.detach(), stop, max_iter, check_every, on_check, accelerate
+            geometry, problem, schedule or Constant(problem.eps), first.detach(), stop, max_iter, check_every, on_check, accelerate
         )
         if geometry.exact is not geometry:
             geometry = geometry.exact
-            rows = weigh(outcome.f, problem.a, problem.eps)
+            first = weigh(outcome.f, problem.a, problem.eps)
             left = max(max_iter - outcome.n_iter, 1)
-            corrected = iterate(geometry, problem, Constant(problem.eps), rows, stop, left, check_every, on_check, accelerate)
+            corrected = iterate(geometry, problem, Constant(problem.eps), first, stop, left, check_every, on_check, accelerate)
             outcome = outcome.then(corrected)
     f, g = outcome.f, outcome.g
     if replayed:
-        f, g = gradients.unroll(problem, geometry, rows, outcome.n_iter)
+        f, g = gradients.unroll(problem, geometry, rows, outcome.n_iter, weight)
     if grad == "implicit":
         f, g = implicit.potentials(problem, geometry, f, g, caution=_caution(outcome))
     value = (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g).to(problem.given_dtype)
@@ -137,17 +138,16 @@ class Scaled(NamedTuple):
     rows: Tensor
 
 
-def _rows(start: Tensor | Solution | Scaled | None, problem: Problem) -> Tensor:
-    """(*batch, n): f + eps log a at the start."""
+def _rows(start: Tensor | Solution | Scaled | None, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Row potentials to start from and the weights that belong to them, (*batch, n) each."""
     if isinstance(start, Scaled):
-        return start.rows.to(problem.a).expand_as(problem.a)
+        return start.rows.to(problem.a).expand_as(problem.a), torch.ones_like(problem.a)
     f = torch.zeros_like(problem.a) if start is None else start
     if isinstance(f, Solution):
         f = f.potential_a(problem.cost)
     if f.ndim == 0 or f.shape[-1] != problem.a.shape[-1]:
         raise errors.wrong_shape("start", f.shape, f"(*batch, {problem.a.shape[-1]}), a potential for each row")
-    f = torch.where(f.isfinite(), f, 0.0).to(problem.a).expand_as(problem.a)
-    return weigh(f, problem.a.detach(), problem.eps)
+    return torch.where(f.isfinite(), f, 0.0).to(problem.a).expand_as(problem.a), problem.a
 
 
 def needs_gradient(problem: Problem) -> bool:

@@ -25,6 +25,8 @@ from .products import Power, Products, Scaling, by_rows
 class Dense(Geometry):
     """The readable form, and the truth in tests. C is (*batch, n, m); potentials may carry further batch axes in front."""
 
+    stored = True
+
     def __init__(self, C: Tensor) -> None:
         self.inputs = (C,)
         self.C = C.detach()
