@@ -461,6 +461,7 @@ def test_a_cpu_is_refused():
     assert reason is not None and "GPU" in reason
 
 
+@interpreted
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
 def test_rough_sweeps_end_in_the_faithful_solution(precision):
     """Rounded points are another problem; the correction in full precision leaves nothing of it but the iterations it saved."""

@@ -22,7 +22,7 @@ from ..geometry import Geometry, weigh
 from ..loop import Outcome, Stop, iterate
 from ..problem import Problem, matched
 from ..schedule import Anneal, Constant
-from ..solution import CONVERGED, STALLED
+from ..solution import CONVERGED, MAX_ITER, STALLED
 from ..solve import needs_gradient
 from .arrays import number, take, take_problem
 from .clouds import linear_cost
@@ -33,6 +33,9 @@ from .refusals import warn as warn_caller
 NOT_CONVERGED = (
     "Sinkhorn did not converge. You might want to increase the number of iterations `numItermax` or the regularization parameter `reg`."
 )
+
+#: POT's default limit. Whoever asks for fewer iterations sees what they gave; whoever asks for 1e7 or 1e9 wants the end.
+PLAIN = 1000
 
 
 @dataclass
@@ -170,6 +173,7 @@ def run(
     loss: bool = False,
     print_period: int | None = None,
     numInnerItermax: int = 100,
+    accelerate: bool | None = None,
 ) -> Any:
     """Solve, and return what POT's `method` would: the plan, or the losses for several histograms or `loss`; and its `log`."""
     rules = METHODS[method]
@@ -177,7 +181,7 @@ def run(
         rules = rules._replace(check_every=print_period)
     if method == "sinkhorn_epsilon_scaling":
         numItermax = max(36, numItermax) * numInnerItermax  # POT's stages, each of so many iterations
-    done = transport(a, b, M, reg, rules, numItermax, stopThr, verbose, warn, warmstart)
+    done = transport(a, b, M, reg, rules, numItermax, stopThr, verbose, warn, warmstart, accelerate=accelerate)
     result = done.give(done.losses()) if loss or done.many else done.lazy_plan() if isinstance(done.M, Cost) else done.give(done.plan())
     return (result, {**rules.log(done), **done.story()}) if log else result
 
@@ -194,8 +198,13 @@ def transport(
     warn: bool,
     warmstart: Any,
     unroll: bool = True,
+    accelerate: bool | None = None,
 ) -> Transport:
-    """Solve as `rules` say. unroll: differentiate the potentials through the iterations, or not at all."""
+    """Solve as `rules` say.
+
+    unroll      differentiate the potentials through the iterations, which are then POT's to the end, or not at all.
+    accelerate  True: at once; False: never; None: from iteration `PLAIN` on.
+    """
     (ta, tb, tM), back = take_problem(a, b, M)
     n, m = tM.shape
     many = tb is not None and tb.ndim == 2
@@ -231,13 +240,45 @@ def transport(
     differentiable = unroll and needs_gradient(problem)
     with torch.no_grad():
         stop = Stop(tol, "l2_joint" if rules.joint else "l2")
-        on_check = _print_progress if verbose else None
-        outcome = iterate(geometry, problem, schedule or Constant(problem.eps), start, stop, max(max_iter, 1), rules.check_every, on_check)
+        after = math.inf if differentiable or accelerate is False else 0 if accelerate else PLAIN
+        outcome = _iterate(geometry, problem, schedule or Constant(problem.eps), start, stop, max(max_iter, 1), rules, verbose, after)
     if differentiable:
         outcome.f, outcome.g = gradients.unroll(problem, geometry, start, outcome.n_iter)
     if warn and outcome.status not in (CONVERGED, STALLED):
         warn_caller(f"{NOT_CONVERGED} Status {outcome.status}")
     return Transport(problem, geometry, outcome, tM, number(reg), many, differentiable, rules.check_every, back)
+
+
+def _iterate(
+    geometry: Geometry,
+    problem: Problem,
+    schedule: Constant | Anneal,
+    start: Tensor,
+    stop: Stop,
+    max_iter: int,
+    rules: Method,
+    verbose: bool,
+    after: float,
+) -> Outcome:
+    """POT's iterations, and from `after` on (a whole number of looks) accelerated ones, which look where POT does, too."""
+    every = rules.check_every
+    first = max_iter if after >= max_iter else min(max_iter, every * math.ceil(after / every))
+
+    def run(schedule: Constant | Anneal, start: Tensor, done: int, until: int, accelerate: str) -> Outcome:
+        def on_check(n_iter: int, error: Tensor) -> None:
+            if (done + n_iter - 1) % every == 0:
+                _print_progress(done + n_iter, error)
+
+        return iterate(geometry, problem, schedule, start, stop, until - done, every, on_check if verbose else None, accelerate)
+
+    if first == 0:
+        return run(schedule, start, 0, max_iter, "mixing")
+    plain = run(schedule, start, 0, first, "none")
+    if plain.status != MAX_ITER or plain.n_iter >= max_iter:
+        return plain
+    if every > 1:  # the last look was one between POT's
+        plain.errors.pop()
+    return plain.then(run(Constant(problem.eps), weigh(plain.f, problem.a, problem.eps), plain.n_iter, max_iter, "mixing"))
 
 
 def _smallest_eps(M: Tensor) -> float:
@@ -275,7 +316,7 @@ def _print_progress(n_iter: int, error: Tensor) -> None:
     print(f"{at:5d}|{error.amax().item():8e}|")
 
 
-OPTIONS = {"numItermax", "stopThr", "verbose", "log", "warn", "warmstart", "print_period", "numInnerItermax"}
+OPTIONS = {"numItermax", "stopThr", "verbose", "log", "warn", "warmstart", "print_period", "numInnerItermax", "accelerate"}
 
 
 def own(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,8 @@ def sinkhorn(a, b, M, reg, method="sinkhorn", numItermax=1000, stopThr=1e-9, ver
     method     "sinkhorn", "sinkhorn_log", "sinkhorn_stabilized", "sinkhorn_epsilon_scaling" or "greenkhorn": one solver, five logs.
     numItermax, stopThr   stop when the columns' marginals are within `stopThr` (Euclidean norm), looked at every 10 iterations.
     warmstart  (log u, log v) of an earlier call.
+    accelerate   (keyword) POT's iterations for the first 1000 and accelerated ones after that; False never, True at once. A gradient
+                 goes through POT's iterations, and has them to the end.
 
     Returns the plan (n, m), for a Cost a lazy one, or for k histograms the losses <P_k, M> (k,), in the kind, type and device of
     the inputs; with `log=True` also POT's dictionary, plus `status`, `converged`, `n_iter` and `errors`. Differentiable in a, b, M and reg.

@@ -1,0 +1,121 @@
+"""What a call reads back from the device: every such read makes the host wait. Counted on a CPU, where the same lines run.
+
+Budgets on the dense backend, with L looks:
+
+    Problem(...)                     1: all checks of the input in one copy
+    gpu_ot.solve(problem)            L, one a look; 1 for the start, and one for each stretch of products on the absorbed kernel
+    gpu_ot.sinkhorn(...)             the gate, the solver's, and 1 for the plan
+    gpu_ot.sinkhorn_unbalanced(...)  likewise; 1 for its check of +inf in M
+
+An absorbed kernel's products are exact or are taken again, so their sums are looked at where they are used: after 1, 2, 4, ... iterations
+at first, and once a stride when they hold. On a GPU small problems have no such kernel.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import gpu_ot
+from gpu_ot.backends.dense import Absorbed
+
+#: Whatever hands a tensor's numbers to Python, and what moves them to the host.
+READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__complex__")
+
+
+@contextmanager
+def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How often each function of this package read a tensor, by "file.py:function"."""
+    found: Counter[str] = Counter()
+    inside = [False]
+
+    def counting(original):
+        def call(*z, **k):
+            if inside[0]:  # `bool(z)` may go through `item`: one read
+                return original(*z, **k)
+            code = sys._getframe(1).f_code
+            found[f"{code.co_filename.rpartition('/')[2]}:{code.co_name}"] += 1
+            inside[0] = True
+            try:
+                return original(*z, **k)
+            finally:
+                inside[0] = False
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in READS:
+            patched.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name)))
+        yield found
+
+
+@pytest.fixture
+def stretches(monkeypatch):
+    """Calls of the absorbed kernel's products, each of which ends in one read."""
+    calls = []
+    original = Absorbed._multiply
+    monkeypatch.setattr(Absorbed, "_multiply", lambda *z: calls.append(1) or original(*z))
+    return calls
+
+
+def test_everything_that_reads_is_counted(monkeypatch):
+    z = torch.ones(1)
+    with reads(monkeypatch) as found:
+        float(z), int(z), bool(z), z.item(), z.tolist(), z.cpu(), z.numpy(), z.detach().double().sum().item(), [0, 1][z.long()]
+        if z > 0:
+            pass
+    assert found == {"test_waits.py:test_everything_that_reads_is_counted": 10}
+
+
+def test_the_gate_reads_once(problem, monkeypatch):
+    a, b, M = problem(20, 15)
+    with reads(monkeypatch) as found:
+        gpu_ot.Problem(M, 0.05, a, b)
+        gpu_ot.Problem(gpu_ot.SqEuclidean(torch.rand(20, 3), torch.rand(15, 3)), 0.05)
+    assert found == {"problem.py:_check_values": 2}
+
+
+@pytest.mark.parametrize("backend", ["dense", "softmin"])
+@pytest.mark.parametrize("check_every", [1, 10, 25])
+@pytest.mark.parametrize("accelerate", ["none", "mixing"])
+def test_solve_reads_at_its_looks(problem, monkeypatch, stretches, backend, check_every, accelerate):
+    a, b, M = problem(20, 15)
+    posed = gpu_ot.Problem(M, 0.02, a, b)
+    with reads(monkeypatch) as found:
+        done = gpu_ot.solve(posed, backend=backend, tol=1e-9, check_every=check_every, accelerate=accelerate)
+    looks = len(done.errors)
+    assert looks == 1 + -(-(done.n_iter - 1) // check_every) > 1
+    kernel = {"dense.py:first": 1, "dense.py:_multiply": len(stretches)} if backend == "dense" else {}
+    rest = {name: count for name, count in found.items() if name not in ("dense.py:scalings", "dense.py:sums")}
+    assert rest == {"loop.py:look": looks, **kernel}
+    assert found["dense.py:scalings"] + found["dense.py:sums"] <= 1 * (backend == "dense")  # of the value, once
+
+
+def test_sinkhorn_reads_at_its_looks(problem, monkeypatch, stretches):
+    a, b, M = problem(20, 15)
+    for iterations in (11, 101, 201):
+        stretches.clear()
+        with pytest.warns(UserWarning, match="did not converge"), reads(monkeypatch) as found:
+            gpu_ot.sinkhorn(a, b, M, 0.01, numItermax=iterations, stopThr=0.0)
+        looks = 1 + iterations // 10
+        budget = {"problem.py:_check_values": 1, "dense.py:first": 1, "loop.py:look": looks, "dense.py:scalings": 1}
+        assert found == {**budget, "dense.py:_multiply": len(stretches)}
+        assert len(stretches) <= looks + 8  # one a look; 1 + 1 + 2 + 4 + 2 at first
+
+
+def test_sinkhorn_unbalanced_reads_at_its_looks(problem, monkeypatch, stretches):
+    a, b, M = problem(20, 15)
+    found_by = {}
+    for iterations in (100, 200):
+        stretches.clear()
+        with reads(monkeypatch) as found:
+            gpu_ot.sinkhorn_unbalanced(a, 1.3 * b, M, 0.01, 50.0, numItermax=iterations, stopThr=1e-15, accelerate=False)
+        budget = {"problem.py:_check_values": 1, "dense.py:first": 1, "relaxed.py:_reachable": 1, "dense.py:scalings": 1}
+        assert found == {**budget, "alternation.py:alternate": iterations // 10, "dense.py:_multiply": len(stretches)}
+        found_by[iterations] = found.total()
+    assert found_by[200] - found_by[100] == 2 * 10  # a look and a stretch of products for ten iterations
