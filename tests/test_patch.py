@@ -174,6 +174,22 @@ def test_the_device_is_where_numpy_is_solved(problem, monkeypatch):
     assert arrays.numpy_device is None
 
 
+def test_ten_million_iterations_end(problem):
+    """Flow matching's own test asks for 1e7 of them where reg is small: after POT's default limit they are accelerated."""
+    gen = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 8, generator=gen), torch.randn(64, 8, generator=gen)
+    M, a = torch.cdist(x, y).numpy(), ot.unif(64)
+    with patch(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss, log = ot.sinkhorn2(a, a, M, reg=0.01, numItermax=int(1e7), log=True, warn=True)
+        assert log["status"].name == "converged" and log["niter"] < 20_000
+        assert log["err"][-1] <= 1e-9 and len(log["err"]) == log["niter"] // 10 + 1
+        _, plain = ot.sinkhorn2(a, a, M, reg=0.01, numItermax=3 * log["niter"], log=True, accelerate=False)
+    assert plain["err"][-1] > log["err"][-1]
+    assert abs(loss - ot.emd2(a, a, M)) < 0.01 * np.log(64)  # 0 <= <P, M> - emd <= reg H(P) - reg H(emd plan)
+    np.testing.assert_allclose(plain["err"][:100], log["err"][:100], rtol=0, atol=0)  # POT's iterates up to its default limit
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_numpy_goes_to_the_gpu_and_comes_back(problem):
     a, b, M = (z.numpy() for z in problem(60, 50))

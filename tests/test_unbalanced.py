@@ -132,6 +132,25 @@ def test_large_reg_m_needs_few_iterations(problem, factor, method):
     assert float((slow - exact).abs().sum()) > residual
 
 
+@pytest.mark.parametrize("accelerate", [True, None])
+@pytest.mark.parametrize("factor", [10, 100])
+def test_five_times_fewer_iterations_to_the_same_marginals(problem, factor, accelerate):
+    """Asked for or by itself. After five times as many iterations, counted in its own log, POT's marginals are further off."""
+    a, b, M = problem(30, 20)
+    b = 1.3 * b
+    reg, reg_m = 0.1 * float(M.std()), factor * float(M.std())
+    exact = truth(a, b, M, reg, reg_m)
+
+    def residual(P):
+        return sum(float((P.sum(axis) - exact.sum(axis)).abs().sum()) for axis in (0, 1))
+
+    P, log = unbalanced.sinkhorn_unbalanced(a, b, M, reg, reg_m, log=True, accelerate=accelerate, stopThr=1e-10)
+    assert log["converged"] and residual(P) <= 1e-7
+    theirs, their_log = ot.unbalanced.sinkhorn_unbalanced(a, b, M, reg, reg_m, log=True, numItermax=5 * (log["n_iter"] + 1), stopThr=0)
+    assert len(their_log["err"]) == 5 * (log["n_iter"] + 1)  # it did not stop by itself
+    assert residual(theirs) > residual(P)
+
+
 def test_large_reg_m_ends_right_by_itself(arrays):
     """POT's default stops after 1000 iterations, 1 % off and without a word; ours is plain for 100 and translated after that."""
     a, b, M = arrays(20, 15)

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_ot
 from gpu_ot.backends.dense import Absorbed
@@ -119,3 +120,33 @@ def test_sinkhorn_unbalanced_reads_at_its_looks(problem, monkeypatch, stretches)
         assert found == {**budget, "alternation.py:alternate": iterations // 10, "dense.py:_multiply": len(stretches)}
         found_by[iterations] = found.total()
     assert found_by[200] - found_by[100] == 2 * 10  # a look and a stretch of products for ten iterations
+
+
+class Operations(TorchDispatchMode):
+    """Which operators ran, also those that others called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masked = any(
+            isinstance(z, torch.Tensor) and z.dtype == torch.bool for given in args if isinstance(given, (list, tuple)) for z in given
+        )
+        self.names[func.overloadpacket.__name__ + "_by_mask" * (masked and "index" in func.overloadpacket.__name__)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_result_has_a_shape_that_only_the_device_knows(problem):
+    """Boolean masks as indices, `nonzero` and the like wait without a method of the tensor being called."""
+    a, b, M = problem(20, 15)
+    with Operations() as ran:
+        gpu_ot.solve(gpu_ot.Problem(M, 0.02, a, b), accelerate="mixing")
+        gpu_ot.sinkhorn(a, b, M, 0.05)
+        gpu_ot.sinkhorn_unbalanced(a, 1.3 * b, M, 0.05, 1.0)
+    assert ran.names["mm"] + ran.names["bmm"] + ran.names["mv"] > 10  # it sees the work
+    waiting = {"nonzero", "masked_select", "equal", "_unique2", "unique_dim", "is_nonzero", "index_by_mask", "index_put__by_mask"}
+    assert not waiting & set(ran.names)
+    with Operations() as ran:
+        M[M > 0.5].unique()
+    assert {"index_by_mask", "_unique2"} <= set(ran.names)
