@@ -39,7 +39,7 @@ def solve(
 
     Minimises <C, P> + eps KL(P | a⊗b) plus the marginal penalties; batched over leading axes.
 
-    backend      "auto", or by name: "dense", "resident", "chunked", "keops", "triton", "softmin"; `gpu_ot.explain(problem)` says which, why.
+    backend      "auto", or by name: "dense", "resident", "chunked", "keops", "triton", "softmin"; `gpu_ot.explain(problem)` says why.
     grad         how the outputs depend on the inputs: "envelope" is exact for the first derivatives of `value` at convergence and costs
                  one sweep; "implicit" differentiates f and g, too, through the equations that they solve at convergence (set `tol`
                  as small as the derivatives should be exact), and again: second derivatives of `value` in all of its inputs;

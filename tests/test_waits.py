@@ -67,7 +67,7 @@ def stretches(monkeypatch):
 def test_everything_that_reads_is_counted(monkeypatch):
     z = torch.ones(1)
     with reads(monkeypatch) as found:
-        float(z), int(z), bool(z), z.item(), z.tolist(), z.cpu(), z.numpy(), z.detach().double().sum().item(), [0, 1][z.long()]
+        _ = float(z), int(z), bool(z), z.item(), z.tolist(), z.cpu(), z.numpy(), z.detach().double().sum().item(), [0, 1][z.long()]
         if z > 0:
             pass
     assert found == {"test_waits.py:test_everything_that_reads_is_counted": 10}
