@@ -240,7 +240,9 @@ def transport(
     differentiable = unroll and needs_gradient(problem)
     with torch.no_grad():
         stop = Stop(tol, "l2_joint" if rules.joint else "l2")
-        after = math.inf if differentiable or accelerate is False else 0 if accelerate else PLAIN
+        # A tolerance of 0 cannot be met: it asks for that many of POT's iterations.
+        plain = differentiable or accelerate is False or (accelerate is None and tol <= 0)
+        after = math.inf if plain else 0 if accelerate else PLAIN
         outcome = _iterate(geometry, problem, schedule or Constant(problem.eps), start, stop, max(max_iter, 1), rules, verbose, after)
     if differentiable:
         outcome.f, outcome.g = gradients.unroll(problem, geometry, start, outcome.n_iter)
