@@ -227,7 +227,7 @@ class _Run:
     def stuck(self, f: Tensor, g: Tensor) -> Tensor:
         """Whether the dual has passed what any plan could cost, <C, P> + eps KL(P | a⊗b) <= |a| max C + eps H(b): then there is none."""
         a, b = self.problem.a, self.problem.b
-        if self.ceiling is None and self.n_iter >= DOUBT:
+        if self.ceiling is None and self.n_iter >= DOUBT and self.problem.forbids:
             self.ceiling = _ceiling(self.problem, self.eps)
         if self.ceiling is None:
             return torch.zeros_like(self.done)
@@ -286,15 +286,13 @@ def _on_its_way(numbers: Tensor) -> Callable[[], list[float]]:
     return read
 
 
-def _ceiling(problem: Problem, eps: float) -> Tensor:
-    """(*batch,): more than any plan can cost; inf where every pair is allowed, or mass may vanish: then there always is one."""
-    nothing = torch.full_like(problem.b[..., 0], math.inf)
+def _ceiling(problem: Problem, eps: float) -> Tensor | None:
+    """(*batch,): more than any plan can cost; None where mass may vanish, and there always is one."""
     if not isinstance(problem.cost, Matrix) or not all(penalty.balanced for penalty in problem.penalties):
-        return nothing
+        return None
     M, b = problem.cost.M.detach(), problem.b.detach()
     dearest = torch.where(M.isposinf(), -math.inf, M).amax((-2, -1)).to(b.dtype)
-    ceiling = b.sum(-1) * dearest - eps * torch.where(b > 0, b * log(b), 0.0).sum(-1)
-    return torch.where(M.amax((-2, -1)).isposinf(), ceiling, nothing)
+    return b.sum(-1) * dearest - eps * torch.where(b > 0, b * log(b), 0.0).sum(-1)
 
 
 class Progress:

@@ -55,6 +55,7 @@ class Problem:
     b: Tensor
     penalties: tuple[Penalty, Penalty]
     given_dtype: torch.dtype
+    forbids: bool  # whether some pair has cost +inf
 
     def __init__(
         self,
@@ -108,10 +109,11 @@ class Problem:
                 )
 
         balanced = pair[0].balanced and pair[1].balanced
-        bound = _check_values(bound, wa, wb, balanced, MASS_RTOL if given.itemsize >= 4 else MASS_RTOL_HALF)
+        bound, forbids = _check_values(bound, wa, wb, balanced, MASS_RTOL if given.itemsize >= 4 else MASS_RTOL_HALF)
         if balanced:
             wb = matched(wa, wb)
-        for field, value in dict(cost=bound, eps=number, a=wa, b=wb, penalties=pair, given_dtype=given).items():
+        fields = dict(cost=bound, eps=number, a=wa, b=wb, penalties=pair, given_dtype=given, forbids=forbids)
+        for field, value in fields.items():
             object.__setattr__(self, field, value)
 
     @property
@@ -161,8 +163,9 @@ def _look(w: Tensor) -> Tensor:
     return torch.stack([*(c.to(w.dtype) for c in counts), w.sum(-1).amin()])
 
 
-def _check_values(cost: Cost, a: Tensor, b: Tensor, balanced: bool, mass_rtol: float) -> Cost:
-    """Every check that looks at numbers, at the price of one copy to the host (more only when something is unusual)."""
+def _check_values(cost: Cost, a: Tensor, b: Tensor, balanced: bool, mass_rtol: float) -> tuple[Cost, bool]:
+    """Every check that looks at numbers, at the price of one copy to the host (more only when something is unusual): the cost, and
+    whether it forbids a pair."""
     wa, wb = a.detach(), b.detach()
     mass_a, mass_b = wa.sum(-1).reshape(-1), wb.sum(-1).reshape(-1)
     gap = ((mass_a - mass_b).abs() / torch.maximum(mass_a, mass_b)).nan_to_num(nan=0.0)
@@ -176,30 +179,30 @@ def _check_values(cost: Cost, a: Tensor, b: Tensor, balanced: bool, mass_rtol: f
             raise errors.bad_weights(name, int(found.nan), int(found.negative), int(found.infinite))
         if found.lightest <= 0:
             raise errors.no_mass(name)
-    (uneven, heavier, lighter), (broken, closed_rows, closed_columns) = host[10:13], host[13:]
+    (uneven, heavier, lighter), (broken, closed_rows, closed_columns, forbids) = host[10:13], host[13:]
     if broken:
         raise errors.broken_cost(" or ".join(cost.inputs), int(broken), "rows" if isinstance(cost, Matrix) else "entries")
     if balanced and uneven > mass_rtol:
         raise errors.unequal_masses(heavier, lighter)
-    if isinstance(cost, Matrix) and (closed_rows or closed_columns or looks["a"].zero or looks["b"].zero):
-        return _check_reach(cost, wa, wb, bool(closed_rows or closed_columns))
-    return cost
+    if isinstance(cost, Matrix) and forbids and (closed_rows or closed_columns or looks["a"].zero or looks["b"].zero):
+        cost = _check_reach(cost, wa, wb, bool(closed_rows or closed_columns))
+    return cost, bool(forbids)
 
 
 def _flaws(cost: Cost) -> Tensor:
-    """(3,): rows with NaN or -inf, rows and columns with +inf alone. For clouds, which forbid nothing, entries that are not finite."""
+    """(4,): rows with NaN or -inf, rows and columns with +inf alone, whether there is a +inf. For clouds, which forbid nothing, entries
+    that are not finite."""
     if isinstance(cost, Matrix):
         rows, columns = cost.M.detach().amin(-1), cost.M.detach().amin(-2)  # NaN is the minimum of whatever holds it
-        return torch.stack([(rows.isnan() | rows.isneginf()).sum(), rows.isposinf().sum(), columns.isposinf().sum()])
+        bad = (rows.isnan() | rows.isneginf()).sum()
+        return torch.stack([bad, rows.isposinf().sum(), columns.isposinf().sum(), cost.M.detach().amax().isposinf().long()])
     points = [(~z.detach().isfinite()).sum() for z in cost.inputs.values()]
-    return torch.stack([sum(points, start=torch.zeros_like(points[0])), *[torch.zeros_like(points[0])] * 2])
+    return torch.stack([sum(points, start=torch.zeros_like(points[0])), *[torch.zeros_like(points[0])] * 3])
 
 
 def _check_reach(cost: Matrix, a: Tensor, b: Tensor, closed: bool) -> Matrix:
     """Refuse mass that may go nowhere; lines without weight that forbid everything are padding, and get cost 0."""
     M = cost.M.detach()
-    if not bool(M.amax().isposinf().item()):
-        return cost
     open_rows = M.masked_fill((b == 0).unsqueeze(-2), math.inf).amin(-1).isfinite()
     open_columns = M.masked_fill((a == 0).unsqueeze(-1), math.inf).amin(-2).isfinite()
     for line, is_open, w, name in (("row", open_rows, a, "a"), ("column", open_columns, b, "b")):

@@ -64,62 +64,44 @@ def solve(
 
     Feydy et al. 2019, arXiv:1810.08278 (the dual and its loop); Séjourné et al. 2019, arXiv:1910.12958 (relaxed marginals).
     """
-    with torch.autocast(problem.a.device.type, enabled=False):  # half-precision products would be somebody else's problem
-        return _solve(problem, backend, grad, tol, norm, max_iter, check_every, accelerate, start, schedule, on_check, precision, strict)
-
-
-def _solve(
-    problem: Problem,
-    backend: str,
-    grad: str,
-    tol: float,
-    norm: str,
-    max_iter: int,
-    check_every: int | None,
-    accelerate: str,
-    start: Tensor | Solution | Scaled | None,
-    schedule: Constant | Anneal | None,
-    on_check: Callable[[int, Tensor], None] | None,
-    precision: str,
-    strict: bool,
-) -> Solution:
     if grad not in GRADS:
         raise errors.unknown("grad", grad, GRADS)
     if max_iter < 1:
         raise errors.ProblemError(f"max_iter must be at least 1, found {max_iter}.")
-    geometry = bind(problem, backend, precision)
-    rows, weight = _rows(start, problem)
-    replayed = grad == "unroll" and needs_gradient(problem)
-    if replayed and isinstance(schedule, Anneal):
-        raise errors.ProblemError('grad="unroll" replays iterations at one eps: leave `schedule` out, or use grad="envelope".')
-    plain = replayed or not geometry.accelerates
-    if accelerate == "auto":
-        accelerate = "none" if plain else "auto" if start is None and schedule is None else "mixing"
-    elif replayed and accelerate != "none":
-        raise errors.ProblemError('grad="unroll" replays plain iterations: leave `accelerate` out, or use grad="envelope".')
-    if check_every is None:
-        check_every = 1 if accelerate != "none" and problem.a.device.type == "cpu" else 10
-    stop = Stop(tol, norm)
-    with torch.no_grad():
-        first = weigh(rows, weight, problem.eps)
-        outcome = iterate(
-            geometry, problem, schedule or Constant(problem.eps), first.detach(), stop, max_iter, check_every, on_check, accelerate
-        )
-        if geometry.exact is not geometry:
-            geometry = geometry.exact
-            first = weigh(outcome.f, problem.a, problem.eps)
-            left = max(max_iter - outcome.n_iter, 1)
-            corrected = iterate(geometry, problem, Constant(problem.eps), first, stop, left, check_every, on_check, accelerate)
-            outcome = outcome.then(corrected)
-    f, g = outcome.f, outcome.g
-    if replayed:
-        f, g = gradients.unroll(problem, geometry, rows, outcome.n_iter, weight)
-    if grad == "implicit":
-        f, g = implicit.potentials(problem, geometry, f, g, caution=_caution(outcome))
-    value = (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g).to(problem.given_dtype)
-    history = torch.stack(outcome.errors)
-    solution = Solution(problem, geometry, value, f, g, outcome.status, outcome.converged, outcome.n_iter, outcome.n_passes, history)
-    return solution.raise_unless_converged() if strict else solution
+    with torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
+        geometry = bind(problem, backend, precision)
+        rows, weight = _rows(start, problem)
+        replayed = grad == "unroll" and needs_gradient(problem)
+        if replayed and isinstance(schedule, Anneal):
+            raise errors.ProblemError('grad="unroll" replays iterations at one eps: leave `schedule` out, or use grad="envelope".')
+        plain = replayed or not geometry.accelerates
+        if accelerate == "auto":
+            accelerate = "none" if plain else "auto" if start is None and schedule is None else "mixing"
+        elif replayed and accelerate != "none":
+            raise errors.ProblemError('grad="unroll" replays plain iterations: leave `accelerate` out, or use grad="envelope".')
+        if check_every is None:
+            check_every = 1 if accelerate != "none" and problem.a.device.type == "cpu" else 10
+        stop = Stop(tol, norm)
+        with torch.no_grad():
+            first = weigh(rows, weight, problem.eps)
+            outcome = iterate(
+                geometry, problem, schedule or Constant(problem.eps), first.detach(), stop, max_iter, check_every, on_check, accelerate
+            )
+            if geometry.exact is not geometry:
+                geometry = geometry.exact
+                first = weigh(outcome.f, problem.a, problem.eps)
+                left = max(max_iter - outcome.n_iter, 1)
+                corrected = iterate(geometry, problem, Constant(problem.eps), first, stop, left, check_every, on_check, accelerate)
+                outcome = outcome.then(corrected)
+        f, g = outcome.f, outcome.g
+        if replayed:
+            f, g = gradients.unroll(problem, geometry, rows, outcome.n_iter, weight)
+        if grad == "implicit":
+            f, g = implicit.potentials(problem, geometry, f, g, caution=_caution(outcome))
+        value = (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g).to(problem.given_dtype)
+        history = torch.stack(outcome.errors)
+        solution = Solution(problem, geometry, value, f, g, outcome.status, outcome.converged, outcome.n_iter, outcome.n_passes, history)
+        return solution.raise_unless_converged() if strict else solution
 
 
 def _caution(outcome: Outcome) -> str:
