@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="")
     _add_demo(commands)
     _add_tune(commands)
+    _add_pair(commands)
+    _add_train(commands)
 
     args = parser.parse_args(argv)
     if not hasattr(args, "run"):
@@ -167,14 +169,14 @@ def _keep(path: Path, tuning: Any, device: Any, outcome: Any) -> None:
         raise ProblemError(f"{path} cannot be written any more ({problem.strerror}). Name another file with --out.") from None
 
 
-def _bar(done: int, total: int, seconds: float) -> None:
+def _bar(done: int, total: int, seconds: float, what: str = "shapes") -> None:
     """One line on a terminal, rewritten; in a log, a line every tenth of the way."""
     left = f"{seconds / done * (total - done):.0f} s left"
     if sys.stderr.isatty():
         filled = 30 * done // total
-        print(f"\r{'█' * filled}{'░' * (30 - filled)} {done}/{total} shapes, {left}   ", end="", file=sys.stderr, flush=True)
+        print(f"\r{'█' * filled}{'░' * (30 - filled)} {done}/{total} {what}, {left}   ", end="", file=sys.stderr, flush=True)
     elif done == total or done % max(1, total // 10) == 0:
-        print(f"{done}/{total} shapes, {left}", file=sys.stderr, flush=True)
+        print(f"{done}/{total} {what}, {left}", file=sys.stderr, flush=True)
 
 
 def tuned_table(outcomes: Sequence[Any]) -> str:
@@ -186,6 +188,79 @@ def tuned_table(outcomes: Sequence[Any]) -> str:
         asked = f"{o.trial.kernel:<9}{o.trial.precision:<7}{o.trial.d:>5}{o.trial.n:>8}"
         lines.append(f"{asked}  {old:<20}{o.old_ms:>9.4g}  {new:<20}{o.new_ms:>9.4g}{gain:>8}")
     return "\n".join(lines)
+
+
+def _add_pair(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "pair",
+        help="find which frames of two LeRobot datasets belong together",
+        description="Dynamic time warping of every target episode with every source episode, on label columns read from the parquet files "
+        "(no image is decoded): which source frames belong to each target frame, and how far episodes are from each other. Write it to a "
+        "file that records what was paired, for `gpu-ot train`.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--src", required=True, help="the source (simulated) dataset: a repo id, or its folder")
+    parser.add_argument("--tgt", required=True, help="the target (real) dataset")
+    parser.add_argument("--out", default="pairs.npz", help="the file to write")
+    parser.add_argument("--keys", nargs="+", default=["observation.state"], help="label columns, side by side")
+    parser.add_argument("--tgt-keys", nargs="+", default=None, help="their names in the target, where they differ")
+    parser.add_argument("--slice", type=int, nargs=2, metavar=("A", "B"), default=None, help="features [A, B) of the label; all by default")
+    parser.add_argument("--center", action="store_true", help="subtract each episode's mean")
+    parser.add_argument("--zscore", action="store_true", help="scale each feature by its mean and deviation over both datasets")
+    parser.add_argument("--stride", type=_positive, default=1, help="compare every so many frames, and interpolate in between")
+    parser.add_argument("--band", type=float, default=None, help="Sakoe-Chiba: frames that a pairing may stray; anywhere by default")
+    parser.add_argument(
+        "--topk", type=_positive, default=None, help="keep the nearest so many source episodes of each target's; all by default"
+    )
+    parser.add_argument("--cost", choices=("euclidean", "l1", "linf"), default="euclidean", help="cost between two frames")
+    parser.add_argument("--norm", choices=("steps", "arc", "none"), default="steps", help="what the distance is divided by")
+    parser.add_argument("--engine", choices=("auto", "numba", "numpy"), default="auto", help="the same pairs; numba is faster")
+    parser.add_argument("--workers", type=_positive, default=None, help="threads; one a processor by default")
+    parser.set_defaults(run=_pair)
+
+
+def _pair(args: argparse.Namespace) -> None:
+    from .lerobot.episodes import read_recording
+    from .lerobot.pairing import pair_episodes
+    from .lerobot.pairs import PairOptions, writable
+
+    options = PairOptions(
+        tuple(args.keys), args.tgt_keys, args.slice, args.center, args.zscore, args.stride, args.band, args.topk, args.cost, args.norm
+    )  # fmt: skip
+    path = writable(args.out)
+    source, target = read_recording(args.src, options.keys), read_recording(args.tgt, options.target_keys or options.keys)
+    start = time.monotonic()
+    pairs = pair_episodes(
+        source,
+        target,
+        options,
+        engine=args.engine,
+        workers=args.workers,
+        progress=lambda done, total: _bar(done, total, time.monotonic() - start, "pairs"),
+    )
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    pairs.write(path)
+    print(pairs.summary())
+    print(f"\nwrote {path} ({path.stat().st_size / 2**20:.1f} MiB) after {time.monotonic() - start:.1f} s")
+
+
+def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="LeRobot's training with the alignment in its loss",
+        description="Run LeRobot's own training script, unmodified, with the optimal-transport loss of --ot-config added to the policy's. "
+        "What it saves loads in LeRobot without this package. For several processes: torchrun ... -m gpu_ot.lerobot.train.",
+    )
+    parser.add_argument("--ot-config", default=None, help="JSON or YAML; when resuming, the checkpoint's own where this is left out")
+    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENTS", help="what lerobot-train takes")
+    parser.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from .lerobot.train import run
+
+    run(args.ot_config, args.arguments)
 
 
 if __name__ == "__main__":

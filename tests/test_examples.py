@@ -11,12 +11,16 @@ import torch
 EXAMPLES = Path(__file__).parents[1] / "bench" / "examples"
 
 
-@pytest.fixture(scope="module")
-def ground_cost():
-    spec = importlib.util.spec_from_file_location("ground_cost", EXAMPLES / "ground_cost.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def ground_cost():
+    return script("ground_cost")
 
 
 def test_a_learned_ground_cost_finds_partners_it_has_not_seen(ground_cost, tmp_path):
@@ -50,3 +54,15 @@ def test_the_derivative_it_descends_along_is_the_losses(ground_cost):
     with torch.no_grad():
         far, near, on, beyond = (float(loss(A + 1e-3 * k * direction)) for k in (-2, -1, 1, 2))
     assert float((grad * direction).sum()) == pytest.approx((far - 8 * near + 8 * on - beyond) / 12e-3, rel=1e-3)
+
+
+def test_co_training_aligns_what_imitation_does_not(tmp_path):
+    cotraining = script("cotraining")
+    source, target = cotraining.recordings(torch.Generator().manual_seed(0))
+    trained = {name: cotraining.train(source, target, weight) for name, weight in (("alone", 0.0), ("together", 1.0))}
+    found = {name: shares for name, (_, shares) in trained.items()}
+    assert found["alone"][0] < 0.2 and found["alone"][-1] < 0.2
+    assert found["together"][0] < 0.2 and found["together"][-1] > 0.9
+    pytest.importorskip("matplotlib")
+    cotraining.picture({name: policy for name, (policy, _) in trained.items()}, found, tmp_path / "cotraining.png")
+    assert (tmp_path / "cotraining.png").stat().st_size > 10_000

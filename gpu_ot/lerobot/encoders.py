@@ -1,0 +1,207 @@
+"""Where a policy's own embedding of an observation lives, with its gradient.
+
+Asked in turn: the policy's method `encode_feature_for_ot(key, x)`, the dotted path of the configuration, and what is known of LeRobot's
+policies. Nothing here needs LeRobot: policies are recognised by their `name`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ProblemError
+
+#: The whole observation at once.
+WHOLE = "observation"
+STATE, ENVIRONMENT = "observation.state", "observation.environment_state"
+IMAGES = "observation.images"
+
+Observation = Mapping[str, Tensor]
+#: (policy, key, x, observation) -> (batch, ...)
+Encoder = Callable[[Any, str, Tensor, Observation], Tensor]
+
+
+def embed(policy: nn.Module, key: str, x: Tensor, observation: Observation, path: str | None = None) -> Tensor:
+    """(batch, d): the policy's embedding of `x`, its feature `key`, sliced already; `observation` is what it belongs to.
+
+    x  (batch, dim), (batch, time, dim), (batch, channels, height, width) or (batch, time, channels, height, width).
+
+    Sequences are embedded frame by frame and laid side by side. Raises ProblemError where nothing is known that embeds this feature, and
+    for an embedding without a gradient.
+    """
+    if path is not None:
+        encoder, source = _by_path(policy, path), f'"{path}"'
+    elif hasattr(policy, "encode_feature_for_ot"):
+        encoder, source = _by_method, "the policy's encode_feature_for_ot"
+    else:
+        encoder, source = _known(policy, key), f"{_name(policy)}'s encoder"
+    z = encoder(policy, key, x, observation)
+    if not isinstance(z, Tensor) or z.shape[:1] != x.shape[:1]:
+        found = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+        raise ProblemError(f'{source} must give a tensor with {len(x)} rows for "{key}", found {found}.')
+    if torch.is_grad_enabled() and not z.requires_grad:
+        raise ProblemError(
+            f'the embedding of "{key}" by {source} carries no gradient, so that aligning it could teach the policy nothing: its parameters '
+            "are frozen, or it hands the feature through as it is. Unfreeze it, name another part of the policy with embed_path, or set "
+            "use_learned_embed: false and compare the feature itself with weight_label."
+        )
+    return z.flatten(1)
+
+
+def _by_method(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    return policy.encode_feature_for_ot(key, x)
+
+
+def _by_path(policy: nn.Module, path: str) -> Encoder:
+    part: object = policy
+    for name in path.split("."):
+        if not hasattr(part, name):
+            offered = [name for name, _ in part.named_children()] if isinstance(part, nn.Module) else []
+            raise ProblemError(f'embed_path "{path}": {type(part).__name__} has no "{name}"; its parts are {", ".join(offered) or "none"}.')
+        part = getattr(part, name)
+    if not callable(part):
+        raise ProblemError(f'embed_path "{path}" is no module but {type(part).__name__}.')
+    return lambda policy, key, x, observation: _frames(lambda z: _pooled(part(z)), x, _is_image(x, key))
+
+
+def _known(policy: nn.Module, key: str) -> Encoder:
+    kind = next((name for name in KNOWN if name == _name(policy)), None)
+    if kind is None:
+        raise ProblemError(
+            f"how {_name(policy)} embeds an observation is not known. Give the policy a method encode_feature_for_ot(key, x), name the "
+            f"part of it that embeds with embed_path, or use one of {', '.join(KNOWN)}."
+        )
+    for matches, encoder in KNOWN[kind]:
+        if key == matches or (matches == IMAGES and _is_camera(key)):
+            return encoder
+    offered = ", ".join(f'"{"observation.images.<camera>" if key == IMAGES else key}"' for key, _ in KNOWN[kind])
+    raise ProblemError(
+        f'{kind} has no embedding of "{key}" alone; it embeds {offered}. Name a part of it with embed_path, or compare the feature itself '
+        "with weight_label."
+    )
+
+
+def _name(policy: nn.Module) -> str:
+    return str(getattr(policy, "name", None) or type(policy).__name__)
+
+
+def _is_camera(key: str) -> bool:
+    return key == "observation.image" or key.startswith((f"{IMAGES}.", "observation.image."))
+
+
+def _is_image(x: Tensor, key: str) -> bool:
+    return x.ndim >= 4 or (_is_camera(key) and x.ndim == 3)
+
+
+def _frames(encoder: Callable[[Tensor], Tensor], x: Tensor, image: bool) -> Tensor:
+    """An encoder of single frames over sequences: (batch, time, ...) -> (batch, time, d)."""
+    if x.ndim == (4 if image else 2):
+        return encoder(x)
+    return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def _pooled(z: object) -> Tensor:
+    """(batch, d): feature maps and tokens averaged."""
+    if isinstance(z, Mapping):
+        z = z["feature_map"] if "feature_map" in z else next(iter(z.values()))
+    if not isinstance(z, Tensor):
+        raise ProblemError(f"an embedding must be a tensor, found {type(z).__name__}.")
+    return z.mean((-2, -1)) if z.ndim == 4 else z.mean(-2) if z.ndim == 3 else z
+
+
+def _at(path: str) -> Encoder:
+    """A part of the policy that embeds vectors."""
+
+    def encoder(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+        try:
+            part = policy.get_submodule(path)
+        except AttributeError:
+            raise ProblemError(f'{_name(policy)} was built without "{key}": it has no part {path} to embed it.') from None
+        width = getattr(part, "in_features", x.shape[-1])
+        if width != x.shape[-1]:
+            raise ProblemError(f'{path} embeds {width} numbers of "{key}", found {x.shape[-1]}: its dim_slice must keep them all.')
+        return _frames(part, x, False)
+
+    return encoder
+
+
+def _act_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    model = policy.model
+    return _frames(lambda z: _pooled(model.encoder_img_feat_input_proj(model.backbone(z)["feature_map"])), x, True)
+
+
+def _diffusion_whole(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    found = dict(observation)
+    if cameras := list(policy.config.image_features or ()):  # on one axis: (batch, time, camera, ...)
+        found[IMAGES] = torch.stack([found[key] if found[key].ndim == 5 else found[key].unsqueeze(1) for key in cameras], -4)
+    return policy.diffusion._prepare_global_conditioning(found)
+
+
+def _diffusion_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    encoder = policy.diffusion.rgb_encoder
+    if isinstance(encoder, nn.ModuleList):
+        encoder = encoder[list(policy.config.image_features).index(key)]
+    return _frames(encoder, x, True)
+
+
+def _vqbet_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    model = policy.vqbet
+    return _frames(lambda z: model.rgb_feature_projector(model.rgb_encoder(z)), x, True)
+
+
+def _tdmpc_whole(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    return policy.model.encode(dict(observation))
+
+
+def _tdmpc_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    if key != (first := next(iter(policy.config.image_features))):
+        raise ProblemError(f'TDMPC embeds one camera, "{first}", found "{key}".')
+    return _frames(policy.model._encoder.image_enc_layers, x, True)
+
+
+def _smolvla_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    image = policy.prepare_images({key: x})[0][0]  # the last frame, resized, from -1 to 1
+    return _pooled(policy.model.vlm_with_expert.embed_image(image))
+
+
+def _pi0_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    image = policy._preprocess_images({key: x})[0][0]
+    return _pooled(policy.model.paligemma_with_expert.embed_image(image))
+
+
+def _padded_state(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    if not hasattr(policy.model, "state_proj"):
+        raise ProblemError(
+            "this policy has no encoder of the state (pi05 and pi0_fast write it into the prompt): use a camera, or a label."
+        )
+    return policy.model.state_proj(policy.prepare_state({STATE: x}))
+
+
+def _groot_state(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    if "embodiment_id" not in observation:
+        raise ProblemError("GR00T embeds a state by its robot: its preprocessor must leave embodiment_id in the batch.")
+    return policy._groot_model.action_head.state_encoder(x, observation["embodiment_id"])
+
+
+#: Policy -> what it embeds, and how.
+KNOWN: dict[str, tuple[tuple[str, Encoder], ...]] = {
+    "act": (
+        (STATE, _at("model.encoder_robot_state_input_proj")),
+        (ENVIRONMENT, _at("model.encoder_env_state_input_proj")),
+        (IMAGES, _act_image),
+    ),
+    "diffusion": ((WHOLE, _diffusion_whole), (IMAGES, _diffusion_image)),
+    "vqbet": ((STATE, _at("vqbet.state_projector")), (IMAGES, _vqbet_image)),
+    "tdmpc": (
+        (WHOLE, _tdmpc_whole),
+        (STATE, _at("model._encoder.state_enc_layers")),
+        (ENVIRONMENT, _at("model._encoder.env_state_enc_layers")),
+        (IMAGES, _tdmpc_image),
+    ),
+    "smolvla": ((STATE, _padded_state), (IMAGES, _smolvla_image)),
+    "pi0": ((STATE, _padded_state), (IMAGES, _pi0_image)),
+    "groot": (("state", _groot_state),),  # as its preprocessor calls it
+}

@@ -1,0 +1,324 @@
+"""The alignment loss: <P, M> with P the unbalanced entropic plan of the detached costs, so that the gradient is that of M alone.
+
+Cheng et al. 2025, arXiv:2509.18631, section 4. Every term is a weighted squared distance, so M is one squared distance between
+concatenated features scaled by sqrt(weight), and the whole loss one solve in which nothing n by m need exist.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import errors
+from ..costs import Cost, Matrix, SqEuclidean
+from ..errors import ProblemError
+from ..losses import held_cost
+from ..penalties import KL
+from ..problem import Problem
+from ..solution import CONVERGED, STALLED, Solution
+from ..solve import solve
+from .config import COST_SCALES, REFERENCES, OTCostConfig, OTLossConfig, TransportConfig, call
+from .encoders import Observation
+from .features import Term, terms
+
+#: Below this share of the mass the plan has collapsed: the loss is off.
+COLLAPSED = 1e-3
+#: Metrics are 0-d tensors where the loss is: copying them to the host is the caller's, see `floats`.
+Metrics = dict[str, Tensor]
+
+
+class Aligned(NamedTuple):
+    """The loss, its metrics, and the plan (n, m), detached, for whoever wants to see it."""
+
+    loss: Tensor
+    metrics: Metrics
+    plan: Callable[[], Tensor]
+
+
+class CostScale:
+    """The running average that costs are divided by, see TransportConfig. Without one, a batch is divided by its own."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def of(self, cost: Cost, cfg: TransportConfig) -> Tensor | None:
+        """0-d, after this batch; None for "none"."""
+        kind, q = call(cfg.cost_scale, "cost_scale", COST_SCALES)
+        if kind == "none":
+            return None
+        if q is None:
+            now = cost.scale(kind)
+        else:
+            sample = cost.sample(1024).double().flatten()
+            now = sample.kthvalue(max(1, math.ceil(q * len(sample)))).values
+        if not now > 0:
+            raise ProblemError(f"cost_scale: {cfg.cost_scale} of this batch's costs is {float(now):g}: all of its pairs coincide.")
+        self.value = now if self.value is None else cfg.momentum * self.value.to(now) + (1 - cfg.momentum) * now
+        return self.value
+
+    def state_dict(self) -> dict[str, float]:
+        return {} if self.value is None else {"value": float(self.value)}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.value = torch.tensor(state["value"], dtype=torch.float64) if "value" in state else None
+
+
+def compute_ot_loss_for_policy(
+    policy: nn.Module,
+    src_obs: Observation,
+    tgt_obs: Observation,
+    cfg: OTLossConfig,
+    *,
+    scale: CostScale | None = None,
+    reference: Tensor | None = None,
+    gather: bool = False,
+    metrics: bool = True,
+) -> tuple[Tensor, Metrics]:
+    """(loss, metrics) of aligning two batches of observations, (n, ...) and (m, ...), in the policy's own embedding.
+
+    scale      a CostScale that lives through the training, for cfg.cost_scale.
+    reference  a measure (n, m) of one's own in place of cfg.reference; rows and columns without any get no mass.
+    gather     one problem over the batches of all ranks of torch.distributed; the gradient is scaled so that the mean over ranks, which
+               DDP takes, is the gradient of that loss.
+    metrics    False: an empty dict, and the passes that they take saved.
+
+    Metrics: ot_loss; ot_pi_sum, the mass that moves; for n = m ot_pi_diag and ot_diag_ratio, the part of it on pairs (i, i); ot_iters,
+    ot_marginal_error, ot_plan_entropy (0 a matching, 1 a⊗b); of each term ot_cost/<term>, its mean over all pairs without term_weight,
+    ot_share/<term>, its share of the mean of M, and ot_moved/<term>, its part of ot_loss.
+
+    Raises ProblemError for a key, slice or embedding that does not fit, NaN in a feature, and reference: diagonal of n != m.
+    """
+    aligned = align(policy, src_obs, tgt_obs, cfg, scale=scale, reference=reference, gather=gather, metrics=metrics)
+    return aligned.loss, aligned.metrics
+
+
+def align(
+    policy: nn.Module,
+    src_obs: Observation,
+    tgt_obs: Observation,
+    cfg: OTLossConfig,
+    *,
+    scale: CostScale | None = None,
+    reference: Tensor | None = None,
+    gather: bool = False,
+    metrics: bool = True,
+) -> Aligned:
+    """`compute_ot_loss_for_policy`, with the plan."""
+    found = terms(policy, src_obs, tgt_obs, cfg.features)
+    with torch.autocast(found[0].x.device.type, enabled=False):
+        ranks = 1
+        if gather and torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = torch.distributed.get_world_size()
+            found = [term._replace(x=_everyone(term.x), y=_everyone(term.y)) for term in found]
+        try:
+            aligned = _of_terms(found, cfg, scale or CostScale(), reference, metrics)
+        except ProblemError:
+            for term in found:
+                if not bool(term.x.isfinite().all() & term.y.isfinite().all()):
+                    raise ProblemError(
+                        f'the term "{term.name}" holds NaN or infinity: look at its features and their normalisation.'
+                    ) from None
+            raise
+        loss = aligned.loss
+        return aligned if ranks == 1 else aligned._replace(loss=loss.detach() + ranks * (loss - loss.detach()))
+
+
+def compute_ot_loss_from_terms(
+    term_costs: Mapping[str, Tensor],
+    cfg: OTCostConfig,
+    *,
+    scale: CostScale | None = None,
+    reference: Tensor | None = None,
+    metrics: bool = True,
+) -> tuple[Tensor, Metrics]:
+    """(loss, metrics) for costs (n, m) of the caller's, by the names that cfg.terms weigh. As `compute_ot_loss_for_policy` otherwise.
+
+    Raises ProblemError for a term without costs, and for costs of two shapes.
+    """
+    if not cfg.terms:
+        raise ProblemError("cfg.terms is empty: name at least one of the costs, and its weight.")
+    for term in cfg.terms:
+        if term.name not in term_costs:
+            raise ProblemError(f'term_costs has no "{term.name}"; it has {", ".join(term_costs) or "nothing"}.')
+    wide = {term.name: C if (C := term_costs[term.name]).dtype == torch.float64 else C.float() for term in cfg.terms}
+    first = wide[cfg.terms[0].name]
+    for name, C in wide.items():
+        if C.shape != first.shape or C.ndim != 2:
+            raise errors.wrong_shape(f'the cost "{name}"', C.shape, f"(n, m), all terms alike; the first is {errors.shape(first.shape)}")
+    with torch.autocast(first.device.type, enabled=False):
+        M = torch.stack([term.weight * wide[term.name] for term in cfg.terms]).sum(0)
+        size = (scale or CostScale()).of(Matrix(M.detach()), cfg)
+        units = torch.ones((), device=M.device) if size is None else size.to(M)
+        moved = _transport(Matrix(M / units), cfg, reference, lambda: (M / units).diagonal())
+        if not metrics:
+            return moved.loss, {}
+        P = moved.plan().to(M)
+        parts = [
+            (term.name, term.weight, wide[term.name].detach().mean(), (P * wide[term.name].detach()).sum() / units) for term in cfg.terms
+        ]
+        return moved.loss, _metrics(moved, parts)
+
+
+def floats(metrics: Metrics) -> dict[str, float]:
+    """The metrics on the host, by one copy."""
+    if not metrics:
+        return {}
+    return dict(zip(metrics, torch.stack([z.detach().double() for z in metrics.values()]).tolist(), strict=True))
+
+
+def alarm(metrics: Mapping[str, float], cfg: TransportConfig) -> str | None:
+    """What to say when the plan has lost its mass, which turns the loss off without a word; None while it has not."""
+    mass = metrics.get("ot_pi_sum", 1.0)
+    if mass >= COLLAPSED:
+        return None
+    shares = {name.removeprefix("ot_share/"): share for name, share in metrics.items() if name.startswith("ot_share/")}
+    heaviest = max(shares, key=lambda name: shares[name], default="")
+    taus = sum(cfg.taus)
+    return (
+        f"ot_pi_sum is {mass:.2g}: almost no mass moves, so the OT loss is off. Moving costs far more than tau_src + tau_tgt = {taus:g}, "
+        f'what letting go of it costs; "{heaviest}" makes {shares.get(heaviest, 1.0):.0%} of the cost. Raise both taus towards the typical '
+        f"cost, lower the weights (that of {heaviest} first), or set cost_scale: mean."
+    )
+
+
+@dataclass
+class _Moved:
+    """A coupling and its loss. `times` is the plan times a matrix, `solution` what found it, where something had to be."""
+
+    loss: Tensor
+    rows: Tensor
+    columns: Tensor
+    diagonal: Tensor | None
+    times: Callable[[Tensor], Tensor]
+    plan: Callable[[], Tensor]
+    solution: Solution | None
+
+
+def _of_terms(found: list[Term], cfg: TransportConfig, scale: CostScale, reference: Tensor | None, metrics: bool) -> Aligned:
+    x = torch.cat([term.weight**0.5 * term.x for term in found], -1)
+    y = torch.cat([term.weight**0.5 * term.y for term in found], -1)
+    size = scale.of(SqEuclidean(x.detach(), y.detach()), cfg)
+    units = torch.ones((), device=x.device, dtype=x.dtype) if size is None else size.to(x)
+    x, y = x / units.sqrt(), y / units.sqrt()
+    moved = _transport(SqEuclidean(x, y), cfg, reference, lambda: (x - y).square().sum(-1))
+    if not metrics:
+        return Aligned(moved.loss, {}, moved.plan)
+    with torch.no_grad():
+        parts = []
+        # A common centre changes no distance and keeps the digits of features far from the origin.
+        centred = [(z := torch.cat((term.x, term.y)).mean(0), term.x - z, term.y - z)[1:] for term in found]
+        sent = moved.times(torch.cat([v for _, v in centred], -1)).split([v.shape[-1] for _, v in centred], -1)
+        for term, (u, v), w in zip(found, centred, sent, strict=True):
+            squares = u.square().sum(-1).to(w), v.square().sum(-1).to(w)
+            mean = squares[0].mean() + squares[1].mean() - 2 * (u.mean(0) * v.mean(0)).sum()
+            cost = (moved.rows * squares[0]).sum() + (moved.columns * squares[1]).sum() - 2 * (u * w).sum()
+            parts.append((term.name, term.weight, mean, cost.clamp(min=0) / units))
+        return Aligned(moved.loss, _metrics(moved, parts), moved.plan)
+
+
+def _transport(cost: Cost, cfg: TransportConfig, reference: Tensor | None, paired: Callable[[], Tensor]) -> _Moved:
+    """The plan of `cost`, detached, and <P, cost>; `paired` gives the costs of the pairs (i, i) alone."""
+    n, m = cost.shape
+    named, number = call(cfg.reference, "reference", REFERENCES)
+    if reference is None and named != "product" and n != m:
+        raise ProblemError(
+            f"reference: {cfg.reference} compares pairs (i, i), and this batch has {n} source and {m} target rows: pass as many of both, "
+            "pair by pair, or use reference: product."
+        )
+    eps = cfg.reg[1] * float(cost.scale(cfg.reg[0])) if isinstance(cfg.reg, list) else cfg.reg
+    if reference is None and named == "diagonal":
+        return _diagonal(paired(), eps, cfg)
+    r = reference
+    if r is None and number is not None:
+        ones = torch.ones(n, n, dtype=torch.float64, device=next(iter(cost.inputs.values())).device)
+        r = (
+            (1 - number) * torch.eye(n).to(ones) / n + number * ones / n**2
+            if named == "soft_diagonal"
+            else ones.triu(-int(number)).tril(int(number))
+        )
+        r = r / r.sum()
+    solution = _solved(cost, eps, cfg, r)
+    plan = solution.plan
+    if r is None:
+        loss = held_cost(solution)
+    else:
+        C = cost.dense()
+        loss = (plan.to_dense().detach().to(C) * C).sum()
+    rows, columns = (z.double() for z in plan.marginals)
+    return _Moved(loss, rows, columns, plan.diagonal().double() if n == m else None, lambda v: plan @ v, plan.to_dense, solution)
+
+
+def _diagonal(D: Tensor, eps: float, cfg: TransportConfig) -> _Moved:
+    """The plan where only pairs (i, i) may move: n P_ii = exp(-M_ii / (eps + tau_src + tau_tgt))."""
+    p = (-D.detach().double() / (eps + sum(cfg.taus))).exp() / len(D)
+    return _Moved((p.to(D) * D).sum(), p, p, p, lambda v: p.to(v).unsqueeze(-1) * v, p.diag, None)
+
+
+def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> Solution:
+    """eps KL(P | r) is eps KL(P | a⊗b) with eps log(r / a⊗b) taken off the cost, up to a constant."""
+    n, m = cost.shape
+    penalties = KL(cfg.taus[0]), KL(cfg.taus[1])
+    a = b = None
+    if r is not None:
+        if r.shape != cost.shape or not bool(((r >= 0) & r.isfinite()).all()):
+            raise ProblemError(
+                f"reference must hold finite numbers >= 0 of shape {errors.shape(cost.shape)}, found {errors.shape(r.shape)}."
+            )
+        C = cost.dense().detach()
+        cost = Matrix(C - (eps * (r.double() * (n * m)).log()).to(C))
+        a, b = ((r.double().sum(axis) > 0).double() / r.shape[1 - axis] for axis in (1, 0))  # mass without a partner stays away
+        for w, penalty, side in ((a, penalties[0], "row"), (b, penalties[1], "column")):
+            if penalty.balanced and bool((w == 0).any()):
+                raise ProblemError(
+                    f"a {side} of the reference is 0 throughout, and its mass must move: give both taus, or let it go somewhere."
+                )
+    solution = solve(Problem(cost, eps, a, b, penalties), backend=cfg.backend, tol=cfg.tol, max_iter=cfg.max_iter)
+    if solution.status not in (CONVERGED, STALLED):
+        warnings.warn(f"OT loss, {solution.n_iter} iterations, {solution.status}", RuntimeWarning, stacklevel=4)
+    return solution
+
+
+def _metrics(moved: _Moved, parts: list[tuple[str, float, Tensor, Tensor]]) -> Metrics:
+    """`parts`: name, weight, mean over all pairs, and <P, M_term> of each term."""
+    mass = moved.rows.sum()
+    out = {"ot_loss": moved.loss.detach(), "ot_pi_sum": mass}
+    if moved.diagonal is not None:
+        on = moved.diagonal.sum()
+        out |= {"ot_pi_diag": on, "ot_diag_ratio": torch.where(mass > 0, on / mass, 0.0)}
+    zero = torch.zeros_like(mass)
+    if (s := moved.solution) is None:  # the closed form is exact and one-to-one
+        out |= {"ot_iters": zero, "ot_marginal_error": zero, "ot_plan_entropy": zero}
+    else:
+        out |= {"ot_iters": zero + s.n_iter, "ot_marginal_error": s.errors[-1].to(mass), "ot_plan_entropy": s.normalized_entropy.to(mass)}
+    total = torch.stack([weight * mean.to(mass) for _, weight, mean, _ in parts]).sum()
+    for name, weight, mean, cost in parts:
+        out[f"ot_cost/{name}"] = mean
+        out[f"ot_share/{name}"] = torch.where(total > 0, weight * mean / total, 0.0)
+        out[f"ot_moved/{name}"] = weight * cost
+    return out
+
+
+class _Everyone(torch.autograd.Function):
+    """The rows of all ranks, in their order; the gradient goes to this rank's own."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        parts = [torch.empty_like(z) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, z.contiguous())
+        ctx.rows = len(z)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        start = torch.distributed.get_rank() * ctx.rows
+        return grad_outputs[0][start : start + ctx.rows]
+
+
+def _everyone(z: Tensor) -> Tensor:
+    return _Everyone.apply(z)  # pyright: ignore[reportReturnType]

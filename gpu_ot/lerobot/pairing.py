@@ -1,0 +1,152 @@
+"""Every target episode against every source episode: their labels made comparable, aligned in threads, the nearest kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from ..errors import ProblemError
+from .dtw import Alignment, align, available, checked
+from .episodes import Recording, Side
+from .pairs import PairOptions, Pairs
+
+
+def pair_episodes(
+    source: Recording | Sequence[np.ndarray],
+    target: Recording | Sequence[np.ndarray],
+    options: PairOptions | None = None,
+    *,
+    engine: str = "auto",
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Pairs:
+    """DTW of every target episode with every source episode, in threads: the numba kernel and large numpy operations need no lock.
+
+    source, target  recordings of `read_recording`, or lists of arrays (frames, d), numbered from 0.
+    engine          "numba", "numpy" (the same to the last bit, slower), "auto": numba where it is installed.
+    workers         threads; by default one a processor.
+    progress        called with (pairs done, pairs in all), from this thread.
+
+    Raises ProblemError naming the episode that cannot be compared.
+    """
+    options, engine = options or PairOptions(), available(engine)
+    from_side, to_side = _side(source, "source"), _side(target, "target")
+    xs, ys = _prepare(_arrays(source), _arrays(target), options)
+    band = None if options.band is None else max(1.0, options.band / options.stride)
+    kept_x, kept_y = ([_kept(len(z), options.stride) for z in zs] for zs in (xs, ys))
+    short_x, short_y = ([z[k] for z, k in zip(zs, ks, strict=True)] for zs, ks in ((xs, kept_x), (ys, kept_y)))
+    arcs = [[_arc(z, options.cost) for z in zs] if options.norm == "arc" else [] for zs in (xs, ys)]
+
+    size = 8 if engine == "numba" else 32
+    tasks = [(j, range(i, min(i + size, len(xs)))) for j in range(len(ys)) for i in range(0, len(xs), size)]
+
+    def work(task: tuple[int, range]) -> list[Alignment]:
+        j, chosen = task
+        return align([short_x[i] for i in chosen], short_y[j], cost=options.cost, band=band, engine=engine)
+
+    if engine == "numba":
+        align(short_x[:1], short_y[0][:1], cost=options.cost, engine=engine)  # compiled once, before threads wait for it
+    rows: list[tuple[int, int, float, int, float, np.ndarray, np.ndarray]] = []
+    gathered: list[tuple[float, int, Alignment]] = []
+    done, total = 0, len(xs) * len(ys)
+    with ThreadPoolExecutor(workers or _processors()) as pool:
+        for (j, chosen), found in zip(tasks, pool.map(work, tasks), strict=True):
+            for i, alignment in zip(chosen, found, strict=True):
+                gathered.append((_normalised(alignment, options, i, j, arcs), i, alignment))
+            done += len(chosen)
+            if chosen.stop == len(xs):
+                gathered.sort(key=lambda each: each[:2])
+                for distance, i, a in gathered[: options.topk]:
+                    first, last = _unstride(a, kept_x[i], kept_y[j], len(ys[j]))
+                    rows.append((j, i, a.total, a.steps, distance, first, last - first + 1))
+                gathered = []
+            if progress is not None:
+                progress(done, total)
+    t, s, totals, steps, distances, firsts, counts = zip(*rows, strict=True)
+    return Pairs(
+        from_side,
+        to_side,
+        options,
+        to_side.episodes[list(t)],
+        from_side.episodes[list(s)],
+        np.array(totals),
+        np.array(steps),
+        np.array(distances),
+        np.concatenate(([0], np.cumsum([len(each) for each in firsts]))),
+        np.concatenate(firsts),
+        np.concatenate(counts),
+    )
+
+
+def _side(given: Recording | Sequence[np.ndarray], role: str) -> Side:
+    if isinstance(given, Recording):
+        return given.side
+    return Side(role, None, np.arange(len(given)), np.array([len(each) for each in given], dtype=np.int64))
+
+
+def _arrays(given: Recording | Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    return given.episodes() if isinstance(given, Recording) else given
+
+
+def _prepare(source: Sequence[np.ndarray], target: Sequence[np.ndarray], options: PairOptions) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Sliced, centred, scaled; checked on the way."""
+    sides = []
+    for role, given in (("source", source), ("target", target)):
+        if len(given) == 0:
+            raise ProblemError(f"{role} has no episodes.")
+        episodes = [checked(each, f"{role} episode {k}") for k, each in enumerate(given)]
+        if options.dim_slice is not None:
+            a, b = options.dim_slice
+            if narrow := [z.shape[1] for z in episodes if z.shape[1] < b]:
+                raise ProblemError(f"dim_slice = [{a}, {b}) does not fit {role}, whose label has {narrow[0]} features.")
+            episodes = [np.ascontiguousarray(z[:, a:b]) for z in episodes]
+        sides.append([z - z.mean(0) for z in episodes] if options.center else episodes)
+    widths = {z.shape[1] for side in sides for z in side}
+    if len(widths) > 1:
+        raise ProblemError(
+            f"labels have {' and '.join(map(str, sorted(widths)))} features in different episodes; both sides need the same ones. "
+            "Choose those they share with dim_slice, or other keys."
+        )
+    if options.zscore:
+        every = np.concatenate([z for side in sides for z in side])
+        mean, std = every.mean(0), every.std(0)
+        std[std <= 1e-12 * np.abs(every).max(0)] = np.inf  # constant up to rounding: it tells nothing, so it becomes 0
+        sides = [[(z - mean) / std for z in side] for side in sides]
+    return sides[0], sides[1]
+
+
+def _kept(n: int, stride: int) -> np.ndarray:
+    """Every `stride`-th frame, and the last: episodes end together."""
+    kept = np.arange(0, n, stride)
+    return kept if kept[-1] == n - 1 else np.append(kept, n - 1)
+
+
+def _unstride(a: Alignment, kept_x: np.ndarray, kept_y: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """(first, last) frame of x for all m frames of y, on straight lines between those that were compared."""
+    runs = [np.rint(np.interp(np.arange(m), kept_y, kept_x[each])).astype(np.int32) for each in (a.first, a.last)]
+    return runs[0], runs[1]
+
+
+def _arc(z: np.ndarray, cost: str) -> float:
+    """Length of a trajectory, its steps measured like the distance between trajectories."""
+    gap = np.abs(np.diff(z, axis=0))
+    return float((gap.sum(1) if cost == "l1" else gap.max(1, initial=0) if cost == "linf" else np.sqrt((gap * gap).sum(1))).sum())
+
+
+def _normalised(a: Alignment, options: PairOptions, i: int, j: int, arcs: list[list[float]]) -> float:
+    if options.norm == "none" or a.total == 0:
+        return a.total
+    if options.norm == "steps":
+        return a.total / a.steps
+    if (arc := (arcs[0][i] + arcs[1][j]) / 2) == 0:
+        raise ProblemError(
+            f'norm = "arc" is undefined where nothing moves: source episode {i} and target episode {j} stand still. Take "steps".'
+        )
+    return a.total * options.stride / arc
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,518 @@
+"""The alignment loss: the page's formula through POT, references by their closed forms, encoders found and refused, metrics, gradients."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+
+import numpy as np
+import ot
+import pytest
+import torch
+from torch import nn
+
+from gpu_ot import ProblemError
+from gpu_ot.lerobot import (
+    CostScale,
+    OTConfig,
+    OTCostConfig,
+    OTLossConfig,
+    alarm,
+    attach_ot,
+    compute_ot_loss_for_policy,
+    compute_ot_loss_from_terms,
+    detach_ot,
+    floats,
+)
+from gpu_ot.lerobot.attach import CoTraining
+
+STATE, CAMERA = "observation.state", "observation.images.front"
+
+
+class Policy(nn.Module):
+    """Stands for a policy with encoders of its own."""
+
+    name = "stub"
+
+    def __init__(self, width: int = 6, dim: int = 5) -> None:
+        super().__init__()
+        self.state = nn.Linear(width, dim, dtype=torch.float64)
+        self.camera = nn.Sequential(nn.Conv2d(3, 4, 3, dtype=torch.float64), nn.BatchNorm2d(4, dtype=torch.float64))
+        self.seen: list[int] = []
+
+    def encode_feature_for_ot(self, key, x):
+        self.seen.append(len(x))
+        return self.state(x) if key == STATE else self.camera(x).mean((-2, -1))
+
+    def forward(self, batch):
+        return self.state(batch[STATE]).square().mean(), {"l1_loss": 1.0}
+
+
+@pytest.fixture
+def observations():
+    gen = torch.Generator().manual_seed(0)
+
+    def draw(n):
+        numbers = dict(generator=gen, dtype=torch.float64)
+        return {STATE: torch.randn(n, 6, **numbers), CAMERA: torch.rand(n, 3, 8, 8, **numbers), "action": torch.randn(n, 4, 3, **numbers)}
+
+    return draw
+
+
+@pytest.fixture
+def policy():
+    torch.manual_seed(0)
+    return Policy()
+
+
+def features(**changes):
+    label = dict(src_key=STATE, dim_slice=[0, 4], weight_label=0.05, term_name="pose")
+    image = dict(src_key=CAMERA, use_learned_embed=True, weight_embed=0.7, weight_label=0.0, term_weight=0.5)
+    state = dict(src_key=STATE, use_learned_embed=True, weight_embed=0.3, weight_label=0.0, term_name="state")
+    return OTLossConfig.from_dict(dict(features=[label, image, state], reg=0.1, tol=1e-12) | changes)
+
+
+def by_hand(policy, src, tgt):
+    """M of `features`, from its definition."""
+    z = policy.camera(torch.cat((src[CAMERA], tgt[CAMERA]))).mean((-2, -1))
+    n = len(src[STATE])
+
+    def squares(x, y):
+        return (x.unsqueeze(1) - y.unsqueeze(0)).square().sum(-1)
+
+    pose = 0.05 * squares(src[STATE][:, :4], tgt[STATE][:, :4])
+    image = 0.7 * squares(z[:n], z[n:])
+    state = 0.3 * squares(policy.state(src[STATE]), policy.state(tgt[STATE]))
+    return pose + 0.5 * image + state
+
+
+def pot_plan(M, reg, taus, c=None, sizes=None):
+    M = M.detach().numpy()
+    a, b = (np.full(size, 1 / of) for size, of in zip(M.shape, sizes or M.shape, strict=True))
+    taus = tuple(math.inf if tau is None else tau for tau in taus)
+    if taus == (math.inf, math.inf) and c is None:
+        return torch.from_numpy(ot.sinkhorn(a, b, M, reg, stopThr=1e-15, numItermax=100_000, method="sinkhorn_log"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = ot.unbalanced.sinkhorn_knopp_unbalanced(a, b, M, reg, taus, c=c, stopThr=1e-16, numItermax=100_000)
+    return torch.from_numpy(plan)
+
+
+@pytest.mark.parametrize("reference", ["product", "diagonal"])
+@pytest.mark.parametrize("tau", [None, 0.05, 5.0, math.inf])
+def test_the_loss_is_the_papers_through_pot(policy, observations, reference, tau):
+    src, tgt = observations(17), observations(17)
+    cfg = features(reference=reference, tau_src=tau, tau_tgt=tau)
+    loss, metrics = compute_ot_loss_for_policy(policy, src, tgt, cfg)
+    M = by_hand(policy, src, tgt)
+    held = tau is None or math.isinf(tau)
+    n = len(M)
+    P = torch.eye(n).double() / n if held and reference == "diagonal" else pot_plan(
+        M, 0.1, (tau, tau), None if reference == "product" else np.eye(n) / n
+    )  # fmt: skip
+    expected = (P * M).sum()
+    assert abs(loss - expected) <= 1e-6 * abs(expected)
+    assert abs(metrics["ot_pi_sum"] - P.sum()) <= 1e-6 * P.sum()
+    assert abs(metrics["ot_pi_diag"] - P.trace()) <= 1e-6 * P.sum()
+    if reference == "diagonal" and not held:  # and the closed form is what POT returns
+        torch.testing.assert_close(P.diag(), (-M.diag() / (0.1 + 2 * tau)).exp().detach() / n, atol=1e-7 / n, rtol=1e-6)
+    parameters = list(policy.parameters())
+    ours, theirs = (torch.autograd.grad(z, parameters, allow_unused=True) for z in (loss, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_one_sided_relaxation_and_rectangles(policy, observations):
+    src, tgt = observations(13), observations(9)
+    loss, metrics = compute_ot_loss_for_policy(policy, src, tgt, features(tau_src=0.2))
+    M = by_hand(policy, src, tgt)
+    P = pot_plan(M, 0.1, (0.2, None))
+    assert abs(loss - (P * M).sum()) <= 1e-6 * loss
+    assert "ot_pi_diag" not in metrics
+    with pytest.raises(ProblemError, match="13 source and 9 target rows"):
+        compute_ot_loss_for_policy(policy, src, tgt, features(reference="diagonal"))
+
+
+@pytest.mark.parametrize("reference, measure", [
+    ("soft_diagonal(0.3)", lambda n: 0.7 * np.eye(n) / n + 0.3 / n**2),
+    ("band(2)", lambda n: np.triu(np.tril(np.ones((n, n)), 2), -2) / (np.triu(np.tril(np.ones((n, n)), 2), -2)).sum()),
+])  # fmt: skip
+def test_references_are_pots_measure_c(policy, observations, reference, measure):
+    src, tgt = observations(11), observations(11)
+    loss, _ = compute_ot_loss_for_policy(policy, src, tgt, features(reference=reference, tau_src=0.5, tau_tgt=0.8))
+    M = by_hand(policy, src, tgt)
+    P = pot_plan(M, 0.1, (0.5, 0.8), measure(11))
+    assert abs(loss - (P * M).sum()) <= 1e-6 * loss
+
+
+def test_a_reference_of_ones_own_may_leave_rows_out(policy, observations):
+    src, tgt = observations(6), observations(5)
+    r = torch.rand(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    r[2], r[:, 3], r[0, 0] = 0, 0, 0
+    loss, metrics = compute_ot_loss_for_policy(policy, src, tgt, features(tau_src=0.5, tau_tgt=0.5), reference=r)
+    M = by_hand(policy, src, tgt)
+    rows, columns = [0, 1, 3, 4, 5], [0, 1, 2, 4]
+    P = pot_plan(M[rows][:, columns], 0.1, (0.5, 0.5), r[rows][:, columns].numpy(), sizes=(6, 5))
+    M = M[rows][:, columns]
+    assert abs(loss - (P * M).sum()) <= 1e-6 * loss
+    assert abs(metrics["ot_pi_sum"] - P.sum()) <= 1e-6
+    with pytest.raises(ProblemError, match="a row of the reference is 0 throughout"):
+        compute_ot_loss_for_policy(policy, src, tgt, features(), reference=r)
+    with pytest.raises(ProblemError, match=r"of shape \(6, 5\)"):
+        compute_ot_loss_for_policy(policy, src, tgt, features(tau_src=1), reference=r[:4])
+
+
+def test_streamed_or_stored_the_loss_is_one(policy, observations):
+    src, tgt = observations(40), observations(30)
+    found = []
+    for backend in ("dense", "chunked"):
+        loss, metrics = compute_ot_loss_for_policy(policy, src, tgt, features(backend=backend, tau_src=1.0, tau_tgt=2.0))
+        found.append((loss.item(), *torch.autograd.grad(loss, list(policy.state.parameters())), *metrics.values()))
+    for dense, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(dense, chunked, rtol=1e-9, atol=1e-12)
+
+
+def test_costs_of_the_callers_give_the_same_loss(policy, observations):
+    src, tgt = observations(12), observations(12)
+    M = by_hand(policy, src, tgt)
+    cfg = OTCostConfig.from_dict(dict(terms=[dict(name="a", weight=0.25), {"name": "b"}], reg=0.1, tau_src=1, tau_tgt=1, tol=1e-12))
+    loss, metrics = compute_ot_loss_from_terms({"a": M, "b": 0.75 * M}, cfg)
+    other, theirs = compute_ot_loss_for_policy(policy, src, tgt, features(tau_src=1, tau_tgt=1))
+    torch.testing.assert_close(loss, other, rtol=1e-9, atol=0)
+    torch.testing.assert_close(metrics["ot_share/a"].item(), 0.25)
+    torch.testing.assert_close(metrics["ot_moved/a"] + metrics["ot_moved/b"], theirs["ot_loss"], rtol=1e-9, atol=0)
+    with pytest.raises(ProblemError, match='no "b"; it has a'):
+        compute_ot_loss_from_terms({"a": M}, cfg)
+    with pytest.raises(ProblemError, match=r'"b" has shape \(12, 11\)'):
+        compute_ot_loss_from_terms({"a": M, "b": M[:, :11]}, cfg)
+
+
+def test_metrics_add_up(policy, observations):
+    src, tgt = observations(20), observations(20)
+    metrics = compute_ot_loss_for_policy(policy, src, tgt, features(tau_src=1.0, tau_tgt=1.0))[1]
+    assert all(z.ndim == 0 and not z.requires_grad for z in metrics.values())  # nothing on the host yet
+    m = floats(metrics)
+    terms = ("pose", CAMERA, "state")
+    assert math.isclose(sum(m[f"ot_moved/{name}"] for name in terms), m["ot_loss"], rel_tol=1e-9)
+    assert math.isclose(sum(m[f"ot_share/{name}"] for name in terms), 1.0, rel_tol=1e-9)
+    assert math.isclose(
+        m["ot_cost/pose"] + 0.5 * m[f"ot_cost/{CAMERA}"] + m["ot_cost/state"], by_hand(policy, src, tgt).mean().item(), rel_tol=1e-9
+    )
+    assert math.isclose(m["ot_diag_ratio"], m["ot_pi_diag"] / m["ot_pi_sum"], rel_tol=1e-12)
+    assert 0 <= m["ot_plan_entropy"] <= 1 and m["ot_iters"] > 1 and m["ot_marginal_error"] < 1e-9
+    assert compute_ot_loss_for_policy(policy, src, tgt, features(tau_src=1.0, tau_tgt=1.0), metrics=False)[1] == {}
+
+
+def test_far_off_centre_features_keep_their_digits(observations):
+    src, tgt = observations(20), observations(20)
+    spec = dict(features=[dict(src_key=STATE)], reg=0.5, tau_src=5.0, tau_tgt=5.0)
+    cfg = OTLossConfig.from_dict(spec)
+    truth, exact = compute_ot_loss_for_policy(nn.Linear(1, 1), src, tgt, cfg)
+    far = [{STATE: (z[STATE] + 1000).float()} for z in (src, tgt)]
+    loss, metrics = compute_ot_loss_for_policy(nn.Linear(1, 1), *far, cfg)
+    torch.testing.assert_close(loss.double(), truth, rtol=2e-3, atol=0)  # half a float32 digit of 1000 in distances of about 3
+    torch.testing.assert_close(metrics[f"ot_moved/{STATE}"].double(), exact[f"ot_moved/{STATE}"], rtol=2e-3, atol=0)
+
+
+def test_halves_are_compared_in_float32(policy, observations):
+    src, tgt = ({STATE: z[STATE].bfloat16()} for z in (observations(16), observations(16)))
+    cfg = OTLossConfig.from_dict(dict(features=[dict(src_key=STATE)], reg=0.1, tau_src=1.0, tau_tgt=1.0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = compute_ot_loss_for_policy(policy, src, tgt, cfg)
+    exact, _ = compute_ot_loss_for_policy(policy, {STATE: src[STATE].double()}, {STATE: tgt[STATE].double()}, cfg)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_a_collapsed_plan_is_named(policy, observations):
+    src, tgt = observations(16), observations(16)
+    cfg = features(reg=1e-3, tau_src=1e-3, tau_tgt=1e-3)
+    metrics = floats(compute_ot_loss_for_policy(policy, src, tgt, cfg)[1])
+    said = alarm(metrics, cfg)
+    assert said is not None and "the OT loss is off" in said and "cost_scale: mean" in said
+    heaviest = max(("pose", CAMERA, "state"), key=lambda name: metrics[f"ot_share/{name}"])
+    assert f'"{heaviest}" makes' in said
+    scaled = features(reg=0.05, tau_src=1.0, tau_tgt=1.0, cost_scale="mean")
+    metrics = floats(compute_ot_loss_for_policy(policy, src, tgt, scaled)[1])
+    assert alarm(metrics, scaled) is None and metrics["ot_pi_sum"] > 0.3
+
+
+@pytest.mark.parametrize("kind", ["mean", "median", "quantile(0.9)"])
+def test_cost_scale_is_a_running_average_without_gradient(policy, observations, kind):
+    batches = [(observations(15), observations(15)) for _ in range(3)]
+    scale, cfg = CostScale(), features(cost_scale=kind, momentum=0.5, tau_src=1.0, tau_tgt=1.0)
+    expected = None
+    for src, tgt in batches:
+        loss, _ = compute_ot_loss_for_policy(policy, src, tgt, cfg, scale=scale)
+        M = by_hand(policy, src, tgt).detach().flatten()
+        now = M.mean() if kind == "mean" else M.median() if kind == "median" else M.kthvalue(math.ceil(0.9 * len(M))).values
+        expected = now if expected is None else 0.5 * expected + 0.5 * now
+        torch.testing.assert_close(scale.value, expected, rtol=1e-9, atol=0)
+    M = by_hand(policy, *batches[-1]) / expected
+    torch.testing.assert_close(loss, (pot_plan(M, 0.1, (1.0, 1.0)) * M).sum(), rtol=1e-6, atol=0)
+    again = CostScale()
+    again.load_state_dict(json.loads(json.dumps(scale.state_dict())))
+    assert torch.equal(again.value, scale.value)
+
+
+def test_relative_reg_follows_the_costs(policy, observations):
+    src, tgt = observations(15), observations(15)
+    M = by_hand(policy, src, tgt).detach()
+    relative, _ = compute_ot_loss_for_policy(policy, src, tgt, features(reg=["std", 0.2]))
+    absolute, _ = compute_ot_loss_for_policy(policy, src, tgt, features(reg=0.2 * M.std(correction=0).item()))
+    torch.testing.assert_close(relative, absolute, rtol=1e-8, atol=0)
+
+
+def test_cosine_embeddings_fold(policy, observations):
+    src, tgt = observations(10), observations(10)
+    spec = dict(src_key=STATE, use_learned_embed=True, weight_embed=0.8, weight_label=0, embed_cost="cosine")
+    loss, _ = compute_ot_loss_for_policy(policy, src, tgt, OTLossConfig.from_dict(dict(features=[spec], reg=0.1, tol=1e-12)))
+    M = 0.8 * (1 - nn.functional.cosine_similarity(policy.state(src[STATE]).unsqueeze(1), policy.state(tgt[STATE]).unsqueeze(0), dim=-1))
+    torch.testing.assert_close(loss, (pot_plan(M, 0.1, (None, None)) * M).sum(), rtol=1e-7, atol=0)
+
+
+def test_both_sides_go_through_one_call_of_the_encoder(policy, observations):
+    compute_ot_loss_for_policy(policy, observations(7), observations(5), features(tau_src=1.0))
+    assert policy.seen == [12, 12]
+
+
+def test_labels_carry_no_gradient(observations):
+    src, tgt = observations(8), observations(8)
+    src[STATE].requires_grad_()
+    loss, _ = compute_ot_loss_for_policy(nn.Linear(1, 1), src, tgt, OTLossConfig.from_dict(dict(features=[dict(src_key=STATE)], reg=0.1)))
+    assert not loss.requires_grad
+
+
+def test_action_chunks(observations):
+    src, tgt = observations(8), observations(8)
+    padded = torch.zeros(8, 4, dtype=torch.bool)
+    padded[3, 2:], padded[5, :1] = True, True  # after the episode's end, and before its start
+    src["action_is_pad"] = padded
+    frames = src["action"].clone()
+    frames[3, 2:], frames[5, :1] = frames[3, 1], frames[5, 1]
+    for time, x in (("first", frames[:, 0]), ("last", frames[:, -1]), ("flatten", frames.flatten(1)), (None, frames[:, 0])):
+        y = tgt["action"]
+        y = {"first": y[:, 0], "last": y[:, -1], "flatten": y.flatten(1), None: y[:, 0]}[time]
+        cfg = OTLossConfig.from_dict(dict(features=[dict(src_key="action", time=time)], reg=0.5, tol=1e-12))
+        loss, _ = compute_ot_loss_for_policy(nn.Linear(1, 1), src, tgt, cfg)
+        plain = OTLossConfig.from_dict(dict(features=[dict(src_key="observation.z")], reg=0.5, tol=1e-12))
+        expected, _ = compute_ot_loss_for_policy(nn.Linear(1, 1), {"observation.z": x}, {"observation.z": y}, plain)
+        torch.testing.assert_close(loss, expected)
+
+
+def test_a_wildcard_is_every_camera(policy, observations):
+    src, tgt = observations(6), observations(6)
+    for obs in (src, tgt):
+        obs["observation.images.wrist"] = obs[CAMERA].flip(-1)
+    for key in ("observation.images.*", "observation.images"):
+        cfg = OTLossConfig.from_dict(dict(features=[dict(src_key=key, use_learned_embed=True, weight_label=0, term_name="img")], reg=0.1))
+        metrics = compute_ot_loss_for_policy(policy, src, tgt, cfg)[1]
+        assert {name for name in metrics if name.startswith("ot_cost")} == {"ot_cost/img/front", "ot_cost/img/wrist"}
+    del tgt["observation.images.wrist"]
+    with pytest.raises(ProblemError, match=r"the same features on both sides: the source has .*wrist"):
+        compute_ot_loss_for_policy(policy, src, tgt, cfg)
+
+
+def one(**spec):
+    return OTLossConfig.from_dict(dict(features=[spec], reg=0.1))
+
+
+@pytest.mark.parametrize("spec, said", [
+    (dict(src_key="observation.pose"), 'the source has no "observation.pose"; it has action, observation.images.front, observation.state'),
+    (dict(src_key=STATE, dim_slice=[0, 8]), r"dim_slice \[0, 8\] .* has 6 numbers"),
+    (dict(src_key=STATE, dim_slice=[3, 3]), r"outside"),
+    (dict(src_key=CAMERA, dim_slice=[0, 2], weight_label=1.0), "holds images"),
+    (dict(src_key=STATE, tgt_key="action"), "6 numbers in the source and 3 in the target"),
+    (dict(src_key=STATE, use_learned_embed=True, embed_path="model.body"), r'Policy has no "model"; its parts are state, camera'),
+])  # fmt: skip
+def test_a_feature_that_does_not_fit_says_so(policy, observations, spec, said):
+    with pytest.raises(ProblemError, match=said):
+        compute_ot_loss_for_policy(policy, observations(4), observations(4), one(**spec))
+
+
+def test_an_embedding_without_a_gradient_is_refused(policy, observations):
+    spec = dict(src_key=STATE, use_learned_embed=True, weight_label=0)
+    for parameter in policy.state.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ProblemError, match="carries no gradient"):
+        compute_ot_loss_for_policy(policy, observations(4), observations(4), one(**spec))
+    with torch.no_grad():  # where nobody asks for one, it may be evaluated
+        assert compute_ot_loss_for_policy(policy, observations(4), observations(4), one(**spec))[0] > 0
+
+
+def test_an_encoders_own_errors_surface(policy, observations):
+    policy.encode_feature_for_ot = lambda key, x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        compute_ot_loss_for_policy(policy, observations(4), observations(4), one(src_key=STATE, use_learned_embed=True))
+    policy.encode_feature_for_ot = lambda key, x: x[:2]
+    with pytest.raises(ProblemError, match="8 rows"):
+        compute_ot_loss_for_policy(policy, observations(4), observations(4), one(src_key=STATE, use_learned_embed=True))
+
+
+def test_nan_is_traced_to_its_term(policy, observations):
+    src, tgt = observations(5), observations(5)
+    src[CAMERA][2, 0, 0, 0] = torch.nan
+    with pytest.raises(ProblemError, match=f'the term "{CAMERA}" holds NaN'):
+        compute_ot_loss_for_policy(policy, src, tgt, features(tau_src=1.0))
+
+
+def pairs(observations, n=6):
+    return [(observations(n), observations(n)) for _ in range(3)]
+
+
+def co_config(**changes):
+    return OTConfig.from_dict(dict(lambda_ot=0.5, loss_config=features(tau_src=1.0, tau_tgt=1.0).to_dict()) | changes)
+
+
+def test_attached_and_detached(policy, observations):
+    batch, loader = {STATE: observations(4)[STATE]}, pairs(observations)
+    before, cls = policy.forward(batch)[0], type(policy)
+    keys = set(policy.state_dict())
+    training = attach_ot(policy, loader, co_config(), log_every=2)
+    assert isinstance(policy, cls) and type(policy).__name__ == "Policy" and set(policy.state_dict()) == keys
+    expected = [0.5 * compute_ot_loss_for_policy(policy, *pair, co_config().loss_config)[0] for pair in (*loader, loader[0])]
+    for k, weighted in enumerate(expected):
+        loss, info = policy.forward(batch)
+        torch.testing.assert_close(loss, before + weighted)
+        assert ("ot_loss" in info) == (k % 2 == 1) and info["l1_loss"] == 1.0
+        assert all(isinstance(value, float) for value in info.values())
+    assert training.step == 4
+    policy.eval()
+    torch.testing.assert_close(policy.forward(batch)[0], before)
+    policy.train()
+    with torch.no_grad():
+        torch.testing.assert_close(policy.forward(batch)[0], before)
+    twin = copy.deepcopy(policy)
+    torch.testing.assert_close(twin.forward(batch)[0], before)  # a copy is not co-trained
+    with pytest.raises(ProblemError, match="co-trained already"):
+        attach_ot(policy, loader, co_config())
+    assert type(detach_ot(policy)) is cls
+    torch.testing.assert_close(policy.forward(batch)[0], before)
+
+
+def test_resuming_goes_on_with_the_next_pair(policy, observations):
+    loader, batch = pairs(observations), {STATE: observations(4)[STATE]}
+    cfg = co_config()
+    cfg.loss_config.cost_scale = "mean"
+
+    def begin(start):
+        return (loader[k % 3] for k in range(start, 5))
+
+    training = attach_ot(policy, begin, cfg)
+    straight = [policy.forward(batch)[0].item() for _ in range(5)]
+    detach_ot(policy)
+    training = attach_ot(policy, begin, cfg)
+    for _ in range(2):
+        policy.forward(batch)
+    state = json.loads(json.dumps(training.state_dict()))
+    detach_ot(policy)
+    attach_ot(policy, begin, cfg).load_state_dict(state)
+    assert [policy.forward(batch)[0].item() for _ in range(3)] == straight[2:]
+
+
+def test_warm_up_grows_the_weight():
+    cfg = co_config(warmup_steps=4, lambda_ot=0.2)
+    torch.testing.assert_close([cfg.weight_at(step) for step in (0, 1, 3, 100)], [0.05, 0.1, 0.2, 0.2])
+
+
+def test_gradient_norms_on_request(policy, observations):
+    batch = {STATE: observations(4)[STATE]}
+    pair = (observations(6), observations(6))
+    attach_ot(policy, [pair], co_config(grad_norms_every=1), log_every=1000)
+    loss, info = policy.forward(batch)
+    detach_ot(policy)
+    ot_loss = 0.5 * compute_ot_loss_for_policy(policy, *pair, co_config().loss_config)[0]
+    ot_pull = torch.autograd.grad(ot_loss, list(policy.parameters()))
+    bc_pull = torch.autograd.grad(policy.forward(batch)[0], list(policy.state.parameters()))
+    norms = [torch.cat([g.flatten() for g in found]).norm().item() for found in (ot_pull, bc_pull)]
+    assert math.isclose(info["ot_grad_norm"], norms[0], rel_tol=1e-9) and math.isclose(info["bc_grad_norm"], norms[1], rel_tol=1e-9)
+    assert math.isclose(info["ot_grad_ratio"], norms[0] / norms[1], rel_tol=1e-9)
+    loss.backward()  # the graph is still whole
+
+
+def test_plans_are_drawn(policy, observations, tmp_path):
+    pytest.importorskip("matplotlib")
+    attach_ot(policy, pairs(observations), co_config(plan_every=2), out_dir=tmp_path)
+    for _ in range(4):
+        policy.forward({STATE: observations(4)[STATE]})
+    drawn = sorted(tmp_path.rglob("*.png"))
+    assert [path.name for path in drawn] == ["000002.png", "000004.png"] and all(path.stat().st_size > 5000 for path in drawn)
+
+
+def test_no_pairs_is_an_error(policy, observations):
+    attach_ot(policy, [], co_config())
+    with pytest.raises(ProblemError, match="there are no pairs"):
+        policy.forward({STATE: observations(4)[STATE]})
+    with pytest.raises(ProblemError, match="no features"):
+        CoTraining(OTConfig(), [])
+
+
+def test_the_forks_training_file_reads_unchanged(tmp_path):
+    camera = dict(use_learned_embed=True, weight_embed=0.3333, weight_label=0.0)
+    specs = [
+        dict(src_key=f"observation.images.{name}", tgt_key=f"observation.images.{name}", term_name=name, **camera) for name in ("a", "b")
+    ]
+    specs.append(dict(src_key="action", tgt_key="action", dim_slice=[0, 8], use_learned_embed=False, embed_name=None,
+                      weight_embed=0.0, weight_label=0.02, term_name="action_lbl"))  # fmt: skip
+    given = dict(
+        dataset=dict(repo_id="real"), steps=20000,
+        ot=dict(enable=True, src_repo_id="sim", src_root="/data/sim", pair_info_path="pairs.json", batch_ratio=0.5, bc_src_weight=0.8,
+                normalize_bc_weights_by_ds_size=True, lambda_ot=0.1, obs_keys=["observation.images.a"], base_index_src=0, base_index_tgt=0,
+                window_size=10, sharpness=0.5, topk_src_episodes=None, no_window=False,
+                loss_config=dict(features=specs, reg=0.1, tau_src=0.5, tau_tgt=0.5, heuristic=True)),
+    )  # fmt: skip
+    path = tmp_path / "act_ot.json"
+    path.write_text(json.dumps(given))
+    cfg = OTConfig.from_file(path)
+    assert cfg.window_size == 10 and cfg.loss_config.reference == "diagonal" and cfg.loss_config.features[2].weight_label == 0.02
+    assert cfg.pairs_of(8) == 4 and cfg.cutoff is None
+    assert OTLossConfig.from_file(path) == cfg.loss_config
+    assert OTConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+@pytest.mark.parametrize("given, said", [
+    (dict(windw_size=3), 'no key "windw_size": did you mean "window_size"'),
+    (dict(loss_config=dict(tau_scr=1)), 'OTLossConfig has no key "tau_scr": did you mean "tau_src"'),
+    (dict(loss_config=dict(features=[dict(tgt_key="a")])), "OTFeatureSpec needs src_key"),
+    (dict(loss_config=dict(features=[dict(src_key="a"), dict(src_key="a")])), 'two terms are called "a"'),
+    (dict(loss_config=dict(features=[dict(src_key="a", weight_label=0)])), "counts for nothing"),
+    (dict(loss_config=dict(features=[dict(src_key="a", dim_slice=[0])])), "dim_slice of a must be"),
+    (dict(loss_config=dict(reg=0)), "reg must be a finite number above 0"),
+    (dict(loss_config=dict(reg=["typical", 0.1])), "one of std, mean, median, max"),
+    (dict(loss_config=dict(tau_src=-1)), "tau_src must be a finite number above 0"),
+    (dict(loss_config=dict(reference="diag")), "reference = 'diag' is not known"),
+    (dict(loss_config=dict(reference="soft_diagonal")), "takes a number, as in"),
+    (dict(loss_config=dict(reference="band(1.5)")), "a whole number"),
+    (dict(loss_config=dict(reference="product(2)")), "takes no number"),
+    (dict(loss_config=dict(heuristic=True, reference="band(2)")), "Leave one out"),
+    (dict(loss_config=dict(cost_scale="mean", reg=["mean", 0.1])), "leave cost_scale out"),
+    (dict(bc_src_weight=1.5), "a share from 0 to 1"),
+    (dict(batch_ratio=0), "batch_ratio must be"),
+    ([1, 2], "made of keys and values"),
+])  # fmt: skip
+def test_a_mistaken_configuration_says_what_is_wrong(given, said):
+    with pytest.raises(ProblemError, match=said):
+        OTConfig.from_dict(given)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    for name, text, said in (("a.json", "{", "not JSON"), ("b.json", '{"lamda_ot": 1}', "lambda_ot"), ("c.json", None, "cannot be read")):
+        path = tmp_path / name
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ProblemError, match=f"{name}.*{said}"):
+            OTConfig.from_file(path)
+
+
+def test_yaml_reads_alike(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    path = tmp_path / "ot.yaml"
+    path.write_text(yaml.safe_dump(co_config().to_dict()) + "# tau_tgt: .inf\n")
+    assert OTConfig.from_file(path) == co_config()
+    path.write_text("loss_config: {tau_src: .inf, tau_tgt: null}")
+    assert OTConfig.from_file(path).loss_config.taus == (math.inf, math.inf)
+    path.write_text("a: [")
+    with pytest.raises(ProblemError, match="not YAML"):
+        OTConfig.from_file(path)

@@ -1,0 +1,258 @@
+"""The unmodified LeRobot with the alignment in its loss: datasets on disk, the commands a user types, checkpoints, resuming, ranks.
+
+Marked `lerobot`: `make lerobot` sets an environment up that has it, and runs these. Configurations are checked wherever YAML is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+FRAMES, SIM, REAL = 16, 5, 3
+TRAIN = shlex.split(
+    "--policy.device=cpu --policy.push_to_hub=false --policy.pretrained_backbone_weights=null --batch_size=8 --num_workers=0 --steps=20 "
+    "--log_freq=5 --save_freq=10 --wandb.enable=false --seed=1 --policy.optimizer_lr=3e-4"
+)
+ACT = shlex.split(
+    "--policy.type=act --policy.dim_model=32 --policy.n_heads=2 --policy.dim_feedforward=64 --policy.n_encoder_layers=1 "
+    "--policy.use_vae=false --policy.chunk_size=4 --policy.n_action_steps=4 --policy.optimizer_lr_backbone=1e-4"
+)
+DIFFUSION = shlex.split(
+    "--policy.type=diffusion --policy.horizon=8 --policy.n_action_steps=4 --policy.down_dims=[16,32] --policy.crop_shape=null "
+    "--policy.spatial_softmax_num_keypoints=8 --policy.num_train_timesteps=10 --policy.diffusion_step_embed_dim=16 "
+    "--policy.scheduler_warmup_steps=0"
+)
+#: Goes before torchvision in every process of LeRobot's.
+SITE = Path(__file__).parent / "lerobot_site"
+
+
+def features(camera="observation.images.front", **more):
+    image = dict(src_key=camera, use_learned_embed=True, weight_embed=0.1, weight_label=0, term_name="image")
+    state = dict(src_key="observation.state", weight_label=0.5, term_name="state")
+    return dict(reg=0.1, tau_src=1.0, tau_tgt=1.0, cost_scale="mean", features=[image, state]) | more
+
+
+@pytest.mark.parametrize("name", ["act_state", "act_three_cameras", "diffusion_observation", "released"])
+def test_the_configurations_are_valid(name):
+    pytest.importorskip("yaml")
+    from gpu_ot.lerobot import OTConfig
+
+    cfg = OTConfig.from_file(ROOT / "configs" / "lerobot" / f"{name}.yaml")
+    assert cfg.loss_config.features and cfg.pair_info_path and 0 < cfg.lambda_ot <= 1
+    assert OTConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    if name == "act_three_cameras":
+        assert math.isclose(sum(spec.weight_embed for spec in cfg.loss_config.features), 1, abs_tol=1e-3)
+    if name == "released":
+        assert cfg.loss_config.reference == "diagonal" and cfg.pairs_of(8) == 128
+
+
+def test_training_without_lerobot_says_how_to_get_it(tmp_path):
+    blocked = "import sys; sys.modules['lerobot'] = None; from gpu_ot.cli import main; sys.exit(main(['train']))"
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "pip install lerobot" in done.stderr
+
+
+lerobot = pytest.mark.lerobot
+
+
+@pytest.fixture(scope="module")
+def there():
+    pytest.importorskip("lerobot", reason="LeRobot is not installed here: make lerobot")
+    return runpy.run_path(str(SITE / "sitecustomize.py"))  # kept: operators go when their library does
+
+
+@pytest.fixture(scope="module")
+def home(there, tmp_path_factory):
+    """A folder with a simulated and a real dataset, and the pairs of the command line."""
+    home = tmp_path_factory.mktemp("lerobot")
+    made = run(home, "python", "-c", f"import runpy; runpy.run_path({__file__!r})['record']()")
+    assert (home / "real" / "meta" / "info.json").exists(), made
+    said = run(home, "gpu-ot", "pair", "--src", "sim", "--tgt", "real", "--out", "pairs.npz")
+    assert "pairs.npz" in said
+    return home
+
+
+def record() -> None:
+    """In the current folder: movements, as a state and as a square that moves on a ground of each domain's own colour."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    for name, episodes, seed, ground in (("sim", SIM, 0, (30, 60, 90)), ("real", REAL, 1, (90, 60, 30))):
+        rng = np.random.default_rng(seed)
+        joints = dict(dtype="float32", shape=(4,), names=list("abcd"))
+        image = dict(dtype="image", shape=(3, 64, 64), names=["channel", "height", "width"])
+        columns = {"observation.state": joints, "observation.images.front": image, "action": joints}
+        dataset = LeRobotDataset.create(name, fps=10, features=columns, root=Path(name), use_videos=False)
+        for _ in range(episodes):
+            phase = rng.random(4) * 2 * np.pi
+            for t in range(FRAMES):
+                state = np.sin(phase + 4.4 * t / FRAMES).astype(np.float32)
+                picture = np.full((64, 64, 3), ground, np.uint8)
+                row, column = ((state[:2] + 1) * 28).astype(int)
+                picture[row : row + 8, column : column + 8] = 255
+                frame = {"observation.state": state, "observation.images.front": picture, "action": np.roll(state, 1), "task": "move"}
+                dataset.add_frame(frame)
+            dataset.save_episode()
+        dataset.finalize()
+
+
+def run(home: Path, *command: str, ok: bool = True) -> str:
+    """What a command says, in an environment without a network and on one core."""
+    program = Path(sys.executable).with_name(command[0])
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SITE), "COLUMNS": "1000"
+    }  # fmt: skip
+    done = subprocess.run([str(program), *command[1:]], cwd=home, env=environment, capture_output=True, text=True, timeout=280)
+    assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def write(home: Path, name: str, **given) -> str:
+    cfg = dict(src_repo_id="sim", src_root="sim", pair_info_path="pairs.npz", batch_ratio=1.0, window_size=2, lambda_ot=0.1) | given
+    (home / name).write_text(json.dumps(cfg))
+    return name
+
+
+def train(home, cfg, out, *arguments, command=("gpu-ot", "train"), ok=True):
+    data = ("--dataset.repo_id=real", "--dataset.root=real", f"--output_dir={out}")
+    return run(home, *command, "--ot-config", cfg, "--", *data, *TRAIN, *arguments, ok=ok)
+
+
+def reported(said: str, name: str) -> list[float]:
+    """A metric's values in the log, step by step."""
+    return [float(value) for value in re.findall(rf"ot step:\d+ .*?\b{name}:(\S+)", said)]
+
+
+def behaved(said: str) -> list[float]:
+    """LeRobot's own losses, the total."""
+    return [float(value) for value in re.findall(r"step:\d+ smpl:\S+ ep:\S+ epch:\S+ loss:(\S+)", said)]
+
+
+@lerobot
+def test_act_learns_saves_and_resumes_the_same_sequence(home):
+    cfg = write(home, "act.json", bc_src_weight=0.5, plan_every=20, grad_norms_every=5, loss_config=features("observation.images.*"))
+    said = train(home, cfg, "act", *ACT)
+    losses, ot, pull = behaved(said), reported(said, "loss"), reported(said, "grad_norm")
+    assert len(losses) == len(ot) == len(pull) == 4 and all(map(math.isfinite, losses + ot))
+    assert losses[-1] < losses[0]
+    assert min(pull) > 0  # the term reaches the encoder
+    assert reported(said, "pi_sum")[0] > 0.1 and "cost/image/front" in said and "share/state" in said
+    assert (home / "act" / "ot_plans" / "000020.png").stat().st_size > 5000
+
+    # From the checkpoint of step 10, without naming the configuration again.
+    saved = home / "act" / "checkpoints" / "000010"
+    assert json.loads((saved / "training_state" / "ot_state.json").read_text())["step"] == 10
+    again = run(home, "gpu-ot", "train", "--", f"--config_path={saved / 'pretrained_model' / 'train_config.json'}", "--resume=true")
+    assert behaved(again) == losses[2:] and reported(again, "loss") == ot[2:]
+
+    # The checkpoint is LeRobot's own: it loads where this package does not exist.
+    load = (
+        "import sys; sys.modules['gpu_ot'] = None; from lerobot.policies.act.modeling_act import ACTPolicy; "
+        f"policy = ACTPolicy.from_pretrained({str(saved / 'pretrained_model')!r}); print(type(policy).__mro__[1].__name__, policy.name)"
+    )
+    assert "PreTrainedPolicy act" in run(home, "python", "-c", load)
+
+
+@lerobot
+def test_diffusion_aligns_its_whole_observation(home):
+    cfg = write(home, "diffusion.json", grad_norms_every=5, loss_config=features("observation"))
+    said = train(home, cfg, "diffusion", *DIFFUSION)
+    losses = behaved(said)
+    assert len(losses) == 4 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    assert min(reported(said, "grad_norm")) > 0 and min(reported(said, "cost/image")) > 0
+
+
+@lerobot
+def test_two_ranks_draw_pairs_of_their_own(home):
+    spy = home / "spy.py"
+    spy.write_text(
+        "import os, sys\n"
+        "import gpu_ot.lerobot.attach as attach\n"
+        "original = attach.CoTraining._next\n"
+        "def told(self, policy):\n"
+        "    source, target = original(self, policy)\n"
+        "    values = [round(float(z), 4) for z in target['observation.state'][:, 0]]\n"
+        "    with open(f'drawn{os.environ[\"RANK\"]}.txt', 'a') as file:\n"
+        "        print(values, file=file)\n"
+        "    return source, target\n"
+        "attach.CoTraining._next = told\n"
+        "from gpu_ot.cli import main\n"
+        "sys.exit(main(['train', *sys.argv[1:]]))\n"
+    )
+    cfg = write(home, "ranks.json", gather=True, loss_config=features())
+    launch = ("torchrun", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "spy.py")
+    said = train(home, cfg, "ranks", *ACT, "--steps=4", "--log_freq=2", command=launch)
+    drawn = [(home / f"drawn{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    assert len(drawn[0]) == len(drawn[1]) == 4 and not set(drawn[0]) & set(drawn[1])
+    assert all(map(math.isfinite, behaved(said))) and len(reported(said, "loss")) == 2
+
+
+@lerobot
+def test_bfloat16_trains_with_costs_in_float32(home, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    cfg = write(home, "bf16.json", loss_config=features())
+    said = train(home, cfg, "bf16", *ACT, "--steps=4", "--log_freq=2")
+    assert all(map(math.isfinite, behaved(said) + reported(said, "loss"))) and max(reported(said, "marginal_error")) < 1e-4
+
+
+@lerobot
+@pytest.mark.parametrize("change, said", [
+    (dict(pair_info_path=None), "pair_info_path is missing"),
+    (dict(pair_info_path="nowhere.npz"), "nowhere.npz"),
+    (dict(loss_config=features("observation.images.side")), "observation.images.side"),
+    (dict(lamda_ot=1.0), 'did you mean "lambda_ot"'),
+])  # fmt: skip
+def test_mistakes_end_before_the_first_step(home, change, said):
+    out = train(home, write(home, "wrong.json", **(dict(loss_config=features()) | change)), "wrong", *ACT, ok=False)
+    assert said in out and "Traceback" not in out
+
+
+@lerobot
+@pytest.mark.parametrize("kind", ["act", "diffusion", "vqbet", "tdmpc"])
+def test_the_registry_finds_the_encoders_of_real_policies(there, kind):
+    """Each feature that a policy embeds, against what its own forward computes with, and with a gradient."""
+    from lerobot.configs.types import FeatureType, PolicyFeature
+    from lerobot.policies.factory import get_policy_class, make_policy_config
+
+    from gpu_ot import ProblemError
+    from gpu_ot.lerobot.encoders import embed
+
+    camera, state = "observation.images.front", "observation.state"
+    shapes = {state: (FeatureType.STATE, (4,)), camera: (FeatureType.VISUAL, (3, 84, 84))}
+    small = {
+        "act": dict(dim_model=32, n_heads=2, dim_feedforward=64, pretrained_backbone_weights=None),
+        "diffusion": dict(down_dims=(16, 32), horizon=8, n_action_steps=4, crop_shape=None, pretrained_backbone_weights=None),
+        "vqbet": dict(crop_shape=(84, 84), gpt_n_layer=1, gpt_n_head=1, pretrained_backbone_weights=None),
+        "tdmpc": {},
+    }[kind]
+    config = make_policy_config(kind, device="cpu", push_to_hub=False, **small)
+    config.input_features = {key: PolicyFeature(type=what, shape=shape) for key, (what, shape) in shapes.items()}
+    config.output_features = {"action": PolicyFeature(type=FeatureType.ACTION, shape=(4,))}
+    torch.manual_seed(0)
+    policy = get_policy_class(kind)(config).eval()
+    steps = (2,) if kind == "diffusion" else (config.n_obs_steps,) if kind == "vqbet" else ()
+    observation = {state: torch.randn(3, *steps, 4), camera: torch.rand(3, *steps, 3, 84, 84)}
+    expected = {
+        "act": [state, camera], "diffusion": ["observation", camera], "vqbet": [state, camera], "tdmpc": ["observation", state, camera],
+    }[kind]  # fmt: skip
+    for key in expected:
+        x = observation[state if key == "observation" else key]
+        z = embed(policy, key, x, observation)
+        assert z.shape[0] == 3 and z.ndim == 2 and z.requires_grad and z.isfinite().all()
+        pulls = torch.autograd.grad(z.square().sum(), [p for p in policy.parameters() if p.requires_grad], allow_unused=True)
+        assert any(g is not None and bool((g != 0).any()) for g in pulls)
+        other = embed(policy, key, x.flip(0), {name: each.flip(0) for name, each in observation.items()})
+        torch.testing.assert_close(other, z.flip(0), rtol=1e-4, atol=1e-5)  # row by row
+    with pytest.raises(ProblemError, match=r"no embedding of|has no part"):
+        embed(policy, "observation.environment_state", observation[state], observation)
