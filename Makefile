@@ -12,11 +12,12 @@ else
 TORCH ?= torch==$(TORCH_VERSION)
 endif
 
-.PHONY: help demo test slow lint format bench clean
+.PHONY: help demo test slow lerobot lint format bench clean
 
 help:
 	@echo "make demo    two photographs exchange their colours: out/demo.png, and a table beside POT"
 	@echo "make test    the test suite (make slow for the rest)"
+	@echo "make lerobot the tests with LeRobot itself, in an environment of their own: .venv-lerobot, 1.5 GB"
 	@echo "make lint    ruff and basedpyright (make format repairs what can be)"
 	@echo "make bench   the dense solver against POT on this CPU"
 
@@ -28,6 +29,9 @@ test: .venv/ready
 
 slow: .venv/ready
 	$(BIN)/pytest -m slow
+
+lerobot: .venv-lerobot/ready
+	OMP_NUM_THREADS=1 .venv-lerobot/bin/pytest -m lerobot
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -42,7 +46,15 @@ bench: .venv/ready
 	$(BIN)/python bench/dense_cpu.py
 
 clean:
-	rm -rf .venv out build *.egg-info
+	rm -rf .venv .venv-lerobot out build *.egg-info
+
+# LeRobot's releases ask for an older torch than they work with, so it is installed without its requirements, which the pins name.
+.venv-lerobot/ready: pyproject.toml configs/pins_lerobot.txt
+	$(PYTHON) -m venv .venv-lerobot
+	.venv-lerobot/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -r configs/pins_lerobot.txt
+	.venv-lerobot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lerobot==0.4.4
+	.venv-lerobot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
 
 .venv/ready: pyproject.toml $(PINS)
 	$(PYTHON) -m venv .venv

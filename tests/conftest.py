@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
+import os
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,3 +44,17 @@ def poisoned(monkeypatch):
         return out.fill_(float("nan") if out.is_floating_point() else -(10**9))
 
     monkeypatch.setattr(torch, "empty", full_of_poison)
+
+
+@pytest.fixture(scope="session")
+def lerobot():
+    """LeRobot, without a network, here and in the processes that a test starts."""
+    if importlib.util.find_spec("lerobot") is None:
+        pytest.skip("LeRobot is not installed here: make lerobot")
+    site = Path(__file__).parent / "lerobot_site"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+        kept = runpy.run_path(str(site / "sitecustomize.py"))  # operators go when their library does
+        yield
+        kept.clear()

@@ -6,9 +6,7 @@ import copy
 import importlib.util
 import json
 import math
-import os
 import pickle
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -21,7 +19,6 @@ from hypothesis import strategies as st
 from gpu_ot import cli
 from gpu_ot.errors import ProblemError
 from gpu_ot.lerobot import dtw as dtw_module
-from gpu_ot.lerobot.config import OTConfig
 from gpu_ot.lerobot.dataset import (
     DrawLoader,
     Draws,
@@ -29,9 +26,7 @@ from gpu_ot.lerobot.dataset import (
     MixedDataset,
     PairSampling,
     Part,
-    bc_batches,
     co_training,
-    pair_batches,
 )
 from gpu_ot.lerobot.dtw import align, dtw
 from gpu_ot.lerobot.episodes import Recording, Side, digest, read_recording
@@ -764,19 +759,6 @@ def test_columns_that_only_some_have_are_dropped_and_other_shapes_refused():
         MixedDataset([Part("sim", source, 1.0, [7])])
 
 
-def test_batches_of_a_configuration_start_at_any_step():
-    cfg = OTConfig(window_size=2, sharpness=1.0, cutoff=0.5, bc_src_weight=0.7)
-    for make in (
-        lambda start: (pair[0] for pair in pair_batches(*fakes(), cfg, 6, seed=4, rank=0, start=start)),
-        lambda start: bc_batches(*fakes(), cfg, 6, seed=4, rank=0, start=start, drop_last=1),
-    ):
-        whole = make(0)
-        states = [next(whole)["observation.state"] for _ in range(5)]
-        later = make(3)
-        assert torch.equal(next(later)["observation.state"], states[3])
-        assert torch.equal(next(later)["observation.state"], states[4])
-
-
 # The command, and the real package
 
 
@@ -906,36 +888,6 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
         assert words in said.err and said.err.count("\n") == 1 and not said.out
 
 
-DECLARE = """
-import torch
-LIBRARY = torch.library.Library("torchvision", "DEF")
-for name in ("nms", "qnms"):
-    LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-"""
-DECLARED: dict = {}  # keeps them declared
-
-
-@pytest.fixture(scope="module")
-def lerobot(tmp_path_factory):
-    """The real package, offline. A CUDA torchvision beside a CPU torch imports once its operators are declared: here, and in workers."""
-    if importlib.util.find_spec("lerobot") is None:
-        pytest.skip("lerobot is not installed: pip install gpu_ot[lerobot]")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("HF_HUB_OFFLINE", "1")
-    if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode:  # so would a spawned worker fail
-        folder = tmp_path_factory.mktemp("start")
-        (folder / "sitecustomize.py").write_text(DECLARE)
-        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        exec(DECLARE, DECLARED)
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    yield LeRobotDataset
-    patch.undo()
-
-
 def create(LeRobotDataset, name, root, episodes):
     features = {
         "observation.state": {"dtype": "float32", "shape": (3,), "names": ["x", "y", "z"]},
@@ -954,9 +906,12 @@ def create(LeRobotDataset, name, root, episodes):
 
 @pytest.fixture(scope="module")
 def real(lerobot, tmp_path_factory):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
     folder = tmp_path_factory.mktemp("lerobot")
     source, target = ([z[:20] for z in side] for side in sets())
-    return lerobot, create(lerobot, "me/sim", folder / "sim", source), create(lerobot, "me/real", folder / "real", target), folder
+    made = (create(LeRobotDataset, f"me/{name}", folder / name, episodes) for name, episodes in (("sim", source), ("real", target)))
+    return LeRobotDataset, *made, folder
 
 
 @pytest.mark.lerobot

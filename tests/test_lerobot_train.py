@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -34,8 +33,6 @@ DIFFUSION = shlex.split(
     "--policy.spatial_softmax_num_keypoints=8 --policy.num_train_timesteps=10 --policy.diffusion_step_embed_dim=16 "
     "--policy.scheduler_warmup_steps=0"
 )
-#: Goes before torchvision in every process of LeRobot's.
-SITE = Path(__file__).parent / "lerobot_site"
 
 
 def features(camera="observation.images.front", **more):
@@ -64,17 +61,8 @@ def test_training_without_lerobot_says_how_to_get_it(tmp_path):
     assert done.returncode == 2 and "pip install lerobot" in done.stderr
 
 
-lerobot = pytest.mark.lerobot
-
-
 @pytest.fixture(scope="module")
-def there():
-    pytest.importorskip("lerobot", reason="LeRobot is not installed here: make lerobot")
-    return runpy.run_path(str(SITE / "sitecustomize.py"))  # kept: operators go when their library does
-
-
-@pytest.fixture(scope="module")
-def home(there, tmp_path_factory):
+def home(lerobot, tmp_path_factory):
     """A folder with a simulated and a real dataset, and the pairs of the command line."""
     home = tmp_path_factory.mktemp("lerobot")
     made = run(home, "python", "-c", f"import runpy; runpy.run_path({__file__!r})['record']()")
@@ -111,7 +99,7 @@ def run(home: Path, *command: str, ok: bool = True) -> str:
     """What a command says, in an environment without a network and on one core."""
     program = Path(sys.executable).with_name(command[0])
     environment = os.environ | {
-        "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SITE), "COLUMNS": "1000"
+        "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"
     }  # fmt: skip
     done = subprocess.run([str(program), *command[1:]], cwd=home, env=environment, capture_output=True, text=True, timeout=280)
     assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-6000:]
@@ -139,7 +127,7 @@ def behaved(said: str) -> list[float]:
     return [float(value) for value in re.findall(r"step:\d+ smpl:\S+ ep:\S+ epch:\S+ loss:(\S+)", said)]
 
 
-@lerobot
+@pytest.mark.lerobot
 def test_act_learns_saves_and_resumes_the_same_sequence(home):
     cfg = write(home, "act.json", bc_src_weight=0.5, plan_every=20, grad_norms_every=5, loss_config=features("observation.images.*"))
     said = train(home, cfg, "act", *ACT)
@@ -164,7 +152,7 @@ def test_act_learns_saves_and_resumes_the_same_sequence(home):
     assert "PreTrainedPolicy act" in run(home, "python", "-c", load)
 
 
-@lerobot
+@pytest.mark.lerobot
 def test_diffusion_aligns_its_whole_observation(home):
     cfg = write(home, "diffusion.json", grad_norms_every=5, loss_config=features("observation"))
     said = train(home, cfg, "diffusion", *DIFFUSION)
@@ -173,7 +161,7 @@ def test_diffusion_aligns_its_whole_observation(home):
     assert min(reported(said, "grad_norm")) > 0 and min(reported(said, "cost/image")) > 0
 
 
-@lerobot
+@pytest.mark.lerobot
 def test_two_ranks_draw_pairs_of_their_own(home):
     spy = home / "spy.py"
     spy.write_text(
@@ -198,7 +186,7 @@ def test_two_ranks_draw_pairs_of_their_own(home):
     assert all(map(math.isfinite, behaved(said))) and len(reported(said, "loss")) == 2
 
 
-@lerobot
+@pytest.mark.lerobot
 def test_bfloat16_trains_with_costs_in_float32(home, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     cfg = write(home, "bf16.json", loss_config=features())
@@ -206,7 +194,7 @@ def test_bfloat16_trains_with_costs_in_float32(home, monkeypatch):
     assert all(map(math.isfinite, behaved(said) + reported(said, "loss"))) and max(reported(said, "marginal_error")) < 1e-4
 
 
-@lerobot
+@pytest.mark.lerobot
 @pytest.mark.parametrize("change, said", [
     (dict(pair_info_path=None), "pair_info_path is missing"),
     (dict(pair_info_path="nowhere.npz"), "nowhere.npz"),
@@ -218,9 +206,9 @@ def test_mistakes_end_before_the_first_step(home, change, said):
     assert said in out and "Traceback" not in out
 
 
-@lerobot
+@pytest.mark.lerobot
 @pytest.mark.parametrize("kind", ["act", "diffusion", "vqbet", "tdmpc"])
-def test_the_registry_finds_the_encoders_of_real_policies(there, kind):
+def test_the_registry_finds_the_encoders_of_real_policies(lerobot, kind):
     """Each feature that a policy embeds, against what its own forward computes with, and with a gradient."""
     from lerobot.configs.types import FeatureType, PolicyFeature
     from lerobot.policies.factory import get_policy_class, make_policy_config

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import ProblemError
-from .config import OTConfig
 from .episodes import read_recording
 from .frames import MIXTURE, ORDER, PARTNER, FrameCache, FrameDataset, Frames, episodes_of, generator, matches, transforms_of
 from .pairs import Pairs, read_pairs
@@ -375,49 +374,6 @@ class DrawLoader:
             )
         self._iterator = None  # workers that run ahead are on the old course
         self.sampler.start, self.batches = int(state["draw"]), 0
-
-
-def pair_batches(
-    source: FrameDataset, target: FrameDataset, pairs: Pairs, cfg: OTConfig, size: int, seed: int, rank: int | None = None, start: int = 0
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Batches (source, target) of `size` pairs, without end, from step `start` on, as `cfg` has them."""
-    sampling = PairSampling(cfg.window_size, cfg.no_window, cfg.sharpness, cfg.cutoff, cfg.topk_src_episodes, seed)
-    dataset = LeRobotOTPairDataset(source, target, pairs, sampling, cache_bytes=cfg.cache_mib << 20)
-    loader = _from_step(dataset, size, rank, start, cfg.num_workers)
-    return ((batch["source"], batch["target"]) for batch in loader)
-
-
-def bc_batches(
-    source: FrameDataset,
-    target: FrameDataset,
-    pairs: Pairs,
-    cfg: OTConfig,
-    batch_size: int,
-    seed: int,
-    rank: int | None = None,
-    start: int = 0,
-    num_workers: int = 0,
-    drop_last: int = 0,
-) -> Iterator[dict[str, Any]]:
-    """Batches to imitate, without end, from step `start` on, mixed as `cfg` has it; `drop_last` frames of each episode are not drawn."""
-    mixed = co_training(
-        source,
-        target,
-        pairs,
-        src_weight=0.9 if cfg.bc_src_weight is None else cfg.bc_src_weight,
-        paired_share=cfg.bc_paired_share,
-        per_frame=not cfg.normalize_bc_weights_by_ds_size,
-        topk_src_episodes=cfg.topk_src_episodes,
-        drop_last=drop_last,
-        seed=seed,
-        cache_bytes=cfg.cache_mib << 20,
-    )
-    return iter(_from_step(mixed, batch_size, rank, start, num_workers))
-
-
-def _from_step(dataset: LeRobotOTPairDataset | MixedDataset, size: int, rank: int | None, step: int, num_workers: int) -> DrawLoader:
-    world = _ranks()[1]
-    return DrawLoader(dataset, size, rank=rank, world=world, start=step * size * world, num_workers=num_workers)
 
 
 def _same_labels(pairs: Pairs, *sides: Frames) -> None:

@@ -198,6 +198,7 @@ class _Launch:
             paired_share=cfg.bc_paired_share,
             per_frame=not cfg.normalize_bc_weights_by_ds_size,
             topk_src_episodes=cfg.topk_src_episodes,
+            drop_last=int(getattr(t.policy, "drop_n_last_frames", 0)),
             seed=self._seed,
             cache_bytes=cfg.cache_mib << 20,
         )
