@@ -1,9 +1,10 @@
 """Differentiable optimal transport that stays on the device: log-domain Sinkhorn, and a drop-in for POT's."""
 
 from .backends import explain
+from .checkpoint import Checkpoint
 from .costs import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
 from .divergence import Divergence, SelfTerm, divergence, self_term
-from .errors import BackendError, NotConverged, ProblemError
+from .errors import BackendError, NotConverged, ProblemError, RankFailed
 from .initial import gaussian_potentials, sorted_potentials
 from .losses import SamplesLoss, SinkhornLoss
 from .penalties import KL, TV
@@ -41,6 +42,7 @@ from .pot.unbalanced import (
 )
 from .problem import Problem
 from .schedule import Anneal, Constant
+from .sharded import Sharded
 from .solution import Plan, Solution, Status
 
 __version__ = "0.1.0"
@@ -50,6 +52,7 @@ __all__ = [
     "TV",
     "Anneal",
     "BackendError",
+    "Checkpoint",
     "Constant",
     "Cosine",
     "Cost",
@@ -64,8 +67,10 @@ __all__ = [
     "Plan",
     "Problem",
     "ProblemError",
+    "RankFailed",
     "SamplesLoss",
     "SelfTerm",
+    "Sharded",
     "SinkhornLoss",
     "Solution",
     "SqEuclidean",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import errors
+from .ranks import ALONE, Alone
 
 
 class Folded(NamedTuple):
@@ -44,6 +45,11 @@ class Cost:
 
     A new kind of cost says what it is with `inputs`, `shape`, `dense` and `of`, and how to cut it with `part`.
     """
+
+    @property
+    def ranks(self) -> Alone:
+        """Who holds its points."""
+        return ALONE
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -328,25 +334,31 @@ class _Distances(torch.autograd.Function):
     """|x_i - y_j| or its square, (*batch, n, m). torch's own has no second derivative, and of the square it could not have the right one
     where points coincide."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, squared: bool) -> Tensor:
+    def forward(x: Tensor, y: Tensor, squared: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         # Differences first: |x|^2 + |y|^2 - 2<x, y> has no digits left for clouds far from the origin.
         D = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-        ctx.squared = squared
-        ctx.save_for_backward(x, y, D)
         return D.square() if squared else D
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, y, ctx.squared = inputs
+        ctx.save_for_backward(x, y, output)
+
+    @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (G,), (x, y, D) = grad_outputs, ctx.saved_tensors
+        (G,), (x, y, C) = grad_outputs, ctx.saved_tensors
         need_x, need_y, _ = ctx.needs_input_grad
         if not torch.is_grad_enabled():
+            D = C.sqrt() if ctx.squared else C
             G = 2 * D * G if ctx.squared else G
             back = torch.ops.aten._cdist_backward
             grad_x = back(G.contiguous(), x, y, 2.0, D) if need_x else None
             return grad_x, back(G.mT.contiguous(), y, x, 2.0, D.mT.contiguous()) if need_y else None, None
         # The derivatives again are products, about a common centre.
-        W = 2 * G if ctx.squared else torch.where(D > 0, G / torch.where(D > 0, D, 1.0), 0.0)
+        W = 2 * G if ctx.squared else torch.where(C > 0, G / torch.where(C > 0, C, 1.0), 0.0)
         centre = torch.cat((x, y), -2).mean(-2, keepdim=True).detach()
         x, y = x - centre, y - centre
         return W.sum(-1, keepdim=True) * x - W @ y, W.sum(-2).unsqueeze(-1) * y - W.mT @ x, None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import errors, gradients, implicit
+from . import errors, gradients, implicit, transforms
 from .acceleration import Mixing
 from .backends import bind
 from .costs import Cosine, Cost, Dot, Euclidean, Matrix, SqEuclidean, Sum
@@ -17,6 +17,7 @@ from .loop import Outcome, Progress, Stop, iterate
 from .penalties import BALANCED, Penalty
 from .problem import Problem
 from .schedule import Constant
+from .sharded import Sharded
 from .solution import CONVERGED, MAX_ITER, STALLED, Plan, Solution, Status
 
 
@@ -112,14 +113,15 @@ def divergence(
 
     Feydy et al. 2019, arXiv:1810.08278, equation (3); Séjourné et al. 2019, arXiv:1910.12958, for relaxed marginals and other masses.
     """
-    (penalty_a, penalty_b), eps = problem.penalties, problem.eps
+    (eps, penalties), ranks = problem.asked, problem.cost.ranks
+    ranks.agree(backend=backend, grad=grad, tol=tol, max_iter=max_iter, accelerate=accelerate, self_a=self_a is None, self_b=self_b is None)
 
     def own(side: int, given: Cost | Tensor | None) -> SelfTerm:
         weights = (problem.a, problem.b)[side].to(problem.dtype)  # wide ones would make the sweeps wide
         within = _within(problem.cost, side, given)
-        return self_term(within, eps, weights, (penalty_a, penalty_b)[side], backend=backend, grad=grad, tol=tol, max_iter=max_iter)
+        return self_term(within, eps, weights, penalties[side], backend=backend, grad=grad, tol=tol, max_iter=max_iter)
 
-    with torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
+    with ranks.watch(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
         if self_a is None:
             self_a = own(0, cost_aa)
         if self_b is None:
@@ -138,19 +140,19 @@ def at_potentials(problem: Problem, f: Tensor, g: Tensor, own: tuple[Tensor, Ten
 
     For derivatives without the solve that they belong to. Differentiable in the cost and the weights.
     """
-    value = gradients.value(problem, bind(problem, backend), f, g)
+    value, (eps, penalties) = gradients.value(problem, bind(problem, backend), f, g), problem.asked
     if own is None:
         return value
     for side, potential in enumerate(own):
         weights = (problem.a, problem.b)[side].to(problem.dtype)
-        alone = Problem(_within(problem.cost, side, None), problem.eps, weights, weights, problem.penalties[side])
+        alone = Problem(_within(problem.cost, side, None), eps, weights, weights, penalties[side])
         value = value - gradients.value(alone, bind(alone, backend), potential, potential) / 2
-    return value + problem.eps / 2 * (problem.a.sum(-1) - problem.b.sum(-1)).square()
+    return value + eps / 2 * (problem.a.sum(-1) - problem.b.sum(-1)).square()
 
 
 def self_term(
     cost: Cost | Tensor,
-    eps: float,
+    eps: float | Tensor,
     a: Tensor | None = None,
     penalty: Penalty = BALANCED,
     *,
@@ -167,9 +169,13 @@ def self_term(
     problem = Problem(cost, eps, a, a, penalty)
     _check_symmetric(problem.cost)
     with torch.autocast(problem.a.device.type, enabled=False):
-        geometry = bind(problem, backend)
-        with torch.no_grad():
-            end = symmetric(geometry, problem, Stop(tol), max_iter)
+
+        def search(problem: Problem) -> tuple[Geometry, Outcome]:
+            geometry = bind(problem, backend)
+            with torch.no_grad():
+                return geometry, symmetric(geometry, problem, Stop(tol), max_iter)
+
+        geometry, end = gradients.apart(problem, search)
         value, f, _ = _differentiable(problem, geometry, end, grad)
     return SelfTerm(value, f, end.status, end.converged, end.n_iter, end.n_passes)
 
@@ -220,13 +226,17 @@ def _between(
     errors, which where measures are that close are larger duals; annealing forgets the start, and pays only where they are far
     apart.) For measures that are nearly the same, as at the end of a training, it is also most of the work.
     """
-    geometry = bind(problem, backend)
-    if accelerate == "auto" and not geometry.accelerates:
-        accelerate = "none"
-    check_every = 1 if accelerate != "none" and problem.a.device.type == "cpu" else 10
-    with torch.no_grad():
-        rows = weigh(start.expand_as(problem.a), problem.a.detach(), problem.eps)
-        end = iterate(geometry, problem, Constant(problem.eps), rows, stop, max_iter, check_every, None, accelerate)
+    start = start.expand_as(problem.a)
+
+    def search(problem: Problem) -> tuple[Geometry, Outcome]:
+        geometry = bind(problem, backend)
+        how = "none" if accelerate == "auto" and not geometry.accelerates else accelerate
+        check_every = 1 if how != "none" and problem.a.device.type == "cpu" else 10
+        with torch.no_grad():
+            rows = weigh(transforms.numbers(start), problem.a.detach(), problem.eps)
+            return geometry, iterate(geometry, problem, Constant(problem.eps), rows, stop, max_iter, check_every, None, how)
+
+    geometry, end = gradients.apart(problem, search)
     value, f, g = _differentiable(problem, geometry, end, grad)
     history = torch.stack(end.errors)
     narrow = value.to(problem.given_dtype)
@@ -283,12 +293,13 @@ def _check_symmetric(cost: Cost) -> None:
     n, m = cost.shape[-2:]
     if n != m:
         raise errors.wrong_shape("the cost within a measure", cost.shape, "(*batch, n, n)")
-    kinds = [term for _, term in cost.terms] if isinstance(cost, Sum) else [cost]
+    inner = cost.cost if isinstance(cost, Sharded) else cost
+    kinds = [term for _, term in inner.terms] if isinstance(inner, Sum) else [inner]
     if all(type(kind) in (SqEuclidean, Euclidean, Dot, Cosine) for kind in kinds):
         return
     few = slice(0, 64)
     with torch.no_grad():
-        C = cost.part(few, few).dense()
+        C = cost.sample(64) if isinstance(cost, Sharded) else cost.part(few, few).dense()
         C = torch.where(C.isfinite(), C, 0.0)
         gap, size = torch.stack([(C - C.mT).abs().amax(), C.abs().amax()]).tolist()
     if gap > 1e-3 * size:

@@ -21,6 +21,20 @@ class NotConverged(RuntimeError):
     """Raised only on request (`strict=True`): the loop stopped before its tolerance."""
 
 
+class RankRefused(ProblemError):
+    """What some ranks of a group were asked cannot be; raised on all of them."""
+
+    unanimous: bool = False  # the same on every rank
+
+
+class RanksDiffer(ProblemError):
+    """The ranks of a group were asked different things; raised on all of them."""
+
+
+class RankFailed(RuntimeError):
+    """A rank that others share a problem with has failed or ended, or does not answer within the timeout of their group."""
+
+
 def shape(of: Sequence[int]) -> str:
     return "(" + ", ".join(map(str, of)) + ("," if len(of) == 1 else "") + ")"
 
@@ -95,3 +109,23 @@ def unknown(name: str, found: object, known: Sequence[str]) -> ProblemError:
 
 def backend_refused(name: str, why: str) -> BackendError:
     return BackendError(f'backend "{name}" cannot serve this problem: {why}')
+
+
+def rank_refused(refusals: Sequence[tuple[int, str]], size: int) -> RankRefused:
+    told = list(dict.fromkeys(text for _, text in refusals))
+    by = ["rank " + ", ".join(str(rank) for rank, said in refusals if said == text) for text in told]
+    error = RankRefused("; ".join(f"{who} of {size}: {text}" for who, text in zip(by, told, strict=True)))
+    error.unanimous = len(refusals) == size and len(told) == 1
+    return error
+
+
+def ranks_differ(name: str, one: int, has: str, other: int, found: str) -> RanksDiffer:
+    return RanksDiffer(
+        f"all ranks must ask for the same, and {name} differs: rank {one} has {has}, rank {other} has {found}. Pass equal arguments on "
+        "every rank; only points and their weights are each rank's own."
+    )
+
+
+def rank_failed(rank: int, size: int, doing: str, cause: str | None, said: str) -> RankFailed:
+    unknown = "some rank ended or did not answer within the timeout of the group; none of those on this machine has ended"
+    return RankFailed(f"the {size} ranks cannot go on: {cause or unknown} (noticed by rank {rank} in {doing}: {said})")

@@ -15,43 +15,82 @@ Taken in the weight itself, not in its logarithm, it is finite at b_j = 0 too, w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import transforms
 from .costs import Cost
-from .geometry import Geometry, weigh
+from .errors import ProblemError
+from .geometry import Attached, Geometry, attach, folds, weigh
+from .penalties import KL, Penalty
 from .problem import Problem
 
+T = TypeVar("T")
 
-class _Softmin(torch.autograd.Function):
+
+class Each(torch.autograd.Function):
+    """An operation that torch.vmap runs for one of its many after the other, as for the rows of a Jacobian."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = [
+            cls.apply(*(z.select(dim, i) if isinstance(z, Tensor) and dim is not None else z for z, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found), 0
+        return tuple(torch.stack(same) for same in zip(*found, strict=True)), (0,) * len(found[0])
+
+
+class _Softmin(Each):
     @staticmethod
-    def forward(ctx: Any, geometry: Geometry, eps: float, g: Tensor, b: Tensor, *inputs: Tensor) -> Tensor:
-        s = geometry.softmin(weigh(g, b, eps), eps)
-        ctx.geometry, ctx.eps = geometry, eps
-        ctx.save_for_backward(s, g, b)
-        return s
+    def forward(geometry: Geometry, eps: float, g: Tensor, b: Tensor, *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return geometry.softmin(weigh(g, b, eps), eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.geometry, ctx.eps, *given = inputs
+        ctx.save_for_backward(output, *given)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        s, g, b = ctx.saved_tensors
-        return None, None, *pull_softmin(ctx.geometry, g, b, ctx.eps, s, grad_outputs[0], ctx.needs_input_grad[2:])
+        s, g, b, *inputs = ctx.saved_tensors
+        geometry = attach(ctx.geometry, inputs)
+        return None, None, *pull_softmin(geometry, g, b, ctx.eps, s, grad_outputs[0], ctx.needs_input_grad[2:])
 
 
-class _Apply(torch.autograd.Function):
+class _Apply(Each):
     @staticmethod
-    def forward(ctx: Any, geometry: Geometry, eps: float, k: Tensor, h: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
-        out = geometry.apply(k, _present(h, v), eps, v)
-        ctx.geometry, ctx.eps = geometry, eps
-        ctx.save_for_backward(k, h, v, out)
-        return out
+    def forward(geometry: Geometry, eps: float, k: Tensor, h: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return geometry.apply(k, _present(h, v), eps, v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.geometry, ctx.eps, *given = inputs
+        ctx.save_for_backward(output, *given)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        k, h, v, out = ctx.saved_tensors
-        return None, None, *pull_apply(ctx.geometry, k, h, ctx.eps, v, out, grad_outputs[0], ctx.needs_input_grad[2:])
+        out, k, h, v, *inputs = ctx.saved_tensors
+        geometry = attach(ctx.geometry, inputs)
+        return None, None, *pull_apply(geometry, k, h, ctx.eps, v, out, grad_outputs[0], ctx.needs_input_grad[2:])
+
+
+def apart(problem: Problem, work: Callable[[Problem], tuple[Geometry, T]]) -> tuple[Geometry, T]:
+    """`work(problem)`: a geometry and what was found on it. Within a transform of torch.func it is done on the numbers inside, and the
+    geometry comes back with derivatives to the problem's own tensors."""
+    if not transforms.active():
+        return work(problem)
+    geometry, found = transforms.outside(lambda: work(problem.plain()), problem.a)
+    cost = problem.cost
+    if not any(transforms.asks(z) for z in cost.inputs.values()):
+        return geometry, found
+    folded = cost.fold() if len(geometry.inputs) == 4 else None
+    inputs = [cost.dense()] if geometry.stored and len(geometry.inputs) == 1 else cost.inputs.values() if folded is None else folded
+    return attach(geometry, [z.to(old.dtype).expand(old.shape) for z, old in zip(inputs, geometry.inputs, strict=True)]), found
 
 
 def softmin(geometry: Geometry, g: Tensor, b: Tensor, eps: float) -> Tensor:
@@ -110,29 +149,104 @@ def pull_back(geometry: Geometry, k: Tensor, h: Tensor, eps: float, w: Tensor, z
     NotImplementedError where another one is asked for that.
     """
     inputs = geometry.inputs
-    if geometry.stored:
+    if geometry.stored and len(inputs) == 1:
         if torch.is_grad_enabled():
             P = _exponentials(k, h, inputs[0], eps, (w == 0).all(-1), (z == 0).all(-1))
         else:
             P = geometry.plan(_present(k, w), _present(h, z), eps)
         return ((P * (w @ z.mT).to(P.dtype)).sum_to_size(inputs[0].shape).to(inputs[0].dtype),)
-    if _folds(geometry):
+    if folds(geometry):
         _, _, u, v = inputs
         alpha, grad_u = _pull_side(geometry, k, h, eps, w, z, v)
         beta, grad_v = _pull_side(geometry.T, h, k, eps, z, w, u)
         return tuple(grad.sum_to_size(x.shape).to(x.dtype) for grad, x in zip((alpha, beta, grad_u, grad_v), inputs, strict=True))
-    if torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"second derivatives in the points are not known to {type(geometry).__name__} for this cost: "
-            'use backend="dense", or for a cost that folds, such as SqEuclidean, backend="chunked".'
-        )
-    # The machine takes a sign on the rows alone: z is split into what adds and what subtracts.
-    parts = [
-        geometry.pull_back(k, weigh(h, (sign * z[..., c]).clamp(min=0), eps), eps, sign * w[..., c])
-        for c in range(z.shape[-1])
-        for sign in (1, -1)
-    ]
-    return tuple(torch.stack(same).sum(0) for same in zip(*parts, strict=True))
+    if torch.is_grad_enabled() and not transforms.active():
+        raise NotImplementedError(_NO_SECOND.format(_name(geometry)))
+    return _PullBack.apply(geometry, eps, k, h, w, z, *inputs)
+
+
+def pull_held(geometry: Geometry, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
+    """The gradients in the inputs of a function whose derivative in C_ij is w_i p_ij, p_ij = exp((k_i + h_j - C_ij) / eps) constant.
+
+    Differentiable in w, and in the points of a cost that folds. Raises NotImplementedError where others are asked for that.
+    """
+    inputs, machine, column = geometry.inputs, _machine(geometry), w.unsqueeze(-1)
+    if geometry.stored and len(inputs) == 1:
+        return ((_HeldPlan.apply(machine, eps, k, h) * column.to(geometry.dtype)).sum_to_size(inputs[0].shape),)
+    if folds(geometry):
+        u, v = (torch.cat((z, torch.ones_like(z[..., :1])), -1).to(w.dtype) for z in inputs[2:])
+        rows = column * _HeldTimes.apply(machine, eps, k, h, v)
+        columns = _HeldTimes.apply(machine.T, eps, h, k, column * u)
+        grads = rows[..., -1], columns[..., -1], -rows[..., :-1], -columns[..., :-1]
+        return tuple(grad.sum_to_size(z.shape).to(z.dtype) for grad, z in zip(grads, inputs, strict=True))
+    return pull_back(geometry, k, h, eps, column, torch.ones_like(h).unsqueeze(-1))
+
+
+class _HeldTimes(Each):
+    """`apply` as a function of v alone, which is linear."""
+
+    @staticmethod
+    def forward(geometry: Geometry, eps: float, k: Tensor, h: Tensor, v: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return geometry.apply(k, h, eps, v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.geometry, ctx.eps, k, h, _ = inputs
+        ctx.save_for_backward(k, h)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        k, h = ctx.saved_tensors
+        return None, None, None, None, _HeldTimes.apply(ctx.geometry.T, ctx.eps, h, k, grad_outputs[0])
+
+
+class _HeldPlan(Each):
+    """The array of constants."""
+
+    @staticmethod
+    def forward(geometry: Geometry, eps: float, k: Tensor, h: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return geometry.plan(k, h, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+
+class _PullBack(Each):
+    """`pull_back` by the machine itself, which knows no derivative of it. torch.func differentiates whatever it can, and is told only
+    when it asks for that."""
+
+    @staticmethod
+    def forward(geometry: Geometry, eps: float, k: Tensor, h: Tensor, w: Tensor, z: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # The machine takes a sign on the rows alone: z is split into what adds and what subtracts.
+        parts = [
+            geometry.pull_back(k, weigh(h, (sign * z[..., c]).clamp(min=0), eps), eps, sign * w[..., c])
+            for c in range(z.shape[-1])
+            for sign in (1, -1)
+        ]
+        return tuple(torch.stack(same).sum(0) for same in zip(*parts, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.name = _name(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise NotImplementedError(_NO_SECOND.format(ctx.name))
+
+
+_NO_SECOND = (
+    "second derivatives in the points are not known to {} for this cost: "
+    'use backend="dense", or for a cost that folds, such as SqEuclidean, backend="chunked".'
+)
+
+
+def _name(geometry: Geometry) -> str:
+    return type(_machine(geometry)).__name__
+
+
+def _machine(geometry: Geometry) -> Geometry:
+    return geometry.machine if isinstance(geometry, Attached) else geometry
 
 
 def _pull_side(geometry: Geometry, k: Tensor, h: Tensor, eps: float, w: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,32 +258,9 @@ def _pull_side(geometry: Geometry, k: Tensor, h: Tensor, eps: float, w: Tensor, 
     return (w * sums[..., :c]).sum(-1), -(w.unsqueeze(-1) * sums[..., c:].unflatten(-1, (c, d))).sum(-2)
 
 
-def _folds(geometry: Geometry) -> bool:
-    """Whether the inputs are alpha, beta, u and v as seen from this side, which then turn with it."""
-    inputs = geometry.inputs
-    return len(inputs) == 4 and inputs[0].ndim + 1 == inputs[2].ndim and geometry.T.inputs[0] is inputs[1]
-
-
 def _present(h: Tensor, v: Tensor) -> Tensor:
     """h, and -inf for the atoms whose row of v is zero."""
     return torch.where((v != 0).any(-1), h, -math.inf)
-
-
-class _FirstOnly(torch.autograd.Function):
-    """The identity. What follows a backward of it is half a second derivative, and would pass for a whole."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "second derivatives of a value are not in its envelope, which holds the potentials still: solve with "
-                'grad="implicit", or leave out create_graph=True.'
-            )
-        return grad_outputs[0]
 
 
 def value(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
@@ -181,12 +272,154 @@ def value(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
     the value (the envelope theorem), with no rescaling. Feydy et al. 2019, arXiv:1810.08278, equation (9). Second derivatives then
     raise NotImplementedError.
     """
-    (penalty_a, penalty_b), a, b, eps = problem.penalties, problem.a, problem.b, problem.eps
+    at = (problem.penalties, problem.eps, geometry, f, g, problem.a, problem.b)
+    if transforms.asks(f) or transforms.asks(g):
+        return dual(*at)[0]
+    D = _Envelope.apply(*at, *geometry.inputs)[0]
+    for number, slope in _slopes(problem, geometry, f, g):
+        D = D + _Along.apply(number, slope)
+    return D
+
+
+def _slopes(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(number, dD / dnumber at held potentials, (*batch,)) for eps and each tau that is learnt.
+
+        dD / deps = KL(P | a⊗b) = sum P (f_i + g_j - C_ij) / eps - |P| + |a||b|,    dD / dtau = KL(P1 | a) for P1 = a exp(-f / tau)
+
+    The first takes two sweeps more.
+    """
+    (eps, *taus), found = problem.learnt, []
+    with torch.no_grad():
+        if eps is not None:
+            level = torch.where(g.isfinite(), g, 0.0)
+            sent = transport(problem, geometry, f, g, torch.stack((torch.ones_like(level), level), -1))
+            inner = (torch.where(f.isfinite(), f, 0.0) * sent[..., 0] + sent[..., 1]).sum(-1) - sharp_cost(problem, geometry, f, g)
+            found.append((eps, inner / problem.eps - sent[..., 0].sum(-1) + problem.a.sum(-1) * problem.b.sum(-1)))
+        for tau, penalty, w, z in zip(taus, problem.penalties, (problem.a, problem.b), (f, g), strict=True):
+            if tau is not None and isinstance(penalty, KL) and not penalty.balanced:
+                t = z / penalty.tau
+                found.append((tau, torch.where(w > 0, -w * (torch.expm1(-t) + t * (-t).exp()), 0.0).sum(-1)))
+    return found
+
+
+class _Along(Each):
+    """0, whose derivative in a number is `slope` (*batch,)."""
+
+    @staticmethod
+    def forward(number: Tensor, slope: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.zeros_like(slope)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled() and not transforms.active():
+            raise NotImplementedError(_HELD)
+        return _AlongGradient.apply(*ctx.saved_tensors, grad_outputs[0]), None
+
+
+class _AlongGradient(Each):
+    @staticmethod
+    def forward(number: Tensor, slope: Tensor, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (slope * grad).sum().to(number).reshape(number.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise NotImplementedError(_HELD)
+
+
+def refuse_learnt(problem: Problem, mode: str) -> None:
+    """Raises ProblemError where eps or tau is learnt: of the potentials, and by other modes, their derivatives are not known."""
+    if any(z is not None for z in problem.learnt):
+        raise ProblemError(
+            f'eps or tau requires a gradient, and grad="{mode}" knows no derivative in it: grad="envelope" has that of the value. For '
+            "potentials and plans divide the cost and every tau by eps and pass eps=1; the potentials are then in units of eps."
+        )
+
+
+Penalties = tuple[Penalty, Penalty]
+
+
+def dual(penalties: Penalties, eps: float, geometry: Geometry, f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(D, s) of `value`."""
+    penalty_a, penalty_b = penalties
     s = softmin(geometry, g, b, eps)
     rows = torch.where(s.isfinite(), ((f - s) / eps).exp(), 0.0)
     mass = a.sum(-1) * b.sum(-1)
-    dual = (a * penalty_a.reward(f)).sum(-1) + (b * penalty_b.reward(g)).sum(-1) - eps * ((a * rows).sum(-1) - mass)
-    return dual if f.requires_grad or g.requires_grad else _FirstOnly.apply(dual)
+    return (a * penalty_a.reward(f)).sum(-1) + (b * penalty_b.reward(g)).sum(-1) - eps * ((a * rows).sum(-1) - mass), s
+
+
+def pull_dual(
+    penalties: Penalties, eps: float, geometry: Geometry, f: Tensor, g: Tensor, a: Tensor, b: Tensor,
+    s: Tensor, grad: Tensor, needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients in a, b and each input of a function whose derivative in D is `grad`, f and g held."""
+    penalty_a, penalty_b = penalties
+    grad = grad.unsqueeze(-1)
+    rows = torch.where(s.isfinite(), ((f - s) / eps).exp(), 0.0)
+    _, grad_b, *grads = pull_softmin(geometry, g, b, eps, s, grad * a * rows, [False, *needed[1:]])
+    grad_a = grad * (penalty_a.reward(f) - eps * rows + eps * b.sum(-1, keepdim=True)) if needed[0] else None
+    if grad_b is not None:
+        grad_b = grad_b + grad * (penalty_b.reward(g) + eps * a.sum(-1, keepdim=True))
+    return grad_a, grad_b, *grads
+
+
+class _Envelope(Each):
+    """`dual` and its derivative with the potentials held still, the first of the value."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        penalties: Penalties, eps: float, geometry: Geometry, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return dual(penalties, eps, geometry, f, g, a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *ctx.fixed, f, g, a, b = inputs[:7]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(f, g, a, b, output[1], *inputs[7:])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled() and not transforms.active():
+            raise NotImplementedError(_HELD)
+        f, g, a, b, s, *inputs = ctx.saved_tensors
+        needed = ctx.needs_input_grad[5:]
+        found = iter(_EnvelopeGradients.apply(*ctx.fixed, tuple(needed), f, g, a, b, s, grad_outputs[0], *inputs))
+        return *(None,) * 5, *(next(found) if wanted else None for wanted in needed)
+
+
+class _EnvelopeGradients(Each):
+    """The first derivatives. What a derivative of them would be is half a second derivative, and would pass for a whole."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        penalties: Penalties, eps: float, geometry: Geometry, needed: tuple[bool, ...],
+        f: Tensor, g: Tensor, a: Tensor, b: Tensor, s: Tensor, grad: Tensor, *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        with torch.no_grad():
+            found = pull_dual(penalties, eps, geometry, f, g, a, b, s, grad, needed)
+        return tuple(z for z, wanted in zip(found, needed, strict=True) if wanted and z is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise NotImplementedError(_HELD)
+
+
+_HELD = (
+    "second derivatives of a value are not in its envelope, which holds the potentials still: solve with "
+    'grad="implicit", or leave out create_graph=True.'
+)
 
 
 def unroll(problem: Problem, geometry: Geometry, start: Tensor, k: int, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -198,7 +431,8 @@ def unroll(problem: Problem, geometry: Geometry, start: Tensor, k: int, weight: 
     iterations forward and again backward.
     """
     penalty_a, penalty_b = problem.penalties
-    eps = problem.eps
+    refuse_learnt(problem, "unroll")
+    eps, geometry = problem.eps, geometry.entrywise
     f, g = start, torch.zeros_like(problem.b)
     weight = torch.ones_like(start) if weight is None else weight
     for _ in range(k):
@@ -215,9 +449,9 @@ def plan(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
 
 def _matrix(problem: Problem, geometry: Geometry) -> Tensor:
     """C as the geometry knows it, which for a folded form can be differentiated any number of times."""
-    if geometry.stored:
+    if geometry.stored and len(geometry.inputs) == 1:
         return geometry.inputs[0]
-    if _folds(geometry):
+    if not geometry.stored and folds(geometry):
         alpha, beta, u, v = geometry.inputs
         return alpha.unsqueeze(-1) + beta.unsqueeze(-2) - u @ v.mT
     return problem.cost.dense()
@@ -254,8 +488,8 @@ def average(problem: Problem, geometry: Geometry, g: Tensor, v: Tensor) -> Tenso
 def sharp_cost(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
     """<P, C> in (*batch,), differentiable in f, g, the weights and the cost; an n-by-m array only where the geometry holds one."""
     if geometry.stored:
-        return _inner(f, g, problem.a, problem.b, geometry.inputs[0], problem.eps)
-    if _folds(geometry):
+        return _inner(f, g, problem.a, problem.b, _matrix(problem, geometry), problem.eps)
+    if folds(geometry):
         alpha, beta, u, v = (z.to(f.dtype) for z in geometry.inputs)
         columns = torch.cat((torch.ones_like(beta).unsqueeze(-1), beta.unsqueeze(-1), v), -1)
         sent = transport(problem, geometry, f, g, columns)

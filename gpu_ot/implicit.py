@@ -22,17 +22,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import NotConverged
-from .geometry import Geometry, weigh
-from .gradients import apply, pull_apply, pull_softmin, softmin
-from .gradients import value as dual
+from .geometry import Geometry, attach, weigh
+from .gradients import Each, Penalties, apply, dual, pull_apply, pull_dual, pull_softmin, refuse_learnt, softmin
 from .penalties import Penalty
 from .problem import Problem
 
@@ -58,6 +57,7 @@ def potentials(
     tol      relative residual of the linear systems; TOL or TOL_SINGLE when left out.
     limit    conjugate-gradient iterations; where they run out, the backward raises NotConverged.
     """
+    refuse_learnt(problem, "implicit")
     if tol is None:
         tol = TOL if geometry.dtype == torch.float64 else TOL_SINGLE
     system = _System(geometry, geometry.T, problem.penalties, problem.eps, tol, limit, caution)
@@ -75,7 +75,7 @@ def potentials(
 def value(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
     """`gradients.value` at the potentials of `potentials`, (*batch,): its first derivatives cost one sweep, as the envelope's do, and see
     f and g move when they are differentiated again."""
-    return _Value.apply(problem, geometry, f, g, problem.a, problem.b, *geometry.inputs)
+    return _Value.apply(problem.penalties, problem.eps, geometry, f, g, problem.a, problem.b, *geometry.inputs)
 
 
 @dataclass(frozen=True)
@@ -88,21 +88,29 @@ class _System:
     limit: int
     caution: str
 
+    def attached(self, inputs: Sequence[Tensor]) -> _System:
+        """The same system of the tensors that derivatives are to flow to, those of the rows and those of the columns."""
+        half = len(inputs) // 2
+        return replace(self, rows=attach(self.rows, inputs[:half]), columns=attach(self.columns, inputs[half:]))
 
-class _Potentials(torch.autograd.Function):
+
+class _Potentials(Each):
     @staticmethod
-    def forward(ctx: Any, system: _System, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        f, g = f.clone(), g.clone()
-        ctx.system = system
+    def forward(system: _System, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return f.clone(), g.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.system = inputs[0]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(f, g, a, b)
-        return f, g
+        ctx.save_for_backward(*output, *inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if all(grad is None for grad in grad_outputs):  # the value alone was differentiated, see _Value
             return (None,) * len(ctx.needs_input_grad)
-        system, (f, g, a, b) = ctx.system, ctx.saved_tensors
+        f, g, a, b, *inputs = ctx.saved_tensors
+        system = ctx.system.attached(inputs)
         cotangents = [torch.zeros_like(z) if grad is None else grad for z, grad in zip((f, g), grad_outputs, strict=True)]
         if system.caution:
             warnings.warn(system.caution, RuntimeWarning, stacklevel=2)
@@ -116,26 +124,28 @@ class _Potentials(torch.autograd.Function):
         return None, None, None, grad_a, grad_b, *into_rows, *into_columns
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Each):
     """Solves the adjoint system, or the tangent one. The derivative of either takes a solve of the other:
 
     for tangents (t_a, t_b) and adjoints (w_a, w_b) the equations move by d(<w_a, A t_b> + <w_b, B t_a>).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, system: _System, adjoint: bool, on_rows: Tensor, on_columns: Tensor,
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        system: _System, adjoint: bool, on_rows: Tensor, on_columns: Tensor,
         s_a: Tensor, s_b: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        found = _solve(system, adjoint, on_rows, on_columns, s_a, s_b, f, g, a, b)
-        ctx.system, ctx.adjoint = system, adjoint
-        ctx.save_for_backward(*found, s_a, s_b, f, g, a, b)
-        return found
+        return _solve(system, adjoint, on_rows, on_columns, s_a, s_b, f, g, a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.system, ctx.adjoint = inputs[:2]
+        ctx.save_for_backward(*output, *inputs[4:])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *found, s_a, s_b, f, g, a, b = ctx.saved_tensors
-        system = ctx.system
+        *found, s_a, s_b, f, g, a, b = ctx.saved_tensors[:8]
+        system = ctx.system.attached(ctx.saved_tensors[8:])
         rows, columns, eps = system.rows, system.columns, system.eps
         into = _Linear.apply(system, not ctx.adjoint, *grad_outputs, s_a, s_b, f, g, a, b, *rows.inputs, *columns.inputs)
         (t_a, t_b), (w_a, w_b) = (into, found) if ctx.adjoint else (found, into)
@@ -153,26 +163,25 @@ class _Linear(torch.autograd.Function):
         return None, None, *into, grad_s_a, grad_s_b, grad_f, grad_g, grad_a, grad_b, *into_rows, *into_columns
 
 
-class _Value(torch.autograd.Function):
+class _Value(Each):
     @staticmethod
-    def forward(ctx: Any, problem: Problem, geometry: Geometry, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.problem, ctx.geometry = problem, geometry
-        ctx.save_for_backward(f, g, a, b)
-        return dual(problem, geometry, f, g)
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        penalties: Penalties, eps: float, geometry: Geometry, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        return dual(penalties, eps, geometry, f, g, a, b)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.penalties, ctx.eps, ctx.geometry = inputs[:3]
+        ctx.save_for_backward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad = grad_outputs[0].unsqueeze(-1)
-        (f, g, a, b), geometry = ctx.saved_tensors, ctx.geometry
-        (penalty_a, penalty_b), eps = ctx.problem.penalties, ctx.problem.eps
-        s = softmin(geometry, g, b, eps)
-        rows = torch.where(s.isfinite(), ((f - s) / eps).exp(), 0.0)
-        need = [False, *ctx.needs_input_grad[5:]]
-        _, grad_b, *grads = pull_softmin(geometry, g, b, eps, s, grad * a * rows, need)
-        grad_a = grad * (penalty_a.reward(f) - eps * rows + eps * b.sum(-1, keepdim=True))
-        if grad_b is not None:
-            grad_b = grad_b + grad * (penalty_b.reward(g) + eps * a.sum(-1, keepdim=True))
-        return None, None, None, None, grad_a, grad_b, *grads  # nothing for f and g, at which the dual is stationary
+        f, g, a, b, *inputs = ctx.saved_tensors
+        geometry = attach(ctx.geometry, inputs)
+        s = softmin(geometry, g, b, ctx.eps)
+        grads = pull_dual(ctx.penalties, ctx.eps, geometry, f, g, a, b, s, grad_outputs[0], ctx.needs_input_grad[5:])
+        return *(None,) * 5, *grads  # nothing for f and g, at which the dual is stationary
 
 
 def _solve(

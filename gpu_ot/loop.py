@@ -106,11 +106,13 @@ def iterate(
     check_every: int = 10,
     on_check: Callable[[int, Tensor], None] | None = None,
     accelerate: str = "none",
+    keep: Callable[[int, float, Tensor, Tensor], None] | None = None,
 ) -> Outcome:
     """Iterate from the row potentials `start` = f + eps log a until `stop` is content, `max_iter` (>= 1) is reached or nothing moves.
 
     accelerate  "none": plain iterations. "relaxation", "mixing": see acceleration.py. "auto": mixing, after annealing eps where
                 the first few iterations, which are plain, show that this will pay.
+    keep        called with (iterations, eps, f, g) at each look: the best so far.
 
     The error is looked at after iterations 1, 1 + check_every, 1 + 2 check_every, ... and after the last. Accelerated, each
     problem of a batch stops on its own.
@@ -118,7 +120,7 @@ def iterate(
     if accelerate not in ACCELERATORS:
         raise unknown("accelerate", accelerate, list(ACCELERATORS))
     eps, warm = schedule.target, list(schedule.approach())
-    run = _Run(geometry, problem, eps, stop, on_check)
+    run = _Run(geometry, problem, eps, stop, on_check, keep)
     g = run.approach(run.first(start, warm[0] if warm else eps), warm)
     if accelerate == "auto" and not warm:
         g = run.settle(g, Plain(), min(OPENING, max_iter), 1)
@@ -142,9 +144,15 @@ class _Run:
     """One run of the loop: counts, the best potentials of each problem, and what became of it."""
 
     def __init__(
-        self, geometry: Geometry, problem: Problem, eps: float, stop: Stop, on_check: Callable[[int, Tensor], None] | None
+        self,
+        geometry: Geometry,
+        problem: Problem,
+        eps: float,
+        stop: Stop,
+        on_check: Callable[[int, Tensor], None] | None,
+        keep: Callable[[int, float, Tensor, Tensor], None] | None,
     ) -> None:
-        self.geometry, self.problem, self.eps, self.stop, self.on_check = geometry, problem, eps, stop, on_check
+        self.geometry, self.problem, self.eps, self.stop, self.on_check, self.keep = geometry, problem, eps, stop, on_check, keep
         self.n_iter = self.n_starts = 0
         self.status: Status | None = None
         self.errors: list[Tensor] = []
@@ -152,6 +160,9 @@ class _Run:
         self.done = torch.zeros(problem.b.shape[:-1], dtype=torch.bool, device=problem.b.device)
         self.kept: tuple[Tensor, Tensor] | None = None  # (f, g), whose error is the last of `errors`
         self.ceiling: Tensor | None = None
+        self.doubt: Tensor | None = None  # whether the last attempt was in doubt, and any since the last look
+        self.doubts: Tensor | None = None
+        self.doubted = False  # what the host has been told of it
         self.waiting: Callable[[], list[float]] | None = None
 
     def first(self, start: Tensor, eps: float) -> Tensor:
@@ -182,24 +193,38 @@ class _Run:
             self.look(f, g, fresh, isinstance(accelerator, Plain))
             if self.status is not None:
                 break
+            if self.doubted:
+                self.geometry.renew()
+                accelerator.restart()  # it has seen updates of 0
+                self.doubted = False
             g = self.next(accelerator, f, g, fresh)
         return g
 
     def move(self, g: Tensor, accelerator: Accelerator, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """k iterations: (f, g, fresh) of the last."""
+        self.n_iter += k
         if isinstance(accelerator, Plain):
-            self.n_iter += k
+            self.doubt = None
             return self.geometry.advance(self.problem, g, self.eps, k)
-        f, g, fresh = self.move(g, Plain(), 1)
+        f, g, fresh = self.attempt(g)
         for _ in range(k - 1):
-            f, g, fresh = self.move(self.next(accelerator, f, g, fresh), Plain(), 1)
+            f, g, fresh = self.attempt(self.next(accelerator, f, g, fresh))
+        return f, g, fresh
+
+    def attempt(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.kept is None:  # nothing to fall back on
+            return self.geometry.advance(self.problem, g, self.eps, 1)
+        f, g, fresh, self.doubt = self.geometry.attempt(self.problem, g, self.eps)
+        if self.doubt is not None:
+            self.doubts = self.doubt if self.doubts is None else self.doubts | self.doubt
         return f, g, fresh
 
     def next(self, accelerator: Accelerator, f: Tensor, g: Tensor, fresh: Tensor) -> Tensor:
         if isinstance(accelerator, Plain):
             return fresh
         moved = accelerator.next(g, fresh - shift(self.problem.penalties, self.problem.a, self.problem.b, f, fresh))
-        return torch.where(self.done.unsqueeze(-1), g, moved)
+        stay = self.done.unsqueeze(-1) if self.doubt is None else self.done.unsqueeze(-1) | self.doubt
+        return torch.where(stay, g, moved)
 
     def look(self, f: Tensor, g: Tensor, fresh: Tensor, plain: bool) -> None:
         """Keeps what is best, and judges the run by numbers that on a GPU have travelled while it went on."""
@@ -211,6 +236,7 @@ class _Run:
         if self.kept is not None:
             # Plain iterations only improve, and go on together. An accelerated one may be a trial, and a problem that is done stays.
             worse = self.done.all() if plain else self.done | ~(error < self.errors[-1])
+            worse = worse if self.doubt is None else worse | self.doubt
             worse = worse.expand_as(error)
             error = torch.where(worse, self.errors[-1], error)
             f, g = (torch.where(worse.unsqueeze(-1), old, new) for old, new in zip(self.kept, (f, g), strict=True))
@@ -219,10 +245,17 @@ class _Run:
         self.done = error <= self.stop.tol
         if self.on_check is not None:
             self.on_check(self.n_iter, error)
-        told = _on_its_way(self.progress.signs(error, self.done, floor, self.stuck(f, g)))
+        if self.keep is not None:
+            self.keep(self.n_iter, self.eps, *self.kept)
+        signs = self.progress.signs(error, self.done, floor, self.stuck(f, g))
+        if self.doubts is not None:
+            signs, self.doubts = torch.cat((signs, self.doubts.to(signs).view(1))), None
+        told = _on_its_way(signs)
         told, self.waiting = (self.waiting, told) if error.is_cuda else (told, None)
         if told is not None:
-            self.status = self.progress.judge(told())
+            *signs, doubted = (*told(), 0.0)[:5]
+            self.doubted = doubted > 0
+            self.status = self.progress.judge(signs)
 
     def stuck(self, f: Tensor, g: Tensor) -> Tensor:
         """Whether the dual has passed what any plan could cost, <C, P> + eps KL(P | a⊗b) <= |a| max C + eps H(b): then there is none."""
@@ -255,7 +288,7 @@ class _Run:
 
     def outcome(self) -> Outcome:
         if self.waiting is not None and self.status is None:
-            self.status = self.progress.judge(self.waiting())
+            self.status = self.progress.judge(self.waiting()[:4])
         assert self.kept is not None
         n_passes = self.n_starts + 2 * self.n_iter + self.geometry.extra
         return Outcome(*self.kept, self.status or MAX_ITER, self.done, self.n_iter, n_passes, self.errors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,14 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import errors
+from . import errors, gradients, transforms
 from .backends import BACKENDS
+from .backends.sharded import largest
 from .costs import Cost, Euclidean, Matrix, SqEuclidean
 from .divergence import SelfTerm, at_potentials, divergence
 from .errors import ProblemError
-from .geometry import Geometry, weigh
+from .geometry import Geometry, attach, weigh
 from .penalties import KL
 from .problem import MASS_RTOL_HALF, Problem, float_type, matched, vector_dtype
+from .sharded import Sharded
 from .solution import CONVERGED, STALLED, Solution, Status
 from .solve import solve
 
@@ -53,6 +54,8 @@ class SamplesLoss(nn.Module):
     grad           "envelope", or "implicit", with which F and G carry gradients, too, and the value second derivatives (set a small tol).
     static_y       the target stays as it is: its own term is computed once and kept for as long as y and its weights are the same,
                    unmodified tensors, and carries no gradient.
+    group          a process group or DeviceMesh: x, y, a and b are this rank's share of one pair of measures, and the loss is the same on
+                   every rank, see `gpu_ot.Sharded`. Without weights every point of the group weighs the same. F and G count all points.
 
     `diameter`, `scaling`, `truncate` and `cluster_scale` shape geomloss's schedule and its coarse grid, `kernel` its kernel norms:
     taken, kept as attributes, and without effect.
@@ -89,6 +92,7 @@ class SamplesLoss(nn.Module):
         precision: torch.dtype | None = None,
         grad: str = "envelope",
         static_y: bool = False,
+        group: Any = None,
     ) -> None:
         super().__init__()
         if loss in _KERNEL_NORMS:
@@ -106,7 +110,7 @@ class SamplesLoss(nn.Module):
         self.diameter, self.scaling, self.truncate, self.kernel, self.cluster_scale = diameter, scaling, truncate, kernel, cluster_scale
         self.debias, self.potentials, self.verbose, self.backend = debias, potentials, verbose, backend
         self.tol, self.max_iter, self.plan, self.precision = tol, max_iter, plan, precision
-        self.grad, self.static_y = grad, static_y
+        self.grad, self.static_y, self.group = grad, static_y, group
         self._kept: _Kept | None = None
 
     def extra_repr(self) -> str:
@@ -122,13 +126,16 @@ class SamplesLoss(nn.Module):
         """
         a, x, b, y = _measures(args)
         target, given = (y, b, (lengths or mask or (None, None))[1]), float_type(x, y)
-        a, x, b, y = self._prepared(a, x, b, y, lengths, mask)
+        if _transformed() and (self.cost is not None or self.plan or self.static_y or self.grad != "envelope" or self.group is not None):
+            raise ProblemError(
+                "under torch.compile and torch.func SamplesLoss is one opaque operation: leave out cost=, plan=True, static_y=True, group= "
+                'and grad="implicit", or call it outside (torch.compiler.disable).'
+            )
+        if self.group is None:
+            a, x, b, y = self._prepared(a, x, b, y, lengths, mask)
+        elif lengths is not None or mask is not None:
+            raise ProblemError("ranks share one pair of measures, without padding: leave out `lengths` and `mask`.")
         if _transformed():
-            if self.cost is not None or self.plan or self.static_y or self.grad != "envelope":
-                raise ProblemError(
-                    "under torch.compile and torch.func SamplesLoss is one opaque operation: leave out cost=, plan=True, static_y=True and "
-                    'grad="implicit", or call it outside (torch.compiler.disable).'
-                )
             reach = self.reach or math.inf
             value, f, g, _, _ = _Transformable.apply(
                 a, x, b, y, self.p, self.blur, reach, self.debias, self.backend, self.tol, self.max_iter
@@ -179,9 +186,19 @@ class SamplesLoss(nn.Module):
             b = torch.where((mass - b.sum(-1, keepdim=True)).abs() <= MASS_RTOL_HALF * mass, matched(a, b), b)
         return a, x, b, y
 
-    def _problem(self, a: Tensor, x: Tensor, b: Tensor, y: Tensor, within: bool | None) -> tuple[Problem, Within, float]:
+    def _problem(self, a: Tensor | None, x: Tensor, b: Tensor | None, y: Tensor, within: bool | None) -> tuple[Problem, Within, float]:
         """The problem, the costs within x and y where its cost does not tell (y's if `within`), and what a unit of cost is worth."""
         reach = self.reach or math.inf
+        if self.group is not None:
+            given = float_type(x, y)
+            x, y = (z.to(self.precision or (given if given.itemsize >= 4 else torch.float32)) for z in (x, y))
+            if self.cost is None:
+                problem, unit = _between_samples(a, x, b, y, self.p, self.blur, reach, self.group)
+                return problem, (None, None), unit
+            cost = _ground(self.cost, x, y)
+            if not isinstance(cost, Cost) or isinstance(cost, Matrix):
+                raise ProblemError("with group=, cost must be a gpu_ot.Cost between clouds: no rank holds all points for a matrix.")
+            return Problem(Sharded(cost, self.group), self.blur**self.p, a, b, KL(reach**self.p)), (None, None), 1.0
         if self.cost is not None:
             problem = Problem(_ground(self.cost, x, y), self.blur**self.p, a, b, KL(reach**self.p))
             if within is None or not isinstance(problem.cost, Matrix):
@@ -207,6 +224,7 @@ class SinkhornLoss(nn.Module):
 
     eps          > 0, in units of the cost.
     tau          None holds the marginals exactly; a number, or a pair (rows, columns), relaxes them by tau KL, in units of the cost.
+                 eps and tau may be tensors of one number, parameters say, and get derivatives, too (grad="envelope").
     cost         what moving x_i to y_j costs, (x, y) -> Cost or costs (*batch, n, m); for clouds only.
     reduction    "mean" or "sum" over the batch, "none" for each problem's own, (*batch,).
     detach_plan  False: the value <C, P> + eps KL(P | a⊗b) + penalties, whose gradients in C, x, y, a and b are exact at convergence.
@@ -222,8 +240,8 @@ class SinkhornLoss(nn.Module):
 
     def __init__(
         self,
-        eps: float,
-        tau: float | tuple[float, float] | None = None,
+        eps: float | Tensor,
+        tau: float | Tensor | tuple[float | Tensor, float | Tensor] | None = None,
         cost: Ground = SqEuclidean,
         reduction: str = "mean",
         detach_plan: bool = False,
@@ -249,12 +267,12 @@ class SinkhornLoss(nn.Module):
             raise ProblemError("a Cost is bound to both clouds already: leave y out.")
         device = x.device if isinstance(x, Tensor) else next(iter(x.inputs.values())).device
         rows, columns = self.tau if isinstance(self.tau, tuple) else (self.tau, self.tau)
-        penalties = KL(rows or math.inf), KL(columns or math.inf)
+        rows, columns = (KL(math.inf if tau is None else tau) for tau in (rows, columns))  # pyright: ignore[reportArgumentType]
         with torch.autocast(device.type, enabled=False):
             cost = x if isinstance(x, Cost) or y is None else self.cost(x, y)
-            problem = Problem(cost, self.eps, a, b, penalties)
+            problem = Problem(cost, self.eps, a, b, (rows, columns))
             solution = solve(problem, backend=self.backend, grad=self.grad, tol=self.tol, max_iter=self.max_iter)
-            value = _held(solution) if self.detach_plan else solution.value
+            value = held_cost(solution) if self.detach_plan else solution.value
         if solution.status not in (CONVERGED, STALLED):
             warnings.warn(f"SinkhornLoss, {solution.n_iter} iterations, {solution.status}", RuntimeWarning, stacklevel=4)
         return value if self.reduction == "none" else value.mean() if self.reduction == "mean" else value.sum()
@@ -280,76 +298,62 @@ def _report(status: Status, n_passes: int, verbose: bool) -> None:
         warnings.warn(f"SamplesLoss, {n_passes} passes over the pairs, {status}", RuntimeWarning, stacklevel=5)
 
 
-def _between_samples(a: Tensor, x: Tensor, b: Tensor, y: Tensor, p: float, blur: float, reach: float) -> tuple[Problem, float]:
+def _between_samples(
+    a: Tensor | None, x: Tensor, b: Tensor | None, y: Tensor, p: float, blur: float, reach: float, group: Any = None
+) -> tuple[Problem, float]:
     """The problem with C = |x - y|^p / p, p = 1 or 2, in units of its own, and what one of these is worth."""
     # Lengths are counted in units of about blur, so that no power of them leaves the range of float32; a power of 2 moves no digit.
     grain = 2.0 ** math.floor(math.log2(blur))
     x, y, blur, reach = x / grain, y / grain, blur / grain, reach / grain
     kind, half = (Euclidean, 1.0) if p == 1 else (SqEuclidean, 0.5)  # |x - y|^2 / 2 by its units, not by one more array
-    return Problem(kind(x, y), blur**p / half, a, b, KL(reach**p / half)), half * grain**p
+    cost = kind(x, y) if group is None else Sharded(kind(x, y), group)
+    return Problem(cost, blur**p / half, a, b, KL(reach**p / half)), half * grain**p
 
 
 def _backend(name: str, problem: Problem) -> str:
     """geomloss's name in ours: the first machine of that kind that takes the problem. What is a matrix already is not streamed."""
     if name not in ("tensorized", "online", "multiscale"):
         return name
+    problem = largest(problem) if isinstance(problem.cost, Sharded) else problem
     streaming = ("triton", "keops") if problem.a.is_cuda else ()
     taken = [one for one in (*streaming, "chunked") if BACKENDS[one].refuse(problem) is None]
     return taken[0] if taken and name != "tensorized" else "dense"
 
 
-class _PlanCost(torch.autograd.Function):
+class _PlanCost(gradients.Each):
     """sum_ij P_ij C_ij with P held: the derivative in C_ij is P_ij = exp((k_i + h_j - C_ij) / eps) where it stands."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, value: Tensor, geometry: Geometry, k: Tensor, h: Tensor, eps: float, *inputs: Tensor
+        geometry: Geometry, eps: float, value: Tensor, k: Tensor, h: Tensor, *inputs: Tensor
     ) -> Tensor:
-        ctx.geometry, ctx.k, ctx.h, ctx.eps = geometry, k, h, eps
         return value.clone()
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.geometry, ctx.eps, _, *given = inputs
+        ctx.save_for_backward(*given)
+
+    @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled() and (len(ctx.geometry.inputs) > 1 or grad_outputs[0].requires_grad):
-            raise NotImplementedError(
-                "second derivatives of a cost with its plan held are known for matrices only; leave out create_graph=True."
-            )
-        w = grad_outputs[0].to(ctx.k.dtype).unsqueeze(-1).expand_as(ctx.k)
-        return None, None, None, None, None, *ctx.geometry.pull_back(ctx.k, ctx.h, ctx.eps, w)
+        k, h, *inputs = ctx.saved_tensors
+        w = grad_outputs[0].to(k.dtype).unsqueeze(-1).expand_as(k)
+        geometry = attach(ctx.geometry, inputs)
+        if torch.is_grad_enabled():
+            return None, None, None, None, None, *gradients.pull_held(geometry, k, h, ctx.eps, w)
+        return None, None, None, None, None, *geometry.pull_back(k, h, ctx.eps, w)
 
 
-def _held(solution: Solution) -> Tensor:
+def held_cost(solution: Solution) -> Tensor:
     """<P, C> with P constant."""
     problem, geometry = solution.problem, solution.geometry
     k, h = (weigh(z.detach(), w.detach(), problem.eps) for z, w in ((solution.f, problem.a), (solution.g, problem.b)))
-    return _PlanCost.apply(solution.sharp_cost, geometry, k, h, problem.eps, *geometry.inputs)
+    return _PlanCost.apply(geometry, problem.eps, solution.sharp_cost.detach(), k, h, *geometry.inputs)
 
 
 def _transformed() -> bool:
     """Whether tensors are stand-ins, whose numbers no loop can look at: under torch.compile, torch.func and vmap."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def _outside(work: Callable[[], tuple[Tensor, ...]], near: Tensor) -> tuple[Tensor, ...]:
-    """`work` on a thread of its own, on the stream of `near`: transforms, autocast and what an operation does without (autograd) are
-    all states of the thread that calls."""
-    out: list[tuple[Tensor, ...]] = []
-    failed: list[BaseException] = []
-    stream = torch.cuda.current_stream(near.device) if near.is_cuda else None
-
-    def run() -> None:
-        try:
-            with torch.cuda.stream(stream):
-                out.append(work())
-        except BaseException as failure:
-            failed.append(failure)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return out[0]
+    return torch.compiler.is_compiling() or transforms.active()
 
 
 @torch.library.custom_op("gpu_ot::samples_loss", mutates_args=())
@@ -383,7 +387,7 @@ def _samples_loss(
         _report(status, found.n_passes, False)
         return (unit * out[0]).to(x.dtype), *((unit * z).contiguous() for z in out[1:])
 
-    value, f, g, f_aa, g_bb = _outside(work, x)
+    value, f, g, f_aa, g_bb = transforms.outside(work, x)
     return value, f, g, f_aa, g_bb
 
 
@@ -412,7 +416,7 @@ def _samples_loss_backward(
         value = at_potentials(problem, (f + f_aa) / unit, (g + g_bb) / unit, own, _backend(backend, problem))
         return torch.autograd.grad(unit * value, leaves, grad.to(value.dtype))
 
-    da, dx, db, dy = (z.contiguous() for z in _outside(work, x))
+    da, dx, db, dy = (z.contiguous() for z in transforms.outside(work, x))
     return da, dx, db, dy
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import errors
+from . import errors, transforms
 from .costs import Cost, Matrix
-from .penalties import BALANCED, Penalty
+from .penalties import BALANCED, KL, TV, Penalty
+from .ranks import ALONE, COLUMNS, ROWS
+from .sharded import form, local, shared
 
 #: Largest relative difference between two masses that is taken for rounding: of halves, and of longer numbers.
 MASS_RTOL_HALF, MASS_RTOL = 1e-2, 1e-5
@@ -34,6 +37,14 @@ def float_type(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+class Learnt(NamedTuple):
+    """The numbers of a problem that derivatives are asked of, 0-d tensors: eps, and tau of the rows and of the columns."""
+
+    eps: Tensor | None
+    rows: Tensor | None
+    columns: Tensor | None
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """Minimise over P >= 0:  <C, P> + eps KL(P | a⊗b) + penalty_a(P1) + penalty_b(P^T 1).
@@ -42,6 +53,8 @@ class Problem:
     eps        > 0, in units of the cost; or relative to it, ("std", 0.05), also of its "mean", "median" or "max", see `Cost.scale`.
     a, b       weights (*batch, n) and (*batch, m), >= 0; None is uniform of mass 1. Batches broadcast.
     penalties  one for both marginals or a pair (rows, columns); the default KL() holds them exactly.
+
+    eps, and tau of KL, may be tensors of one number, which then get derivatives of the value: grad="envelope".
 
     After validation `a` and `b` are (*batch, n) and (*batch, m) in the type of the potentials, and the cost is in
     `dtype`, the type the sweeps run in: the inputs' own, float32 for halves.
@@ -56,6 +69,7 @@ class Problem:
     penalties: tuple[Penalty, Penalty]
     given_dtype: torch.dtype
     forbids: bool  # whether some pair has cost +inf
+    learnt: Learnt
 
     def __init__(
         self,
@@ -65,8 +79,18 @@ class Problem:
         b: Tensor | None = None,
         penalties: Penalty | tuple[Penalty, Penalty] = BALANCED,
     ) -> None:
-        bound = cost if isinstance(cost, Cost) else Matrix(cost)
+        bound = shared(cost if isinstance(cost, Cost) else Matrix(cost))
         pair = penalties if isinstance(penalties, tuple) else (penalties, penalties)
+        asked = dict(eps=eps, penalties=pair, **{name: form(z) for name, z in (("a", a), ("b", b))}, gradients=torch.is_grad_enabled())
+        fields = bound.ranks.together(lambda: self._checked(bound, eps, a, b, pair), **asked)
+        for field, value in fields.items():
+            object.__setattr__(self, field, value)
+
+    @staticmethod
+    def _checked(
+        bound: Cost, eps: float | Tensor | tuple[str, float], a: Tensor | None, b: Tensor | None, pair: tuple[Penalty, Penalty]
+    ) -> dict[str, Any]:
+        """The fields."""
         named = {**bound.inputs, "a": a, "b": b}
         for name, z in named.items():
             if z is not None or name not in ("a", "b"):
@@ -74,10 +98,14 @@ class Problem:
         tensors = {name: z for name, z in named.items() if z is not None}
         if len({z.device for z in tensors.values()}) > 1:
             raise errors.mixed_devices({name: str(z.device) for name, z in tensors.items()})
-        if isinstance(eps, Tensor) and eps.requires_grad:
-            raise errors.ProblemError("eps is a tensor that requires a gradient: divide the cost and every tau by it and pass eps=1.")
+        if transforms.active() and any(transforms.batched(z) for z in tensors.values()):
+            raise errors.ProblemError(
+                "torch.vmap hides the numbers of each problem, and a solve looks at them: pass the batch itself, its axes in front, costs "
+                "(*batch, n, m) or points (*batch, n, d), whose problems are solved at once. (SamplesLoss takes vmap as it is.)"
+            )
+        learnt, pair = _learnt(bound, eps, pair)
         relative = eps if isinstance(eps, tuple) else None
-        number = float(eps[1] if isinstance(eps, tuple) else eps)
+        number = float(eps[1] if isinstance(eps, tuple) else eps.detach() if isinstance(eps, Tensor) else eps)
         if not 0 < number < math.inf:
             raise errors.bad_eps("eps", eps)
 
@@ -88,9 +116,9 @@ class Problem:
         device = next(iter(tensors.values())).device
         wide = vector_dtype(device)
         weights = []
-        for name, w, size in (("a", a, n), ("b", b, m)):
-            if w is None:
-                w = torch.full((size,), 1 / size, dtype=wide, device=device)
+        for side, name, w, size in ((ROWS, "a", a, n), (COLUMNS, "b", b, m)):
+            uniform = torch.full((size,), 1 / size, dtype=wide, device=device)
+            w = uniform if w is None else bound.ranks.weights(name, side, local(name, w, -1))
             if w.ndim == 0 or w.shape[-1] != size:
                 raise errors.wrong_shape(name, w.shape, f"(*batch, {size}) to match a cost of shape ({n}, {m})")
             weights.append(w.to(wide))
@@ -112,13 +140,33 @@ class Problem:
         bound, forbids = _check_values(bound, wa, wb, balanced, MASS_RTOL if given.itemsize >= 4 else MASS_RTOL_HALF)
         if balanced:
             wb = matched(wa, wb)
-        fields = dict(cost=bound, eps=number, a=wa, b=wb, penalties=pair, given_dtype=given, forbids=forbids)
-        for field, value in fields.items():
-            object.__setattr__(self, field, value)
+        return dict(cost=bound, eps=number, a=wa, b=wb, penalties=pair, given_dtype=given, forbids=forbids, learnt=learnt)
+
+    def between(self, cost: Cost, a: Tensor, b: Tensor, penalties: tuple[Penalty, Penalty] | None = None) -> Problem:
+        """The same problem of a part of its points, whose numbers are checked already."""
+        part = copy.copy(self)
+        for field, value in dict(cost=cost, a=a, b=b, penalties=penalties or self.penalties).items():
+            object.__setattr__(part, field, value)
+        return part
 
     @property
     def dtype(self) -> torch.dtype:
         return float_type(*self.cost.inputs.values())
+
+    def plain(self) -> Problem:
+        """The same problem of the numbers inside what torch.func makes of its tensors; not checked again."""
+        other = copy.copy(self)
+        cost = self.cost.of(transforms.plain(z) for z in self.cost.inputs.values())
+        for field, value in dict(cost=cost, a=transforms.plain(self.a), b=transforms.plain(self.b)).items():
+            object.__setattr__(other, field, value)
+        return other
+
+    @property
+    def asked(self) -> tuple[float | Tensor, tuple[Penalty, Penalty]]:
+        """eps and the penalties with the tensors in them that derivatives are asked of."""
+        eps, *taus = self.learnt
+        rows, columns = (p if tau is None else KL(tau) for p, tau in zip(self.penalties, taus, strict=True))  # type: ignore[arg-type]
+        return self.eps if eps is None else eps, (rows, columns)
 
     @property
     def shape(self) -> torch.Size:
@@ -129,6 +177,20 @@ class Problem:
 def matched(a: Tensor, b: Tensor) -> Tensor:
     """b rescaled to the mass of a: balanced iterations never see the scale of b, and reach their tolerance only without it."""
     return b * (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))
+
+
+def _learnt(
+    cost: Cost, eps: float | Tensor | tuple[str, float], penalties: tuple[Penalty, Penalty]
+) -> tuple[Learnt, tuple[Penalty, Penalty]]:
+    """What derivatives are asked of, and the penalties in plain numbers."""
+    taus = [penalty.tau if isinstance(penalty, (KL, TV)) else None for penalty in penalties]
+    found = [z if isinstance(z, Tensor) and transforms.asks(z) and torch.is_grad_enabled() else None for z in (eps, *taus)]
+    plain = [type(p)(float(tau.detach())) if isinstance(tau, Tensor) else p for p, tau in zip(penalties, taus, strict=True)]  # type: ignore[call-arg]
+    if any(z is not None and isinstance(p, TV) for z, p in zip(found[1:], penalties, strict=True)):
+        raise errors.ProblemError("tau of TV is a tensor that requires a gradient: its derivatives are not known, those of KL(tau) are.")
+    if any(z is not None for z in found) and cost.ranks is not ALONE:
+        raise errors.ProblemError("eps or tau requires a gradient, which is not known where ranks share the points: pass numbers.")
+    return Learnt(*found), (plain[0], plain[1])
 
 
 def _check_tensor(name: str, z: object) -> None:

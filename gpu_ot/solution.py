@@ -10,11 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import errors, gradients
+from . import errors, gradients, transforms
 from .costs import BLOCK, Cost, Points
 from .errors import NotConverged, ProblemError
 from .geometry import Geometry, weigh
 from .problem import Problem
+from .ranks import ALONE, COLUMNS, ROWS, Alone
+from .sharded import Sharded
 from .vectors import log
 
 
@@ -94,16 +96,25 @@ class Plan:
 
     def to_dense(self) -> Tensor:
         if (s := self._live) is not None:
-            P = gradients.plan(s.problem, s.geometry, s.f, s.g)
+            if self._flipped and isinstance(s.problem.cost, Sharded):
+                raise ProblemError("with derivatives, ranks that share the points hold rows of the plan: transpose them, P.to_dense().mT.")
+            problem, f, g = s._held()
+            P = gradients.plan(problem, s.geometry, f, g)
             return (P.mT if self._flipped else P).to(self.dtype)
         return self._geometry.plan(self._k, self._h, self._eps).to(self.dtype)
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        """(m,) or (*batch, m, c) -> (n,) or (*batch, n, c)."""
-        return self._apply(v).to(self.dtype)
+        """(m,) or (*batch, m, c) -> (n,) or (*batch, n, c). Where ranks share the points, each has the rows of its own on either side."""
+        columns = v.unsqueeze(-1) if v.ndim == 1 else v
+        if self._live is not None:
+            out = self._ranks.share(self._apply(self._ranks.whole(columns, 1 - self._flipped, -2)), int(self._flipped), -2)
+        else:
+            with torch.no_grad():
+                out = self._geometry.product(self._k, self._h, self._eps, columns)
+        return (out.squeeze(-1) if v.ndim == 1 else out).to(self.dtype)
 
     def _apply(self, v: Tensor) -> Tensor:
-        """P @ v in the type of the potentials."""
+        """P @ v for all of v, in the type of the potentials."""
         columns = v.unsqueeze(-1) if v.ndim == 1 else v
         if (s := self._live) is not None:
             out = gradients.transport(s.problem, s.geometry, s.f, s.g, columns.to(s.f), self._flipped)
@@ -145,14 +156,15 @@ class Plan:
     def sample(self, k: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """k matched pairs (i, j) of each problem, drawn independently and in proportion to P_ij: two int64 arrays (*batch, k).
 
-        Costs one sweep (the marginal, of which the rows are drawn) and the costs of k rows; see `sample_columns`.
+        Costs one sweep (the marginal, of which the rows are drawn) and the costs of k rows; see `sample_columns`. Where ranks share the
+        points, each gets those of the k pairs whose rows are its own, both counted among all points.
         """
         total = self._marginals[0].clamp(min=0).cumsum(-1)
         # The first row whose running total exceeds the draw: one without mass never does. A draw that rounds up to the total would
         # find none.
         top = torch.nextafter(total[..., -1:], torch.zeros_like(total[..., -1:]))
-        u = torch.rand(*total.shape[:-1], k, dtype=total.dtype, device=total.device, generator=generator)
-        rows = torch.searchsorted(total, torch.minimum(u * total[..., -1:], top), right=True)
+        u = self._ranks.common(torch.rand(*total.shape[:-1], k, dtype=total.dtype, device=total.device, generator=generator))
+        rows = self._ranks.own(torch.searchsorted(total, torch.minimum(u * total[..., -1:], top), right=True), int(self._flipped))
         return rows, self.sample_columns(rows, generator)
 
     def sample_columns(self, rows: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -168,7 +180,7 @@ class Plan:
         for part in rows.split(max(1, BLOCK // (copies * min(m, WIDTH))), -1):
             best = torch.full_like(part, -math.inf, dtype=self._h.dtype)
             chosen = torch.full_like(part, -1)
-            width = max(1, BLOCK // (copies * part.shape[-1]))
+            width = max(1, BLOCK // (copies * max(1, part.shape[-1])))  # no rows: another rank's, who gathers the columns with this one
             for j in range(0, m, width):
                 scores = self._exponents(part, slice(j, min(j + width, m))).div_(self._eps)
                 noise = torch.empty_like(scores).exponential_(generator=generator)
@@ -191,6 +203,11 @@ class Plan:
         with torch.no_grad():
             C = self._cost.part(cols, rows).dense().mT if self._flipped else self._cost.part(rows, cols).dense()
             return self._h[..., cols].unsqueeze(-2) - C.to(self._h.dtype)
+
+    @property
+    def _ranks(self) -> Alone:
+        """Who holds the points."""
+        return ALONE if self._own_cost is None else self._own_cost.ranks
 
     @property
     def _cost(self) -> Cost:
@@ -238,7 +255,7 @@ class Solution:
     @property
     def _live(self) -> bool:
         """Whether the potentials carry derivatives."""
-        return self.f.requires_grad or self.g.requires_grad
+        return transforms.asks(self.f) or transforms.asks(self.g)
 
     def transport(self, x_new: Points | None = None, y: Tensor | None = None) -> Tensor:
         """Where the plan sends the source points, or `x_new` (*batch, k, d), on average: sum_j P_ij y_j / sum_j P_ij, (*batch, n or k, c).
@@ -255,20 +272,22 @@ class Solution:
             if isinstance(found, tuple):
                 raise ProblemError(f"this cost is a sum over {len(found)} clouds: say which target points to carry over, y=...")
             y = found
-        if y.ndim < 2 or y.shape[-2] != self.shape[-1]:
-            raise errors.wrong_shape("y", y.shape, f"(*batch, {self.shape[-1]}, c), a row for each target point")
+        ranks, h, eps = self.problem.cost.ranks, self._h, self.problem.eps
+        targets = ranks.share(h, COLUMNS).shape[-1]
+        if y.ndim < 2 or y.shape[-2] != targets:
+            raise errors.wrong_shape("y", y.shape, f"(*batch, {targets}, c), a row for each target point")
         if x_new is None and self._live:
-            return gradients.average(self.problem, self.geometry, self.g, y.to(self.g)).to(self.problem.given_dtype)
-        h, eps = self._h, self.problem.eps
+            sent = gradients.average(self.problem, self.geometry, self.g, ranks.whole(y.to(self.g), COLUMNS, -2))
+            return ranks.share(sent, ROWS, -2).to(self.problem.given_dtype)
         y = y.detach().to(h)
         if x_new is not None:
-            cost = self._detached_cost.at(x=x_new)
+            cost, y = self._detached_cost.at(x=x_new), ranks.whole(y, COLUMNS, -2)
             parts = [((h.unsqueeze(-2) - part.dense().to(h.dtype)) / eps).softmax(-1) @ y for _, part in cost.strips()]
             return torch.cat(parts, -2).to(self.problem.given_dtype)
         with torch.no_grad():
             s = self.geometry.softmin(h, eps)  # each row's own total, so that rows without weight have an image too
-            sent = self.geometry.apply(torch.where(s.isfinite(), s, 0.0), h, eps, y)
-            return torch.where(s.isfinite().unsqueeze(-1), sent, math.nan).to(self.problem.given_dtype)
+            sent = self.geometry.product(torch.where(s.isfinite(), s, 0.0), h, eps, y)
+            return torch.where(ranks.share(s, ROWS).isfinite().unsqueeze(-1), sent, math.nan).to(self.problem.given_dtype)
 
     def potential_a(self, x_new: Points | Cost) -> Tensor:
         """f as a function, at points x_new (*batch, k, d): the update damp(softmin over y of C(x_new, y) with g), (*batch, k), wide.
@@ -298,7 +317,8 @@ class Solution:
         form, alpha P1 + P beta - <u, P v>, whose rounding error is that of the largest of these terms.
         """
         if self._live:
-            return gradients.sharp_cost(self.problem, self.geometry, self.f, self.g).to(self.problem.given_dtype)
+            problem, f, g = self._held()
+            return self.problem.cost.ranks.total(gradients.sharp_cost(problem, self.geometry, f, g)).to(self.problem.given_dtype)
         return self._sharp_cost.to(self.problem.given_dtype)
 
     @cached_property
@@ -331,6 +351,14 @@ class Solution:
     def _h(self) -> Tensor:
         return weigh(self.g.detach(), self.problem.b.detach(), self.problem.eps)
 
+    def _held(self) -> tuple[Problem, Tensor, Tensor]:
+        """The problem of the rows whose points are held here and all columns, with its potentials; carries derivatives."""
+        problem, cost, ranks = self.problem, self.problem.cost, self.problem.cost.ranks
+        if not isinstance(cost, Sharded):
+            return problem, self.f, self.g
+        a, b = ranks.share(problem.a, ROWS), ranks.apart(problem.b)
+        return problem.between(cost.rows(), a, b), ranks.share(self.f, ROWS), ranks.apart(self.g)
+
     @property
     def _detached_cost(self) -> Cost:
         return self.problem.cost.of(z.detach() for z in self.problem.cost.inputs.values())
@@ -342,7 +370,7 @@ class Solution:
             folded = self.problem.cost.to(self.f.dtype).fold() if self.shape[-2:].numel() > LARGE else None
         if folded is None:
             parts = [torch.where(P > 0, P * C, 0.0).sum((-1, -2)) for _, C, P in plan._strips()]
-            return torch.stack(parts).sum(0)
+            return self.problem.cost.ranks.total(torch.stack([self.f.new_zeros(self.shape[:-2]), *parts]).sum(0))
         alpha, beta, u, v = folded
         sent = plan._apply(torch.cat((torch.ones_like(beta).unsqueeze(-1), beta.unsqueeze(-1), v), -1))
         return (alpha * sent[..., 0] + sent[..., 1] - (u * sent[..., 2:]).sum(-1)).sum(-1)
@@ -360,7 +388,7 @@ class Solution:
                 return own
             if points is old:
                 return own
-            new = points
+            return new.ranks.whole(self._extended(side, points), side)
         cost, dim = self._detached_cost, side - 2
         cost = cost.at(x=new) if side == 0 else cost.at(y=new)
         h, eps = other.unsqueeze(dim), self.problem.eps

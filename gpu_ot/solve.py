@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import errors, gradients, implicit
+from . import errors, gradients, implicit, transforms
 from .backends import bind
-from .geometry import weigh
+from .checkpoint import Checkpoint
+from .geometry import Geometry, weigh
 from .loop import Outcome, Stop, iterate
 from .problem import Problem
 from .schedule import Anneal, Constant
-from .solution import CONVERGED, STALLED, Solution
+from .sharded import Sharded
+from .solution import CONVERGED, DIVERGED, STALLED, Solution
 
 GRADS = ("envelope", "implicit", "unroll")
 
@@ -32,6 +34,7 @@ def solve(
     start: Tensor | Solution | Scaled | None = None,
     schedule: Constant | Anneal | None = None,
     on_check: Callable[[int, Tensor], None] | None = None,
+    checkpoint: Checkpoint | None = None,
     precision: str = "fp32",
     strict: bool = False,
 ) -> Solution:
@@ -44,6 +47,7 @@ def solve(
                  one sweep; "implicit" differentiates f and g, too, through the equations that they solve at convergence (set `tol`
                  as small as the derivatives should be exact), and again: second derivatives of `value` in all of its inputs;
                  "unroll" differentiates f, g and `value` through every iteration that was run, any number of times.
+                 All of this holds inside torch.func.grad, vjp and jacrev, nested too; in place of vmap pass the batch itself.
     tol, norm    when to stop: L1 marginal error as a fraction of the mass, or see `gpu_ot.loop.Stop`.
     max_iter     iterations at most; a status says so when they run out.
     check_every  iterations between looks at the error; when left out, every one on a CPU, where a look is free, and 10 otherwise.
@@ -53,6 +57,7 @@ def solve(
                  eps; zeros when left out.
     schedule     how eps reaches its target, `Constant` or `Anneal`; when left out, `accelerate` decides.
     on_check     called with (iterations, errors) at each look.
+    checkpoint   where the potentials are written every so many minutes, see `Checkpoint`.
     precision    what "triton" may round float32 points to on the way: "tf32", "bf16" or "fp16" sweeps are faster, and their
                  potentials are then corrected in "fp32", the default. Other backends compute in the type they are given.
     strict       raise NotConverged, with the explanation, unless every problem met the tolerance.
@@ -64,35 +69,46 @@ def solve(
 
     Feydy et al. 2019, arXiv:1810.08278 (the dual and its loop); Séjourné et al. 2019, arXiv:1910.12958 (relaxed marginals).
     """
+    ranks = problem.cost.ranks
+    ranks.agree(
+        backend=backend, grad=grad, tol=tol, norm=norm, max_iter=max_iter, check_every=check_every, accelerate=accelerate,
+        schedule=schedule, precision=precision, strict=strict, start=type(start).__name__, gradients=torch.is_grad_enabled(),
+    )  # fmt: skip
     if grad not in GRADS:
         raise errors.unknown("grad", grad, GRADS)
     if max_iter < 1:
         raise errors.ProblemError(f"max_iter must be at least 1, found {max_iter}.")
-    with torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
-        geometry = bind(problem, backend, precision)
+    with ranks.watch(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
         rows, weight = _rows(start, problem)
+        if start is not None:
+            ranks.agree(start=rows)
         replayed = grad == "unroll" and needs_gradient(problem)
         if replayed and isinstance(schedule, Anneal):
             raise errors.ProblemError('grad="unroll" replays iterations at one eps: leave `schedule` out, or use grad="envelope".')
-        plain = replayed or not geometry.accelerates
-        if accelerate == "auto":
-            accelerate = "none" if plain else "auto" if start is None and schedule is None else "mixing"
-        elif replayed and accelerate != "none":
+        if replayed and accelerate not in ("auto", "none"):
             raise errors.ProblemError('grad="unroll" replays plain iterations: leave `accelerate` out, or use grad="envelope".')
-        if check_every is None:
-            check_every = 1 if accelerate != "none" and problem.a.device.type == "cpu" else 10
-        stop = Stop(tol, norm)
-        with torch.no_grad():
-            first = weigh(rows, weight, problem.eps)
-            outcome = iterate(
-                geometry, problem, schedule or Constant(problem.eps), first.detach(), stop, max_iter, check_every, on_check, accelerate
-            )
-            if geometry.exact is not geometry:
-                geometry = geometry.exact
-                first = weigh(outcome.f, problem.a, problem.eps)
-                left = max(max_iter - outcome.n_iter, 1)
-                corrected = iterate(geometry, problem, Constant(problem.eps), first, stop, left, check_every, on_check, accelerate)
-                outcome = outcome.then(corrected)
+        stop, first = Stop(tol, norm), weigh(rows, weight, problem.eps).detach()
+        keep = checkpoint.offer if checkpoint is not None and ranks.leads else None
+
+        def search(problem: Problem) -> tuple[Geometry, Outcome]:
+            geometry = bind(problem, backend, precision)
+            mixed = "auto" if start is None and schedule is None else "mixing"
+            how = ("none" if replayed or not geometry.accelerates else mixed) if accelerate == "auto" else accelerate
+            every = check_every or (1 if how != "none" and problem.a.device.type == "cpu" else 10)
+            with torch.no_grad():
+                at = schedule or Constant(problem.eps)
+                outcome = iterate(geometry, problem, at, transforms.numbers(first), stop, max_iter, every, on_check, how, keep)
+                if geometry.exact is not geometry:
+                    geometry = geometry.exact
+                    again = weigh(outcome.f, problem.a, problem.eps)
+                    left = max(max_iter - outcome.n_iter, 1)
+                    corrected = iterate(geometry, problem, Constant(problem.eps), again, stop, left, every, on_check, how, keep)
+                    outcome = outcome.then(corrected)
+            return geometry, outcome
+
+        geometry, outcome = gradients.apart(problem, search)
+        if outcome.status is DIVERGED and isinstance(problem.cost, Sharded):  # points that changed since they were checked, on some rank
+            ranks.together(problem.cost.check_points)
         f, g = outcome.f, outcome.g
         if replayed:
             f, g = gradients.unroll(problem, geometry, rows, outcome.n_iter, weight)
@@ -135,4 +151,4 @@ def _rows(start: Tensor | Solution | Scaled | None, problem: Problem) -> tuple[T
 def needs_gradient(problem: Problem) -> bool:
     """Whether anything in the problem asks for a gradient here and now."""
     inputs = (problem.a, problem.b, *problem.cost.inputs.values())
-    return torch.is_grad_enabled() and any(z.requires_grad for z in inputs)
+    return torch.is_grad_enabled() and any(transforms.asks(z) for z in inputs)

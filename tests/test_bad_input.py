@@ -96,7 +96,7 @@ def test_settings_that_do_not_exist():
         with pytest.raises(ProblemError, match=words):
             gpu_ot.solve(problem, **setting)
     with pytest.raises(ProblemError, match="divide the cost"):
-        Problem(M, torch.tensor(0.1, requires_grad=True))
+        gpu_ot.solve(Problem(M, torch.tensor(0.1, requires_grad=True)), grad="implicit")
 
 
 def test_arrays_of_two_kinds_are_refused():

@@ -125,6 +125,110 @@ def test_value(problem, penalty, mode):
     assert gradcheck(value, (a, b, M))
 
 
+def differences(function, at, k):
+    """The derivative in the k-th number, by central differences of fourth order."""
+    step = 1e-3 * at[k]
+    far, near, on, beyond = (float(function(*[z + t * step * (i == k) for i, z in enumerate(at)])) for t in (-2, -1, 1, 2))
+    return (far - 8 * near + 8 * on - beyond) / (12 * step)
+
+
+#: (tau of the rows, tau of the columns, factor of the mass of b)
+TAUS = [(None, None, 1.0), (0.4, 0.3, 2.0), (None, 0.3, 1.5), (0.4, 0.4, 1.0)]
+KINDS = {
+    "matrix": lambda x, y: gpu_ot.SqEuclidean(x, y).dense(),
+    "squares": gpu_ot.SqEuclidean,
+    "sum": lambda x, y: 0.5 * gpu_ot.SqEuclidean(x, y) + gpu_ot.Cosine(x, y),
+    "distances": gpu_ot.Euclidean,
+}
+
+
+def scalars(problem, taus, batch=()):
+    """Clouds and weights, and the numbers (eps, *taus that there are) with what makes penalties of them."""
+    drawn = [problem(6, 5, seed=s) for s in range(3)]
+    gen = torch.Generator().manual_seed(7)
+    x, y = (torch.rand(*batch, n, 2, generator=gen, dtype=torch.float64) for n in (6, 5))
+    a, b = (torch.stack([z[k] for z in drawn]) if batch else drawn[0][k] for k in (0, 1))
+    rows, columns, factor = taus
+
+    def penalties(*given):
+        left = iter(given)
+        return tuple(KL() if tau is None else KL(next(left)) for tau in (rows, columns))
+
+    return x, y, a, factor * b, [0.1, *(tau for tau in (rows, columns) if tau is not None)], penalties
+
+
+MACHINES = [("matrix", "dense"), ("squares", "dense"), ("squares", "chunked"), ("sum", "chunked"), ("distances", "softmin")]
+
+
+@pytest.mark.parametrize("cost, backend", [*MACHINES, ("distances", "chunked")])
+@pytest.mark.parametrize("taus", TAUS, ids=str)
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_value_in_eps_and_tau(problem, batch, taus, cost, backend):
+    """By the envelope: KL(P | a⊗b), and KL of each relaxed marginal."""
+    x, y, a, b, at, penalties = scalars(problem, taus, batch)
+    R = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64) if batch else torch.ones((), dtype=torch.float64)
+
+    def value(eps, *taus):
+        return (
+            R * gpu_ot.solve(Problem(KINDS[cost](x, y), eps, a, b, penalties(*taus)), backend=backend, tol=1e-14, max_iter=3000).value
+        ).sum()
+
+    numbers = [torch.tensor(z, dtype=torch.float64, requires_grad=True) for z in at]
+    grads = torch.autograd.grad(value(*numbers), numbers)
+    for k, grad in enumerate(grads):
+        assert float(grad) == pytest.approx(differences(value, at, k), rel=1e-6)
+    assert torch.func.grad(value, argnums=0)(*(z.detach() for z in numbers)) == pytest.approx(float(grads[0]), rel=1e-9)
+
+
+@pytest.mark.parametrize("taus", TAUS, ids=str)
+def test_divergence_in_eps_and_tau(problem, taus):
+    x, y, a, b, at, penalties = scalars(problem, taus)
+
+    def value(eps, *taus):
+        return gpu_ot.divergence(Problem(gpu_ot.SqEuclidean(x, y), eps, a, b, penalties(*taus)), tol=1e-14, max_iter=3000).value
+
+    numbers = [torch.tensor(z, dtype=torch.float64, requires_grad=True) for z in at]
+    for k, grad in enumerate(torch.autograd.grad(value(*numbers), numbers)):
+        assert float(grad) == pytest.approx(differences(value, at, k), rel=1e-6)
+
+
+def test_eps_and_tau_are_learnt_beside_the_points(problem):
+    """As parameters of a loss, of another type and with the points: neither takes anything from the other."""
+    x, y, a, b, _, _ = scalars(problem, TAUS[1])
+    x.requires_grad_()
+    eps, tau = (torch.nn.Parameter(torch.tensor([z])) for z in (0.1, 0.4))
+    loss = gpu_ot.SinkhornLoss(eps, tau, tol=1e-12)
+    assert [id(z) for z in loss.parameters()] == [id(eps), id(tau)]
+    found = torch.autograd.grad(loss(x, y, a, b), (eps, tau, x))
+    assert found[0].shape == (1,) and found[0].dtype == torch.float32
+    fixed = [float(z.detach()) for z in (eps, tau)]
+    value = lambda eps, tau: gpu_ot.SinkhornLoss(eps, tau, tol=1e-14)(x.detach(), y, a, b)  # noqa: E731
+    for k in (0, 1):
+        assert float(found[k]) == pytest.approx(differences(value, fixed, k), rel=1e-5)
+    (alone,) = torch.autograd.grad(gpu_ot.SinkhornLoss(*fixed, tol=1e-12)(x, y, a, b), x)
+    torch.testing.assert_close(found[2], alone, rtol=1e-12, atol=0)
+    with torch.no_grad():
+        assert not loss(x, y, a, b).requires_grad
+
+
+def test_what_is_not_known_in_eps_and_tau_is_refused(problem):
+    a, b, M = problem(6, 5)
+    number = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    for grad in ("implicit", "unroll"):
+        for posed in (Problem(M.clone().requires_grad_(), number, a, b), Problem(M.clone().requires_grad_(), 0.1, a, b, KL(number))):
+            with pytest.raises(gpu_ot.ProblemError, match="divide the cost"):
+                gpu_ot.solve(posed, grad=grad)
+    with pytest.raises(gpu_ot.ProblemError, match="tau of TV"):
+        Problem(M, 0.1, a, b, TV(number))
+    value = gpu_ot.solve(Problem(M, number, a, b)).value
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(value, number, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.func.grad(torch.func.grad(lambda eps: gpu_ot.solve(Problem(M, eps, a, b)).value))(number.detach())
+    plain = Problem(M, 0.1, a, b, KL(0.3))
+    assert Problem(M, number.detach(), a, b, KL(torch.tensor(0.3, dtype=torch.float64))).penalties == plain.penalties
+
+
 def test_value_reaches_the_points():
     x, y = (torch.rand(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (6, 5))
 

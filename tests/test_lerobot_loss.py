@@ -24,6 +24,7 @@ from gpu_ot.lerobot import (
     compute_ot_loss_for_policy,
     compute_ot_loss_from_terms,
     detach_ot,
+    embed,
     floats,
 )
 from gpu_ot.lerobot.attach import CoTraining
@@ -516,3 +517,80 @@ def test_yaml_reads_alike(tmp_path):
     path.write_text("a: [")
     with pytest.raises(ProblemError, match="not YAML"):
         OTConfig.from_file(path)
+
+
+def mini(name, **parts):
+    """The parts of one of LeRobot's large policies that the registry looks for, and nothing else of it."""
+    policy = nn.Module()
+    policy.name = name
+    for key, part in parts.items():
+        setattr(policy, key, part)
+    return policy
+
+
+def module(**parts):
+    held = nn.Module()
+    for key, part in parts.items():
+        setattr(held, key, part)
+    return held
+
+
+def test_large_policies_embed_what_they_would_be_given():
+    """SmolVLA and pi0 pad states and resize images by methods of their own; GR00T embeds a state by its robot."""
+    patches = nn.Conv2d(3, 5, 4, 4)
+    tower = module(patches=patches)
+    tower.embed_image = lambda image: patches(image).flatten(2).mT  # (batch, tokens, 5)
+    pad = lambda batch: nn.functional.pad(batch[STATE], (0, 4))  # noqa: E731
+    state, image = torch.randn(3, 6), torch.rand(3, 3, 8, 8)
+
+    smolvla = mini("smolvla", model=module(state_proj=nn.Linear(10, 7), vlm_with_expert=tower))
+    smolvla.prepare_state, smolvla.prepare_images = pad, lambda batch: ([2 * batch[CAMERA] - 1], None)
+    pi0 = mini("pi0", model=module(state_proj=nn.Linear(10, 7), paligemma_with_expert=tower))
+    pi0.prepare_state, pi0._preprocess_images = pad, lambda batch: ([2 * batch[CAMERA] - 1], None)
+    for policy in (smolvla, pi0):
+        padded = nn.functional.pad(state, (0, 4))
+        torch.testing.assert_close(embed(policy, STATE, state, {STATE: state}), policy.model.state_proj(padded))
+        tokens = patches(2 * image - 1).mean((-2, -1))
+        torch.testing.assert_close(embed(policy, CAMERA, image, {CAMERA: image}), tokens)
+        patches.requires_grad_(False)  # as SmolVLA's tower is by default
+        with pytest.raises(ProblemError, match="carries no gradient"):
+            embed(policy, CAMERA, image, {CAMERA: image})
+        patches.requires_grad_(True)
+    del pi0.model.state_proj
+    with pytest.raises(ProblemError, match="into the prompt"):
+        embed(pi0, STATE, state, {STATE: state})
+
+    class ByRobot(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 6, 4))
+
+        def forward(self, x, robot):
+            return torch.einsum("btd,bdk->btk", x, self.weight[robot])
+
+    groot = mini("groot", _groot_model=module(action_head=module(state_encoder=ByRobot())))
+    robots = torch.tensor([0, 1, 1])
+    z = embed(groot, "state", state.unsqueeze(1), {"state": state, "embodiment_id": robots})
+    torch.testing.assert_close(z[2], state[2] @ groot._groot_model.action_head.state_encoder.weight[1])
+    with pytest.raises(ProblemError, match="embodiment_id"):
+        embed(groot, "state", state.unsqueeze(1), {"state": state})
+
+
+def test_a_part_of_ones_own_policy_is_named_by_its_path(observations):
+    body = nn.Sequential(nn.Conv2d(3, 4, 3, dtype=torch.float64))
+    policy = mini("mine", body=body, state=nn.Linear(6, 2, dtype=torch.float64))
+    obs = observations(5)
+    torch.testing.assert_close(embed(policy, CAMERA, obs[CAMERA], obs, "body.0"), body(obs[CAMERA]).mean((-2, -1)))
+    frames = torch.stack((obs[STATE], 2 * obs[STATE]), 1)
+    torch.testing.assert_close(embed(policy, STATE, frames, obs, "state"), policy.state(frames).flatten(1))
+    with pytest.raises(ProblemError, match="how mine embeds an observation is not known"):
+        embed(policy, STATE, obs[STATE], obs)
+    with pytest.raises(ProblemError, match="its dim_slice must keep them all"):
+        embed(mini("act", model=module(encoder_robot_state_input_proj=nn.Linear(6, 2))), STATE, obs[STATE][:, :4], obs)
+
+
+def test_metrics_go_to_tensorboard(policy, observations, tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    attach_ot(policy, pairs(observations), co_config(tensorboard_dir=str(tmp_path)), log_every=1)
+    policy.forward({STATE: observations(4)[STATE]})
+    assert any(path.stat().st_size > 100 for path in tmp_path.iterdir())

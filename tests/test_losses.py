@@ -15,7 +15,7 @@ import torch
 with contextlib.redirect_stdout(io.StringIO()):  # greets on stdout through KeOps
     import geomloss
 
-from gpu_ot import KL, Cosine, Problem, ProblemError, SqEuclidean
+from gpu_ot import KL, Cosine, Formula, Problem, ProblemError, SqEuclidean
 from gpu_ot import losses as losses_room
 from gpu_ot.losses import SamplesLoss, SinkhornLoss
 from gpu_ot.solve import solve
@@ -419,8 +419,33 @@ def test_sinkhorn_loss_refuses():
     with pytest.raises(ProblemError, match="x must be a tensor"):
         SinkhornLoss(0.1)(x.numpy(), y)
     with pytest.raises(NotImplementedError, match="second derivatives"):
-        loss = SinkhornLoss(0.1, detach_plan=True, backend="chunked")
+        loss = SinkhornLoss(0.1, cost=lambda x, y: Formula(lambda x, y: (x - y).abs().sum(-1), x, y), detach_plan=True, backend="chunked")
         torch.autograd.grad(loss(x.requires_grad_(), y), x, create_graph=True)
+
+
+@pytest.mark.parametrize("cost", [SqEuclidean, lambda x, y: 0.5 * SqEuclidean(x, y) + Cosine(x, y)])
+@pytest.mark.parametrize("backend", ["dense", "chunked"])
+def test_second_derivatives_with_the_plan_held(backend, cost):
+    """Those of sum_ij P_ij C_ij with P constant, which the points have where the cost folds; and of a function of the loss."""
+    a, x, b, y = samples(6, 5, 2)
+    x, y = leaves((x, y))
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    P = solve(Problem(cost(x, y), 0.1, a, b), backend=backend).plan.to_dense().detach()
+    found = SinkhornLoss(0.1, cost=cost, detach_plan=True, backend=backend)(x, y, a, b)
+    truth = (P * cost(x, y).dense()).sum()
+    for g, e in zip(*(second(z.sin(), x, (x, y), v) for z in (found, truth)), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-8, atol=1e-11)
+    M = SqEuclidean(x, y).dense().detach().requires_grad_()
+    loss = SinkhornLoss(0.1, detach_plan=True)
+    P = solve(Problem(M, 0.1, a, b)).plan.to_dense().detach()
+    (found,), (truth,) = (second(z.sin(), M, (M,), P) for z in (loss(M, a=a, b=b), (P * M).sum()))
+    torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
+
+
+def second(value, x, leaves, v):
+    """The derivative in the leaves of that in x along v."""
+    (first,) = torch.autograd.grad(value, x, create_graph=True)
+    return torch.autograd.grad((first * v).sum(), leaves)
 
 
 def example(name):

@@ -38,6 +38,8 @@ def test_commands_exist(line, capsys):
         with pytest.raises(SystemExit) as finished:
             main([*command[1:], "--help"])
         assert finished.value.code == 0
+    elif command[0] == "torchrun":
+        assert (ROOT / next(word for word in command if word.endswith(".py"))).is_file()
     elif command[0] == "python":
         assert (ROOT / command[1]).is_file()
     else:

@@ -8,11 +8,17 @@ Budgets on the dense backend, with L looks:
     gpu_ot.sinkhorn_unbalanced(...)  likewise; 1 for its check of +inf in M
 
 An absorbed kernel's products are exact or are taken again, so their sums are looked at where they are used: after 1, 2, 4, ... iterations
-at first, and once a stride when they hold. On a GPU small problems have no such kernel.
+at first, and once a stride when they hold. Accelerated iterations come one by one: where the host would wait, on a GPU, what has held for
+SURE of them is from then on taken for exact, a doubt stays on the device, and is told with the next look. There a solve reads
+
+    gpu_ot.solve(problem)            L; 1 for the start, 1 for each step of an annealed eps, and 5 for each kernel that is new
+
+(On a GPU small problems have no such kernel.)
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +29,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_ot
-from gpu_ot.backends.dense import Absorbed
+from gpu_ot.backends.dense import SURE, Absorbed
 
 #: Whatever hands a tensor's numbers to Python, and what moves them to the host.
 READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__complex__")
@@ -95,6 +101,65 @@ def test_solve_reads_at_its_looks(problem, monkeypatch, stretches, backend, chec
     rest = {name: count for name, count in found.items() if name not in ("dense.py:scalings", "dense.py:sums")}
     assert rest == {"loop.py:look": looks, **kernel}
     assert found["dense.py:scalings"] + found["dense.py:sums"] <= 1 * (backend == "dense")  # of the value, once
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """A CPU that is waited for like a GPU."""
+    monkeypatch.setattr(Absorbed, "waits", True)
+
+
+@pytest.mark.parametrize("penalty", [gpu_ot.KL(), gpu_ot.KL(0.5)], ids=str)
+@pytest.mark.parametrize("accelerate", ["mixing", "relaxation"])
+def test_accelerated_iterations_read_at_their_looks_alone(problem, monkeypatch, waiting, accelerate, penalty):
+    a, b, M = problem(60, 50)
+    posed = gpu_ot.Problem(M, 0.005, a, b, penalty)
+    with reads(monkeypatch) as found:
+        done = gpu_ot.solve(posed, backend="dense", tol=1e-9, check_every=10, accelerate=accelerate)
+    assert done.status.name == "converged" and done.n_iter > 30
+    held = found.pop("dense.py:scalings", 0) + found.pop("dense.py:sums", 0)  # of the value
+    assert held <= 1 and found.pop("dense.py:_multiply") <= 5
+    assert found == {"loop.py:look": len(done.errors), "dense.py:first": 1}
+
+
+@pytest.mark.parametrize("penalty", [gpu_ot.KL(), gpu_ot.KL(0.5)], ids=str)
+@pytest.mark.parametrize("accelerate", ["auto", "mixing", "relaxation"])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_products_in_doubt_are_taken_again(problem, monkeypatch, waiting, accelerate, penalty, batch):
+    """What is not exact is NaN here: it moves nothing, is never kept, and a new kernel goes on from where the last good one stood."""
+    drawn = [problem(30, 25, seed=seed) for seed in range(3)]
+    a, b, M = (torch.stack(z) for z in zip(*drawn, strict=True)) if batch else drawn[0]
+    posed = gpu_ot.Problem(M, 0.005, a, b, penalty)
+    truth = gpu_ot.solve(posed, backend="softmin", tol=1e-9, check_every=10, accelerate=accelerate)
+    kernels, calls, original = [], [0], Absorbed._multiplied
+
+    def failing(self, problem, g, eps, k):
+        *moved, exact = original(self, problem, g, eps, k)
+        calls[0] += 1
+        if self.kernel.products not in kernels:
+            kernels.append(self.kernel.products)
+        # The first two kernels fail once they are trusted, and remain bad.
+        return (*(z * math.nan for z in moved), exact & False) if len(kernels) < 3 and self.trust >= SURE else (*moved, exact)
+
+    monkeypatch.setattr(Absorbed, "_multiplied", failing)
+    done = gpu_ot.solve(posed, backend="dense", tol=1e-9, check_every=10, accelerate=accelerate)
+    assert len(kernels) >= 3 and done.status.name == "converged"
+    assert done.errors.isfinite().all()
+    # Up to ten iterations are lost before either doubt is told; relaxation must learn its factor again as well.
+    assert done.n_iter <= truth.n_iter + 2 * 20 or accelerate == "relaxation"
+    torch.testing.assert_close(done.plan.to_dense(), truth.plan.to_dense(), rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernels_left_behind_by_their_potentials(problem, waiting, dtype):
+    """Costs a thousand times eps: sums leave the range in earnest."""
+    a, b, M = (z.to(dtype) for z in problem(40, 35))
+    posed = gpu_ot.Problem(M, 1e-3, a, b)
+    for accelerate in ("auto", "mixing"):
+        ours, truth = (gpu_ot.solve(posed, backend=name, tol=1e-4, check_every=10, accelerate=accelerate) for name in ("dense", "softmin"))
+        assert ours.status == truth.status
+        torch.testing.assert_close(ours.value, truth.value, rtol=1e-4, atol=0)
+        assert accelerate == "mixing" or ours.status.name == "converged"  # float32 does not always reach it
 
 
 def test_sinkhorn_reads_at_its_looks(problem, monkeypatch, stretches):

@@ -6,16 +6,20 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from .. import errors
 from ..costs import Lazy, Matrix
 from ..geometry import Geometry
 from ..problem import Problem, vector_dtype
-from . import chunked, keops
+from ..sharded import Sharded
+from . import chunked, keops, sharded
 from .dense import Absorbed, Dense
 from .resident import Resident
 
 #: What `auto` may spend on the two n-by-m arrays of "dense": n = m = 5800 in float32, 4100 in float64. With the 250 MB that torch itself
-#: takes, a solve stays within half a gigabyte (a gradient that reaches the points needs about five more such arrays). Time would
+#: takes, a solve stays within half a gigabyte (a gradient that reaches the points of a cost that does not fold needs about five more
+#: such arrays, of one that folds none). Time would
 #: allow far more: measured on 2 cores at d = 3, an iteration on stored arrays takes 0.2 ns a pair. Forming the cost anew takes
 #: 1.3 in blocks, 3 for one that does not fold, 17 for a formula of all coordinates; KeOps takes 10, 7 and 6.
 DENSE_BYTES = 2**28
@@ -80,7 +84,7 @@ def _block_bytes(problem: Problem) -> int:
 #: By name, in order of preference where nothing else decides. "dense" runs the absorbed form; "softmin" is the same algorithm as it is
 #: written in papers, the truth in tests.
 BACKENDS = {
-    "dense": Backend(lambda problem: None, lambda problem: Absorbed(problem.cost.dense()), lambda problem: 2 * _matrix_bytes(problem)),
+    "dense": Backend(lambda problem: None, lambda problem: Absorbed(problem.cost), lambda problem: 2 * _matrix_bytes(problem)),
     "resident": Backend(Resident.refuse, lambda problem: Resident(problem.cost.dense()), Resident.memory),
     "triton": Backend(_refuse_triton, _bind_triton, lambda problem: 2 * _cloud_bytes(problem)),
     "chunked": Backend(
@@ -89,7 +93,7 @@ BACKENDS = {
         lambda problem: 3 * _cloud_bytes(problem) + _block_bytes(problem),
     ),
     "keops": Backend(keops.refuse, lambda problem: keops.Keops(problem.cost), lambda problem: 2 * _cloud_bytes(problem)),
-    "softmin": Backend(lambda problem: None, lambda problem: Dense(problem.cost.dense()), _matrix_bytes),
+    "softmin": Backend(lambda problem: None, lambda problem: Dense(problem.cost), _matrix_bytes),
 }
 
 
@@ -154,6 +158,16 @@ def bind(problem: Problem, backend: str = "auto", precision: str = "fp32") -> Ge
 
     Raises ProblemError for a backend that does not exist, BackendError for one that cannot serve this problem, with the reason.
     """
+    if isinstance(problem.cost, Sharded):
+        with torch.no_grad():
+            backend = _named(sharded.largest(problem), backend, precision)
+        return sharded.share_out(problem, lambda piece: bind(piece, backend, precision))
+    backend = _named(problem, backend, precision)
+    return _bind_triton(problem, precision) if backend == "triton" else BACKENDS[backend].bind(problem)
+
+
+def _named(problem: Problem, backend: str, precision: str) -> str:
+    """The backend that takes the problem."""
     if backend == "auto":
         backend = _choose(problem)[0].backend
     elif backend not in BACKENDS:
@@ -162,7 +176,7 @@ def bind(problem: Problem, backend: str = "auto", precision: str = "fp32") -> Ge
         raise errors.backend_refused(backend, why)
     if precision not in PRECISIONS:
         raise errors.unknown("precision", precision, PRECISIONS)
-    return _bind_triton(problem, precision) if backend == "triton" else BACKENDS[backend].bind(problem)
+    return backend
 
 
 def explain(problem: Problem) -> str:
@@ -170,6 +184,11 @@ def explain(problem: Problem) -> str:
 
     >>> print(gpu_ot.explain(Problem(SqEuclidean(x, y), eps=0.1)))
     """
+    if isinstance(problem.cost, Sharded):
+        sizes = [size if size is None else "+".join(map(str, size)) for size in problem.cost.ranks.sizes]
+        whole = f"{problem.shape[-2]} by {problem.shape[-1]}, rows {sizes[0]}, columns {sizes[1] or 'whole'} on the ranks"
+        about = "each holds its rows and all columns" if problem.cost.layout == "replicated" else "shares of points go round"
+        return f'{whole}, layout "{problem.cost.layout}": {about}. The largest piece:\n{explain(sharded.largest(problem))}'
     taken, overruled = _choose(problem)
     *batch, n, m = problem.shape
     count = f"{problem.shape.numel() // (n * m)} problems of " if batch else ""

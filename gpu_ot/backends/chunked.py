@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..costs import Cosine, Cost, Dot, Euclidean, Folded, Formula, Lazy, Matrix, SqEuclidean, Sum
-from ..geometry import Geometry, weigh
+from ..geometry import Geometry, pull_folded, weigh
 from ..problem import Problem, vector_dtype
 from ..vectors import exp, log
 from .products import by_rows
@@ -91,15 +91,33 @@ class Chunked(Geometry):
         return P
 
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
-        n, m = self.pairs.shape[-2:]
-        exponents, tile = self.pairs.exponents(k, h, eps), self._tile(h)
-        own = self.pairs.shape[:-2]
+        pairs = self.pairs
+        if not isinstance(pairs, _Sliced):
+            return pull_folded(self.inputs, w, lambda right, left: self._products(k, h, eps, right, left))
+        (*own, n, m), tile = pairs.shape, self._tile(h)
+        exponents = pairs.exponents(k, h, eps)
         grads = [torch.zeros_like(z, dtype=self.dtype) for z in self.inputs]
         for rows in by_rows(n, tile[0]):
             for cols in by_rows(m, tile[1]):
                 G = exponents(rows, cols).exp_() * w[..., rows].unsqueeze(-1)
-                self.pairs.pull_back(G.sum_to_size(*own, *G.shape[-2:]), rows, cols, grads)
+                pairs.pull_back(G.sum_to_size(*own, *G.shape[-2:]), rows, cols, grads)
         return tuple(grad.to(z.dtype) for grad, z in zip(grads, self.inputs, strict=True))
+
+    def _products(self, k: Tensor, h: Tensor, eps: float, right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """right P^T and left P for p_ij = exp((k_i + h_j - C_ij) / eps), each where it is asked for, from one exponential of each pair."""
+        n, m = self.pairs.shape[-2:]
+        exponents, tile = self.pairs.exponents(k, h, eps), self._tile(h)
+        batch = self._batch(k, h)
+        on_rows = None if right is None else h.new_zeros(*batch, right.shape[-2], n)
+        on_columns = None if left is None else h.new_zeros(*batch, left.shape[-2], m)
+        for rows in by_rows(n, tile[0]):
+            for cols in by_rows(m, tile[1]):
+                E = exponents(rows, cols).exp_()
+                if on_rows is not None and right is not None:
+                    on_rows[..., rows] += right[..., cols] @ E.mT
+                if on_columns is not None and left is not None:
+                    on_columns[..., cols] += left[..., rows] @ E
+        return on_rows, on_columns
 
     def advance(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Both half-steps of an iteration from one exponential of each pair.
@@ -188,10 +206,6 @@ class _Pairs(ABC):
     def exponents(self, k: Tensor, h: Tensor, eps: float) -> Exponents:
         """(k_i + h_j - C_ij) / eps, by block."""
 
-    @abstractmethod
-    def pull_back(self, G: Tensor, rows: slice, cols: slice, grads: list[Tensor]) -> None:
-        """Adds to `grads` what the derivative G (*batch, rows, cols) in this block of C means for each of `inputs`."""
-
 
 class _Folding(_Pairs):
     """C_ij = alpha_i + beta_j - <u_i, v_j>: the exponents of a block are one product of two slim matrices."""
@@ -215,13 +229,6 @@ class _Folding(_Pairs):
         left = _beside(u / eps, torch.ones_like(alpha), (k - alpha) / eps)
         right = _beside(v, (h - beta) / eps, torch.ones_like(beta)).mT.contiguous()
         return lambda rows, cols: left[..., rows, :] @ right[..., cols]
-
-    def pull_back(self, G: Tensor, rows: slice, cols: slice, grads: list[Tensor]) -> None:
-        _, _, u, v = self.wide
-        grads[0][..., rows] += G.sum(-1)
-        grads[1][..., cols] += G.sum(-2)
-        grads[2][..., rows, :] -= G @ v[..., cols, :]
-        grads[3][..., cols, :] -= G.mT @ u[..., rows, :]
 
 
 def _beside(z: Tensor, *columns: Tensor) -> Tensor:
@@ -255,14 +262,17 @@ class _Sliced(_Pairs):
         return block
 
     def pull_back(self, G: Tensor, rows: slice, cols: slice, grads: list[Tensor]) -> None:
-        part = self._part(self.cost, rows, cols)
-        leaves = [z.detach().to(G.dtype).requires_grad_() for z in part.inputs.values()]
+        """Adds to `grads` what the derivative G (*batch, rows, cols) in this block of C means for the inputs that ask, or for each."""
+        part, asked = self._part(self.cost, rows, cols), [z.requires_grad for z in self.inputs]
+        asked = asked if any(asked) else [True] * len(asked)
+        leaves = [z.detach().to(G.dtype).requires_grad_(wanted) for z, wanted in zip(part.inputs.values(), asked, strict=True)]
         with torch.enable_grad():
             C = self._seen(part.of(leaves))
-        found = torch.autograd.grad(C, leaves, G, allow_unused=True)
-        for window, grad in zip(self._part(self.cost.of(grads), rows, cols).inputs.values(), found, strict=True):
-            if grad is not None:
-                window += grad  # the part of a cost made of the gradients is a view of them
+        found = iter(torch.autograd.grad(C, [z for z in leaves if z.requires_grad], G, allow_unused=True))
+        windows = self._part(self.cost.of(grads), rows, cols).inputs.values()  # views of the gradients
+        for window, wanted in zip(windows, asked, strict=True):
+            if wanted and (grad := next(found)) is not None:
+                window += grad
 
     def _part(self, cost: Cost, rows: slice, cols: slice) -> Cost:
         return cost.part(cols, rows) if self.transposed else cost.part(rows, cols)

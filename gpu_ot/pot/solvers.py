@@ -18,6 +18,7 @@ from .. import errors, gradients
 from ..costs import Cost
 from ..penalties import KL, TV
 from ..problem import Problem
+from ..sharded import Sharded, is_dtensor, local
 from ..solution import CONVERGED, STALLED, Solution, Status
 from ..solve import solve as solve_problem
 from . import balanced
@@ -340,6 +341,10 @@ def _solve_relaxed(M: Any, a: Any, b: Any, c: Any, asked: _Asked) -> OTResult:
 
 def _solve_lazily(cost: Cost, a: Tensor | None, b: Tensor | None, back: Callable[[Tensor], Any], asked: _Asked) -> OTResult:
     """No n-by-m array: O((n + m) d) memory, whatever the gradient."""
+    if isinstance(cost, Sharded):
+        raise errors.ProblemError(
+            "points that ranks share are solved as solve(Problem(Sharded(...), eps)), or solve_sample(..., group=group)."
+        )
     if asked.entropy and asked.relaxed is not None:
         raise errors.ProblemError('reg_type = "entropy" with relaxed marginals needs a matrix of costs: pass lazy=False, or reg_type="KL".')
     taus = (math.inf, math.inf) if asked.relaxed is None else pair(asked.relaxed)
@@ -411,6 +416,9 @@ def solve_sample(
     n_projections=50,
     projections=None,
     scaler=None,
+    *,
+    group=None,
+    layout="auto",
 ):
     """POT's `ot.solve_sample`: `solve` between the points X_a (n, d) and X_b (m, d).
 
@@ -421,8 +429,17 @@ def solve_sample(
     debias   True: values minus half of those of X_a and X_b with themselves (Feydy et al. 2019, arXiv:1810.08278).
     scaler   applied to both clouds: a function, or an object with `transform`.
 
+    group    a process group or DeviceMesh: X_a, X_b, a and b are this rank's share of the points, or DTensors (which need no group). All
+             ranks call, and get what `solve(Problem(...))` gives, a gpu_ot.Solution, with its `tol` and `max_iter`; see gpu_ot.Sharded,
+             also for `layout`.
+
     `batch_size`, `scaling`, `rank`, `n_projections` and the like are accepted and not needed. Otherwise as `solve`.
     """
+    if group is not None or is_dtensor(X_a) or is_dtensor(X_b):
+        others = dict(c=c, potentials_init=potentials_init, debias=debias or None, scaler=scaler, lazy=lazy or None, method=method)
+        if refused := [name for name, value in others.items() if value is not None]:
+            raise errors.ProblemError(f"{', '.join(refused)}: not known where ranks share the points. SamplesLoss(group=...) debiases.")
+        return _solve_shared(X_a, X_b, a, b, metric, reg, reg_type, unbalanced, unbalanced_type, max_iter, tol, grad, group, layout)
     name = None if method is None else method.lower()
     if name in OTHER_SOLVERS:
         raise elsewhere(f"method = {method!r}", f"ot.solve_sample(..., method={method!r})")
@@ -452,6 +469,23 @@ def solve_sample(
 
     result = _debiased(between_clouds, X_a, X_b, a, b) if debias else between_clouds(X_a, X_b, a, b)
     return OnDemand(**{name: getattr(result, name) for name in OTResult.__dataclass_fields__}) if on_demand else result
+
+
+def _solve_shared(
+    X_a: Any, X_b: Any, a: Any, b: Any, metric: str, reg: Any, reg_type: Any, relaxed: Any, unbalanced_type: str,
+    max_iter: int | None, tol: float | None, grad: str, group: Any, layout: str,
+) -> Solution:  # fmt: skip
+    entropy, penalty = _kinds(reg_type, relaxed, unbalanced_type)
+    if entropy:
+        raise errors.ProblemError('reg_type = "entropy" is not known where ranks share the points: pass reg_type="KL", the same plan.')
+    if reg is None:
+        raise errors.bad_eps("reg", reg)
+    group = next((z.device_mesh for z in (X_a, X_b) if is_dtensor(z)), None) if group is None else group
+    x, y = local("X_a", X_a), local("X_b", X_b)
+    taus = (math.inf, math.inf) if relaxed is None else pair(relaxed)
+    cost = Sharded(between(x, y, metric), group, layout)
+    problem = Problem(cost, number(reg), a, b, (penalty(number(taus[0])), penalty(number(taus[1]))))
+    return _solve_problem(problem, (), max_iter, tol, grad, {})
 
 
 def _returned(result: OTResult, back: Callable[[Tensor], Any]) -> OTResult:

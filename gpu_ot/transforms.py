@@ -1,0 +1,72 @@
+"""What torch.func makes of tensors: stand-ins that remember who differentiates them, and the numbers inside.
+
+A solve looks at numbers, so it runs on the tensors inside, beyond the reach of every transform; what it found is attached to the
+stand-ins afterwards, by functions that torch.func can take apart. Under torch.vmap the numbers of one problem exist nowhere.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports]
+
+T = TypeVar("T")
+
+
+def active() -> bool:
+    """Whether this runs inside a transform of torch.func."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def batched(z: Tensor) -> bool:
+    """Whether z stands for one of many, under torch.vmap."""
+    return any(_functorch.is_batchedtensor(each) for each in _layers(z))
+
+
+def asks(z: Tensor) -> bool:
+    """Whether autograd, or any transform around, differentiates with respect to z."""
+    return any(each.requires_grad for each in _layers(z))
+
+
+def numbers(z: Tensor) -> Tensor:
+    """What is inside of z; z itself where no transform has a part in it."""
+    return _layers(z)[-1]
+
+
+def plain(z: Tensor) -> Tensor:
+    """The numbers of z as a tensor of its own, which requires a gradient if z asks for one. To be called `outside`."""
+    return numbers(z).detach().requires_grad_(asks(z))
+
+
+def outside(work: Callable[[], T], near: Tensor) -> T:
+    """`work` on a thread of its own, on the stream of `near`: transforms, autocast and what an operation does without (autograd) are
+    all states of the thread that calls."""
+    out: list[T] = []
+    failed: list[BaseException] = []
+    stream = torch.cuda.current_stream(near.device) if near.is_cuda else None
+
+    def run() -> None:
+        try:
+            with torch.cuda.stream(stream):
+                out.append(work())
+        except BaseException as failure:
+            failed.append(failure)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return out[0]
+
+
+def _layers(z: Tensor) -> list[Tensor]:
+    """z and what it stands for, down to the numbers."""
+    found = [z]
+    while _functorch.is_functorch_wrapped_tensor(found[-1]):
+        found.append(_functorch.get_unwrapped(found[-1]))
+    return found
