@@ -33,6 +33,8 @@ class Folded(NamedTuple):
 SCALES = ("std", "mean", "median", "max")
 #: Numbers of a block (32 MiB in float64), and of the entries that a median is taken over.
 BLOCK, SORTED = 2**22, 2**24
+#: Features from which squared distances of float32 points on a CPU are products in float64, and numbers of a slab of those (4 MiB).
+WIDE, SLAB = 16, 2**19
 
 #: Rows or columns: a slice, or int64 indices (k,), or (*batch, k) for a choice of each problem's own.
 Index = slice | Tensor
@@ -338,6 +340,8 @@ class _Distances(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, squared: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if squared and x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[-1] >= WIDE:
+            return _squares(x, y)
         # Differences first: |x|^2 + |y|^2 - 2<x, y> has no digits left for clouds far from the origin.
         D = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
         return D.square() if squared else D
@@ -362,6 +366,20 @@ class _Distances(torch.autograd.Function):
         centre = torch.cat((x, y), -2).mean(-2, keepdim=True).detach()
         x, y = x - centre, y - centre
         return W.sum(-1, keepdim=True) * x - W @ y, W.sum(-2).unsqueeze(-1) * y - W.mT @ x, None
+
+
+def _squares(x: Tensor, y: Tensor) -> Tensor:
+    """|x_i - y_j|^2 of float32 points by products in float64 about a common centre: 16 digits of |x|^2 leave more of a distance than
+    differences in float32 do, and from WIDE features on it is the faster way, 9 times at 64."""
+    centre = torch.cat((x, y), -2).mean(-2, keepdim=True)
+    u, v = (x - centre).double(), (y - centre).double()
+    left = torch.cat((u, u.square().sum(-1, keepdim=True), torch.ones_like(u[..., :1])), -1)
+    right = torch.cat((-2 * v, torch.ones_like(v[..., :1]), v.square().sum(-1, keepdim=True)), -1).mT.contiguous()
+    C = x.new_empty(*x.shape[:-1], y.shape[-2])
+    step = max(1, SLAB // max(1, y.shape[-2] * x.shape[:-2].numel()))
+    for i in range(0, x.shape[-2], step):
+        C[..., i : i + step, :] = left[..., i : i + step, :] @ right
+    return C.clamp_(min=0)
 
 
 class SqEuclidean(_Clouds):

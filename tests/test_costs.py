@@ -261,3 +261,21 @@ def test_strips_make_up_the_whole(dim, block, monkeypatch):
     assert len(strips) == {1: cost.shape[dim], 10**6: 1}.get(block, len(strips))
     assert [i for window, _ in strips for i in range(cost.shape[dim])[window]] == list(range(cost.shape[dim]))
     torch.testing.assert_close(torch.cat([part.dense() for _, part in strips], dim), cost.dense())
+
+
+@pytest.mark.parametrize("d", [16, 33, 300])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_wide_float32_points_lose_less_than_differences_do(d, offset):
+    """By products in float64, batched and in slabs; the budget is torch's own error by differences in float32."""
+    gen = torch.Generator().manual_seed(d)
+    x, y = (torch.randn(2, size, d, generator=gen) + offset for size in (300, 1100))
+    y[:, :5] = x[:, :5]  # pairs that coincide, and some that nearly do
+    y[:, 5:9] = x[:, 5:9] * (1 + 1e-6)
+    truth = (
+        (x.double().unsqueeze(-2) - y.double().unsqueeze(-3)).square().sum(-1) if d < 100 else torch.cdist(x.double(), y.double()).square()
+    )
+    ours, torchs = SqEuclidean(x, y).dense(), torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+    assert ours.dtype == torch.float32 and bool((ours >= 0).all())
+    assert (ours - truth).abs().amax() <= (torchs - truth).abs().amax()
+    near = 1e-13 * d * (1 + x.double().sub(x.mean()).square().amax())
+    assert ours[:, range(5), range(5)].amax() <= near

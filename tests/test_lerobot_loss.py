@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -326,7 +328,6 @@ def one(**spec):
     (dict(src_key=STATE, dim_slice=[3, 3]), r"outside"),
     (dict(src_key=CAMERA, dim_slice=[0, 2], weight_label=1.0), "holds images"),
     (dict(src_key=STATE, tgt_key="action"), "6 numbers in the source and 3 in the target"),
-    (dict(src_key=STATE, use_learned_embed=True, embed_path="model.body"), r'Policy has no "model"; its parts are state, camera'),
 ])  # fmt: skip
 def test_a_feature_that_does_not_fit_says_so(policy, observations, spec, said):
     with pytest.raises(ProblemError, match=said):
@@ -440,6 +441,16 @@ def test_plans_are_drawn(policy, observations, tmp_path):
         policy.forward({STATE: observations(4)[STATE]})
     drawn = sorted(tmp_path.rglob("*.png"))
     assert [path.name for path in drawn] == ["000002.png", "000004.png"] and all(path.stat().st_size > 5000 for path in drawn)
+
+
+def test_plans_are_shown_where_wandb_runs(policy, observations, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    shown = []
+    run = types.SimpleNamespace(run=object(), Image=lambda path: path, log=lambda data, step: shown.append((data, step)))
+    monkeypatch.setitem(sys.modules, "wandb", run)
+    attach_ot(policy, pairs(observations), co_config(plan_every=1), out_dir=tmp_path)
+    policy.forward({STATE: observations(4)[STATE]})
+    assert shown == [({"train/ot_plan": str(tmp_path / "ot_plans" / "000001.png")}, 1)]
 
 
 def test_no_pairs_is_an_error(policy, observations):
@@ -583,6 +594,8 @@ def test_a_part_of_ones_own_policy_is_named_by_its_path(observations):
     torch.testing.assert_close(embed(policy, CAMERA, obs[CAMERA], obs, "body.0"), body(obs[CAMERA]).mean((-2, -1)))
     frames = torch.stack((obs[STATE], 2 * obs[STATE]), 1)
     torch.testing.assert_close(embed(policy, STATE, frames, obs, "state"), policy.state(frames).flatten(1))
+    with pytest.raises(ProblemError, match=r'embed_path "model.body": Module has no "model"; its parts are body, state'):
+        embed(policy, STATE, obs[STATE], obs, "model.body")
     with pytest.raises(ProblemError, match="how mine embeds an observation is not known"):
         embed(policy, STATE, obs[STATE], obs)
     with pytest.raises(ProblemError, match="its dim_slice must keep them all"):

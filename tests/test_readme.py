@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -36,8 +37,10 @@ def test_commands_exist(line, capsys):
         assert done.returncode == 0, done.stderr
     elif command[0] == "gpu-ot":
         with pytest.raises(SystemExit) as finished:
-            main([*command[1:], "--help"])
+            main([*command[1 : command.index("--") if "--" in command else None], "--help"])
         assert finished.value.code == 0
+    elif command[0] == "torchrun" and "-m" in command:
+        assert importlib.util.find_spec(command[command.index("-m") + 1]) is not None
     elif command[0] == "torchrun":
         assert (ROOT / next(word for word in command if word.endswith(".py"))).is_file()
     elif command[0] == "python":

@@ -183,7 +183,8 @@ class OTFeatureSpec(_Config):
     weight_embed       of the embedding's distance.
     weight_label       of the label's, which carries no gradient.
     embed_cost         "sqeuclidean", or "cosine": 1 - cos in place of the squared distance.
-    embed_path         a dotted path in the policy, "model.backbone", of what embeds this feature; found by itself for known policies.
+    embed_path         a dotted path in the policy, "model.backbone", of what embeds this feature; found by itself for known policies, and
+                       not used for those with a method encode_feature_for_ot.
     embed_name         read and not used, as in the fork.
     time               which frame of a sequence is the label, "first", "last", or "flatten": all side by side. When left out, the first of
                        actions and the last, which is now, of observations.

@@ -32,10 +32,10 @@ def embed(policy: nn.Module, key: str, x: Tensor, observation: Observation, path
     Sequences are embedded frame by frame and laid side by side. Raises ProblemError where nothing is known that embeds this feature, and
     for an embedding without a gradient.
     """
-    if path is not None:
-        encoder, source = _by_path(policy, path), f'"{path}"'
-    elif hasattr(policy, "encode_feature_for_ot"):
+    if hasattr(policy, "encode_feature_for_ot"):
         encoder, source = _by_method, "the policy's encode_feature_for_ot"
+    elif path is not None:
+        encoder, source = _by_path(policy, path), f'"{path}"'
     else:
         encoder, source = _known(policy, key), f"{_name(policy)}'s encoder"
     z = encoder(policy, key, x, observation)
