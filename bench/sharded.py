@@ -1,6 +1,6 @@
 """One solve on several ranks: time and bytes an iteration, and what they would come to on a thousand GPUs.
 
-    torchrun --nproc-per-node 2 bench/sharded.py [--out DIR] [--points 4000] [--dimensions 64] [--iterations 6] [--repeats 5]
+    torchrun --nproc-per-node 2 bench/sharded.py [--out DIR] [--points 2000] [--dimensions 64] [--iterations 6] [--repeats 5]
     python bench/sharded.py --out DIR --draw
 
 Each run adds the rows of its number of ranks to sharded.json and draws sharded.png anew: strong scaling (n = m points shared by all ranks)
@@ -9,7 +9,8 @@ Bytes are counted where they leave, in torch's own collectives, and stand beside
 
     seconds = pairs / rate + messages * latency + bytes / bandwidth        (in the ring, the larger of work and points under way)
 
-is fitted to the least times of the rows, which other work on the machine disturbs least. The same formula with numbers of GPUs and their networks, which are assumed and not measured, is drawn
+is fitted to the least times of the rows, which other work on the machine disturbs least. The same formula with numbers of GPUs and
+their networks, which are assumed and not measured, is drawn
 up to 1024 ranks and marked as modelled.
 """
 
@@ -19,7 +20,6 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,7 +92,14 @@ def measure(n: int, m: int, d: int, layout: str, iterations: int, repeats: int) 
         return time.perf_counter() - begun
 
     run(1)
-    times = [(run(3 * iterations) - run(iterations)) / (2 * iterations) for _ in range(repeats)]
+    pairs = torch.tensor([(run(iterations), run(3 * iterations)) for _ in range(repeats)], dtype=torch.float64)
+    if ranks.size > 1:
+        dist.all_reduce(pairs, dist.ReduceOp.MAX)  # the slowest rank's
+    short, long = pairs.T
+    middle, least, most = (
+        float(late - early) / (2 * iterations)
+        for early, late in ((short.median(), long.median()), (short.amin(), long.amin()), (short.amin(), long.amax()))
+    )
     counts = []
     for k in (iterations, 3 * iterations):
         with counted(ranks.size, ranks.rank) as sent:
@@ -101,12 +108,8 @@ def measure(n: int, m: int, d: int, layout: str, iterations: int, repeats: int) 
     sent, messages = ((late - early) / (2 * iterations) for early, late in zip(*counts, strict=True))
     unseen = traffic(problem.cost, looks=0)  # the row potentials are sent once in so many iterations
     expected = unseen + (traffic(problem.cost, looks=1) - unseen) / iterations
-    if ranks.size > 1:
-        slowest = torch.tensor(times, dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        times = slowest.tolist()
     return dict(
-        n=n, m=m, d=d, layout=layout, ranks=ranks.size, time_s=statistics.median(times), time_min_s=min(times), time_max_s=max(times),
+        n=n, m=m, d=d, layout=layout, ranks=ranks.size, time_s=middle, time_min_s=min(least, middle), time_max_s=most,
         bytes_sent=sent, bytes_expected=expected, bytes_match=abs(sent - expected) < 0.5, messages=messages, dtype="fp32", repeats=repeats,
     )  # fmt: skip
 
@@ -172,7 +175,7 @@ def draw(rows: list[dict[str, Any]], fitted: dict[str, float], out: Path, cores:
             for layout, colour in colours.items():
                 mine = sorted((row for row in rows if row["scaling"] == scaling and row["layout"] == layout), key=lambda row: row["ranks"])
                 at, seconds = [row["ranks"] for row in mine], [1e3 * row["time_min_s"] for row in mine]
-                spread = [[0.0] * len(mine), [1e3 * row["time_s"] - t for t, row in zip(seconds, mine, strict=True)]]
+                spread = [[0.0] * len(mine), [max(0.0, 1e3 * row["time_s"] - t) for t, row in zip(seconds, mine, strict=True)]]
                 ax.errorbar(at, seconds, yerr=spread, marker="o", capsize=2.5, color=colour, label=f"{layout}, measured")
                 ax.plot(at, [1e3 * predicted(row, fitted, cores) for row in mine], linestyle=":", marker="x", color=colour, label="the fit")
             ax.axvspan(cores + 0.1, max([cores + 0.5, *(row["ranks"] for row in rows)]) + 0.5, color="#EEEEEE")
@@ -200,7 +203,7 @@ def predicted(row: dict[str, Any], fitted: dict[str, float], cores: int) -> floa
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a folder for sharded.json and sharded.png")
-    parser.add_argument("--points", type=int, default=4000)
+    parser.add_argument("--points", type=int, default=2000)
     parser.add_argument("--dimensions", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=5)

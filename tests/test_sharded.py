@@ -412,7 +412,7 @@ def test_the_fit_finds_what_made_the_times(bench):
         for n, layout in ((1000, "replicated"), (3000, "ring")):
             row = dict(layout=layout, n=n, m=n, ranks=ranks, messages=3.0 * (ranks - 1), bytes_sent=1e5 * (ranks - 1) / ranks * n)
             pairs, messages, sent = script.work(row, 8)
-            rows.append(row | {"time_s": 2e-9 * pairs + 1e-3 * messages + 1e-9 * sent})
+            rows.append(row | {"time_min_s": 2e-9 * pairs + 1e-3 * messages + 1e-9 * sent})
     fitted = script.fit(rows, 8)
     found = [fitted[key] for key in ("seconds_a_pair", "seconds_a_message", "seconds_a_byte")]
     assert found == pytest.approx([2e-9, 1e-3, 1e-9], rel=1e-6) and fitted["relative_error"] < 1e-9
