@@ -95,16 +95,17 @@ def solve(
             mixed = "auto" if start is None and schedule is None else "mixing"
             how = ("none" if replayed or not geometry.accelerates else mixed) if accelerate == "auto" else accelerate
             every = check_every or (1 if how != "none" and problem.a.device.type == "cpu" else 10)
+            at = schedule or Constant(problem.eps)
             with torch.no_grad():
-                at = schedule or Constant(problem.eps)
                 outcome = iterate(geometry, problem, at, transforms.numbers(first), stop, max_iter, every, on_check, how, keep)
-                if geometry.exact is not geometry:
-                    geometry = geometry.exact
-                    again = weigh(outcome.f, problem.a, problem.eps)
-                    left = max(max_iter - outcome.n_iter, 1)
-                    corrected = iterate(geometry, problem, Constant(problem.eps), again, stop, left, every, on_check, how, keep)
-                    outcome = outcome.then(corrected)
-            return geometry, outcome
+            exact = geometry.exact  # where gradients are asked for, they reach the cost through this
+            if exact is geometry:
+                return geometry, outcome
+            left = max(max_iter - outcome.n_iter, 1)
+            with torch.no_grad():
+                again = weigh(outcome.f, problem.a, problem.eps)
+                corrected = iterate(exact, problem, Constant(problem.eps), again, stop, left, every, on_check, how, keep)
+            return exact, outcome.then(corrected)
 
         geometry, outcome = gradients.apart(problem, search)
         if outcome.status is DIVERGED and isinstance(problem.cost, Sharded):  # points that changed since they were checked, on some rank

@@ -472,3 +472,16 @@ def test_rough_sweeps_end_in_the_faithful_solution(precision):
     truth = solve(Problem(SqEuclidean(x.double(), y.double()), 0.02), backend="softmin", tol=1e-10)
     errors = [float((z.plan.to_dense().double() - truth.plan.to_dense()).abs().sum()) for z in (ours, exact)]
     assert ours.status.name in ("converged", "stalled") and max(errors) <= 1e-4, errors
+
+
+@interpreted
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("grad", ["envelope", "implicit"])
+def test_a_rounded_start_keeps_the_gradient(precision, grad):
+    """Derivatives are of the solve that corrected it, in full precision."""
+    gen = torch.Generator().manual_seed(3)
+    x, y = (torch.rand(20, 3, generator=gen).requires_grad_() for _ in "xy")
+    problem = Problem(SqEuclidean(x, y), 0.1)
+    ours, exact = (solve(problem, backend="triton", tol=1e-5, precision=p, grad=grad).value for p in (precision, "fp32"))
+    for one, other in zip(*(torch.autograd.grad(value, (x, y)) for value in (ours, exact)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
