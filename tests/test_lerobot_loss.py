@@ -353,11 +353,23 @@ def test_an_encoders_own_errors_surface(policy, observations):
         compute_ot_loss_for_policy(policy, observations(4), observations(4), one(src_key=STATE, use_learned_embed=True))
 
 
-def test_nan_is_traced_to_its_term(policy, observations):
+@pytest.mark.parametrize("reference", ["product", "diagonal"])
+def test_nan_is_traced_to_its_term(policy, observations, reference):
     src, tgt = observations(5), observations(5)
     src[CAMERA][2, 0, 0, 0] = torch.nan
     with pytest.raises(ProblemError, match=f'the term "{CAMERA}" holds NaN'):
-        compute_ot_loss_for_policy(policy, src, tgt, features(tau_src=1.0))
+        compute_ot_loss_for_policy(policy, src, tgt, features(tau_src=1.0, reference=reference))
+
+
+def test_unequal_batches_of_ranks_are_refused(policy, observations, monkeypatch):
+    def all_gather(parts, mine):
+        for rank, part in enumerate(parts):
+            part.copy_(mine + rank)
+
+    for name, stand_in in (("is_initialized", lambda: True), ("get_world_size", lambda: 2), ("all_gather", all_gather)):
+        monkeypatch.setattr(torch.distributed, name, stand_in)
+    with pytest.raises(ProblemError, match=r"rows \(5, 4\), \(6, 5\): .*drop_last"):
+        compute_ot_loss_for_policy(policy, observations(5), observations(4), features(tau_src=1.0), gather=True)
 
 
 def pairs(observations, n=6):
@@ -461,6 +473,57 @@ def test_no_pairs_is_an_error(policy, observations):
         CoTraining(OTConfig(), [])
 
 
+def test_pairs_that_do_not_begin_anew_are_told_from_none(policy, observations):
+    attach_ot(policy, iter(pairs(observations)), co_config())
+    batch = {STATE: observations(4)[STATE]}
+    for _ in range(3):
+        policy.forward(batch)
+    with pytest.raises(ProblemError, match="do not begin anew"):
+        policy.forward(batch)
+
+
+def test_a_feature_that_the_preprocessor_drops_is_named(policy, observations):
+    def lerobots(batch):
+        return {key: z for key, z in batch.items() if key == "action" or key.startswith("observation.")}
+
+    batches = [tuple({**side, "eef_pose": side[STATE]} for side in pair) for pair in pairs(observations)]
+    label = dict(src_key="eef_pose", term_name="label")
+    loss = dict(features=[*features().to_dict()["features"], label], tau_src=1.0, tau_tgt=1.0)
+    attach_ot(policy, batches, OTConfig.from_dict(dict(loss_config=loss)), lerobots)
+    with pytest.raises(ProblemError, match='"eef_pose" does not come out of the preprocessor'):
+        policy.forward({STATE: observations(4)[STATE]})
+
+
+def test_the_whole_observation_goes_to_ones_own_encoder_as_it_is(policy, observations):
+    class Whole(Policy):
+        def encode_feature_for_ot(self, key, x):
+            return self.state(x[STATE]) + 0 * self.camera(x[CAMERA]).mean()
+
+    whole, src, tgt = Whole(), observations(5), observations(7)
+    loss, _ = compute_ot_loss_for_policy(whole, src, tgt, one(src_key="observation", use_learned_embed=True, weight_label=0))
+    whole.encode_feature_for_ot = lambda key, x: whole.state(x)
+    expected, _ = compute_ot_loss_for_policy(whole, src, tgt, one(src_key=STATE, use_learned_embed=True, weight_label=0))
+    torch.testing.assert_close(loss, expected)
+    for option in (dict(dim_slice=[0, 4]), dict(embed_path="state")):
+        with pytest.raises(ProblemError, match="leave dim_slice and embed_path"):
+            compute_ot_loss_for_policy(whole, src, tgt, one(src_key="observation", use_learned_embed=True, weight_label=0, **option))
+
+
+@pytest.mark.parametrize("missing, option, said", [
+    ("matplotlib.figure", dict(plan_every=500), "pip install matplotlib"),
+    ("torch.utils.tensorboard", dict(tensorboard_dir="runs"), "pip install tensorboard"),
+    (None, dict(plan_every=500), "out_dir"),
+])  # fmt: skip
+def test_what_reports_need_is_asked_for_before_the_first_step(policy, observations, monkeypatch, tmp_path, missing, option, said):
+    if missing is not None:
+        monkeypatch.setitem(sys.modules, missing, None)
+    out = tmp_path if missing is not None else None
+    with pytest.raises(ProblemError, match=said):
+        attach_ot(policy, pairs(observations), co_config(**option), out_dir=out)
+    detach_ot(policy)
+    attach_ot(policy, pairs(observations), co_config(**option), out_dir=out, main=False)  # which reports nothing
+
+
 def test_the_forks_training_file_reads_unchanged(tmp_path):
     camera = dict(use_learned_embed=True, weight_embed=0.3333, weight_label=0.0)
     specs = [
@@ -502,6 +565,11 @@ def test_the_forks_training_file_reads_unchanged(tmp_path):
     (dict(loss_config=dict(cost_scale="mean", reg=["mean", 0.1])), "leave cost_scale out"),
     (dict(bc_src_weight=1.5), "a share from 0 to 1"),
     (dict(batch_ratio=0), "batch_ratio must be"),
+    (dict(batch_size="many"), "batch_size must be a finite number"),
+    (dict(topk_src_episodes=0), "topk_src_episodes must be a finite number of at least 1"),
+    (dict(window_size=2.5), "window_size must be a whole number"),
+    (dict(cutoff="near"), "cutoff must be a finite number"),
+    (dict(enable="false"), "enable must be true or false"),
     ([1, 2], "made of keys and values"),
 ])  # fmt: skip
 def test_a_mistaken_configuration_says_what_is_wrong(given, said):

@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,49 @@ def test_training_without_lerobot_says_how_to_get_it(tmp_path):
     blocked = "import sys; sys.modules['lerobot'] = None; from gpu_ot.cli import main; sys.exit(main(['train']))"
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "pip install lerobot" in done.stderr
+
+
+def test_a_source_with_names_of_its_own(monkeypatch, tmp_path):
+    """It is read as the target is, its features take the target's names, and a checkpoint keeps its own to find it again."""
+    from gpu_ot.lerobot import OTConfig
+    from gpu_ot.lerobot import train as launcher
+
+    opened = {}
+    datasets = types.SimpleNamespace(
+        LeRobotDataset=lambda name, **options: opened.update(options),
+        LeRobotDatasetMetadata=lambda name, root: types.SimpleNamespace(features={"observation.images.cam": 0, "observation.state": 0}),
+    )
+    monkeypatch.setitem(sys.modules, "lerobot.datasets.lerobot_dataset", datasets)
+    monkeypatch.setitem(sys.modules, "lerobot.datasets.factory", types.SimpleNamespace(resolve_delta_timestamps=lambda policy, meta: None))
+    monkeypatch.setattr(launcher, "read_pairs", lambda path, **bases: None)
+    loss = features("observation.images.cam")
+    loss["features"][0] |= dict(tgt_key="observation.images.front", term_name=None)
+    given = OTConfig.from_dict(dict(src_repo_id="sim", pair_info_path="pairs.npz", loss_config=loss))
+    before = given.to_dict()
+
+    launch = launcher._Launch(given, types.ModuleType("script"))
+    target = types.SimpleNamespace(
+        image_transforms=None, meta=types.SimpleNamespace(features={"observation.images.front": 0, "observation.state": 0})
+    )
+    script = types.SimpleNamespace(
+        resume=False,
+        policy=types.SimpleNamespace(pretrained_path="hub"),
+        tolerance_s=1e-4,
+        dataset=types.SimpleNamespace(video_backend="pyav"),
+        rename_map={"observation.state": "observation.joints"},
+    )
+    launch._dataset(lambda cfg: target, script)
+    assert opened["video_backend"] == "pyav"
+    first = launch.cfg.loss_config.features[0]
+    assert (first.src_key, first.name) == ("observation.images.front", "observation.images.cam->observation.images.front")
+    state = launch.cfg.loss_config.features[1]  # after the preprocessor, which follows --rename_map
+    assert (state.src_key, state.tgt_key, state.name) == ("observation.joints", "observation.joints", "state")
+    named = {key: launch._renamed(key) for key in ("observation.images.cam_is_pad", "observation.images.cam", "observation.state", "task")}
+    assert list(named.values()) == ["observation.images.front_is_pad", "observation.images.front", "observation.state", "task"]
+
+    launch.training = types.SimpleNamespace(state_dict=lambda: {"step": 3})
+    launch._save(lambda **options: None, checkpoint_dir=tmp_path)
+    assert OTConfig.from_file(tmp_path / "training_state" / "ot_config.json").to_dict() == before
 
 
 @pytest.fixture(scope="module")

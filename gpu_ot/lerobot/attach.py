@@ -6,6 +6,7 @@ and what is saved is the plain policy.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -48,6 +49,12 @@ class CoTraining:
     ) -> None:
         if not cfg.loss_config.features:
             raise ProblemError("loss_config has no features: name at least one, with src_key and a weight.")
+        if main and cfg.plan_every:  # now, not after hours
+            if out_dir is None:
+                raise ProblemError("plan_every draws pictures and there is nowhere to put them: pass out_dir, or plan_every: 0.")
+            _needs("matplotlib.figure", "plan_every draws pictures, which needs matplotlib: pip install matplotlib, or plan_every: 0.")
+        if main and cfg.tensorboard_dir is not None:
+            _needs("torch.utils.tensorboard", "tensorboard_dir needs TensorBoard: pip install tensorboard, or leave it out.")
         self.cfg, self.preprocess, self.log_every, self.main = cfg, preprocess, max(1, log_every), main
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.pairs = pairs
@@ -70,7 +77,7 @@ class CoTraining:
                 reported |= _gradients(policy, loss, weighted)
             self._report(step, reported)
             info = {**(info or {}), **reported}
-        if self.main and cfg.plan_every and step % cfg.plan_every == 0 and self.out_dir is not None:
+        if self.main and self.out_dir is not None and cfg.plan_every and step % cfg.plan_every == 0:
             _picture(aligned.plan(), self.out_dir / "ot_plans" / f"{step:06d}.png", step)
         self.step = step
         return loss + weighted.to(loss.dtype), info
@@ -79,24 +86,33 @@ class CoTraining:
         if self._batches is None:
             self._batches = self._endless()
         device = next(policy.parameters()).device
-        keys = self.cfg.obs_keys
         sides = []
         for side, batch in zip("st", next(self._batches), strict=True):
             seen = {key: z.to(device) if isinstance(z, Tensor) else z for key, z in batch.items()} if self.preprocess is None else batch
             seen = seen if self.preprocess is None else self.preprocess(dict(seen))
             named = [str(spec.src_key if side == "s" else spec.tgt_key) for spec in self.cfg.loss_config.features]
-            sides.append(only(seen, [*named, *(keys or ()), "embodiment_id"]))
+            if lost := [key for key in named if key in batch and key not in seen]:
+                raise ProblemError(
+                    f'"{lost[0]}" does not come out of the preprocessor, which keeps "action" and what begins with "observation.". Give '
+                    "the feature such a name in the dataset."
+                )
+            sides.append(only(seen, [*named, *(self.cfg.obs_keys or ()), "embodiment_id"]))
         return sides[0], sides[1]
 
     def _endless(self) -> Iterator[Pair]:
-        start = self.step
+        first = start = self.step
         while True:
             found = iter(self.pairs(start) if callable(self.pairs) else self.pairs)
-            empty = True
+            before = start
             for pair in found:
-                empty, start = False, start + 1
+                start += 1
                 yield pair
-            if empty:
+            if first < before == start:
+                raise ProblemError(
+                    "the pairs have come to an end and do not begin anew, as a generator does not: pass what can be iterated again, such "
+                    "as a list or a DataLoader, or a function of the step that makes the generator."
+                )
+            if before == start:
                 raise ProblemError("there are no pairs to align: the pair file, or what its options leave of it, is empty.")
 
     def _report(self, step: int, reported: dict[str, float]) -> None:
@@ -108,13 +124,15 @@ class CoTraining:
             logging.warning(warning)
         if self.cfg.tensorboard_dir is not None:
             if self._board is None:
-                self._board = _tensorboard(self.cfg.tensorboard_dir)
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(self.cfg.tensorboard_dir)
             for name, value in reported.items():
                 self._board.add_scalar(f"train/{name}", value, step)
             self._board.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on with the very next pair."""
+        """What `load_state_dict` needs to go on with the very next pair, where `pairs` is a function of the step; else with the first."""
         return {"step": self.step, "scale": self.scale.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -192,10 +210,8 @@ def _gradients(policy: nn.Module, bc: Tensor, ot: Tensor) -> dict[str, float]:
 
 def _picture(plan: Tensor, path: Path, step: int) -> None:
     """The plan as a heat map, where people would look for its diagonal; to W&B as well where that runs."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ProblemError("plan_every draws pictures, which needs matplotlib: pip install matplotlib, or plan_every: 0.") from None
+    from matplotlib.figure import Figure
+
     path.parent.mkdir(parents=True, exist_ok=True)
     P = plan.detach().double().cpu().numpy()
     figure = Figure(figsize=(5, 4.3), layout="constrained")
@@ -209,9 +225,8 @@ def _picture(plan: Tensor, path: Path, step: int) -> None:
         wandb.log({"train/ot_plan": wandb.Image(str(path))}, step=step)
 
 
-def _tensorboard(folder: str) -> Any:
+def _needs(module: str, why: str) -> None:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        importlib.import_module(module)
     except ModuleNotFoundError:
-        raise ProblemError("tensorboard_dir needs TensorBoard: pip install tensorboard, or leave it out.") from None
-    return SummaryWriter(folder)
+        raise ProblemError(why) from None

@@ -177,7 +177,8 @@ class OTFeatureSpec(_Config):
         M_term = weight_embed |z_s - z_t|^2 + weight_label |l_s - l_t|^2
 
     src_key, tgt_key   keys of the observation, tgt_key that of the source when left out. "observation.images.*" is every camera, each a
-                       term of its own with these weights; "observation" is the whole observation, for policies that embed it at once.
+                       term of its own with these weights; "observation" is the whole observation, for policies that embed it at once
+                       (Diffusion, TDMPC, and those whose encode_feature_for_ot("observation", x) takes a dict).
     dim_slice          [start, stop] along the last axis, of what is embedded and of the label alike.
     use_learned_embed  whether the policy's encoder is used; weight_embed counts only then.
     weight_embed       of the embedding's distance.
@@ -281,7 +282,7 @@ class OTConfig(_Config):
                        every frame of the target 1 - bc_src_weight, so that the larger dataset gets more.
     seed               of the pairs; LeRobot's when left out.
     num_workers        processes that decode pairs.
-    cache_mib          memory for decoded frames, in each of them.
+    cache_mib          memory for decoded frames, in each of them; with bc_src_weight once more in each of LeRobot's own.
     gather             one problem over the batches of all ranks, instead of one each.
     plan_every         a picture of the plan every so many steps, as PNG and to W&B where it runs; 0 for none.
     grad_norms_every   the norms of both gradients every so many steps, at the price of a second backward pass; 0 for none.
@@ -323,14 +324,22 @@ class OTConfig(_Config):
         self.lambda_ot = _number("lambda_ot", self.lambda_ot, least=0)
         self.batch_ratio = _number("batch_ratio", self.batch_ratio, above=0)
         self.sharpness = _number("sharpness", self.sharpness, least=0)
+        if isinstance(self.obs_keys, str):
+            self.obs_keys = [self.obs_keys]
+        if self.cutoff is not None:
+            self.cutoff = _number("cutoff", self.cutoff)
+        for name in ("enable", "no_window", "normalize_bc_weights_by_ds_size", "gather"):
+            if not isinstance(given := getattr(self, name), bool):
+                raise ProblemError(f"{name} must be true or false, found {given!r}.")
         for name in ("warmup_steps", "window_size", "num_workers", "cache_mib", "plan_every", "grad_norms_every"):
-            setattr(self, name, int(_number(name, getattr(self, name), least=0)))
+            setattr(self, name, _whole(name, getattr(self, name), 0))
+        for name, least in (("batch_size", 1), ("topk_src_episodes", 1), ("seed", 0)):
+            if (given := getattr(self, name)) is not None:
+                setattr(self, name, _whole(name, given, least))
         for name in ("bc_src_weight", "bc_paired_share"):
             share = getattr(self, name)
             if share is not None and not 0 <= _number(name, share) <= 1:
                 raise ProblemError(f"{name} must be a share from 0 to 1, found {share}.")
-        if self.batch_size is not None and int(self.batch_size) < 1:
-            raise ProblemError(f"batch_size must be at least 1, found {self.batch_size}.")
 
     @classmethod
     def _found_in(cls, given: Any) -> Any:
@@ -338,7 +347,7 @@ class OTConfig(_Config):
 
     def pairs_of(self, batch_size: int) -> int:
         """Pairs of a step beside LeRobot's `batch_size`."""
-        return int(self.batch_size) if self.batch_size is not None else max(1, int(self.batch_ratio * batch_size))
+        return self.batch_size if self.batch_size is not None else max(1, int(self.batch_ratio * batch_size))
 
     def weight_at(self, step: int) -> float:
         """lambda_ot at a step, which counts from 0."""
@@ -376,6 +385,12 @@ def _number(name: str, given: Any, *, least: float = -math.inf, above: float = -
         bound = f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
         raise ProblemError(f"{name} must be a finite number{bound}, found {given!r}.")
     return value
+
+
+def _whole(name: str, given: Any, least: int) -> int:
+    if (value := _number(name, given, least=least)) != int(value):
+        raise ProblemError(f"{name} must be a whole number, found {given!r}.")
+    return int(value)
 
 
 def _tau(name: str, given: Any) -> float | None:

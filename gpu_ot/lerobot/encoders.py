@@ -52,7 +52,7 @@ def embed(policy: nn.Module, key: str, x: Tensor, observation: Observation, path
 
 
 def _by_method(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    return policy.encode_feature_for_ot(key, x)
+    return policy.encode_feature_for_ot(key, dict(observation) if key == WHOLE else x)
 
 
 def _by_path(policy: nn.Module, path: str) -> Encoder:

@@ -97,6 +97,8 @@ def _embedded(policy: nn.Module, source: Observation, target: Observation, spec:
     """(n + m, d), of the source and then the target. The policy knows features by the target's names."""
     key = str(spec.tgt_key)
     if key == WHOLE:
+        if spec.dim_slice is not None or spec.embed_path is not None:
+            raise ProblemError(f'"{WHOLE}" is embedded at once by the policy itself: leave dim_slice and embed_path of "{spec.name}" out.')
         keys = [k for k in target if k in source and k.startswith("observation") and not k.endswith("_is_pad")]
         joint = {k: torch.cat((source[k], target[k])) for k in keys}
         if not joint:

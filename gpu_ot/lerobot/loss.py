@@ -92,7 +92,8 @@ def compute_ot_loss_for_policy(
     ot_marginal_error, ot_plan_entropy (0 a matching, 1 a⊗b); of each term ot_cost/<term>, its mean over all pairs without term_weight,
     ot_share/<term>, its share of the mean of M, and ot_moved/<term>, its part of ot_loss.
 
-    Raises ProblemError for a key, slice or embedding that does not fit, NaN in a feature, and reference: diagonal of n != m.
+    Raises ProblemError for a key, slice or embedding that does not fit, reference: diagonal of n != m, and NaN in a feature; with
+    reference: diagonal that is only looked for along with metrics, since its closed form never waits for the device.
     """
     aligned = align(policy, src_obs, tgt_obs, cfg, scale=scale, reference=reference, gather=gather, metrics=metrics)
     return aligned.loss, aligned.metrics
@@ -115,6 +116,7 @@ def align(
         ranks = 1
         if gather and torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size()
+            _same_sizes(found[0])
             found = [term._replace(x=_everyone(term.x), y=_everyone(term.y)) for term in found]
         try:
             aligned = _of_terms(found, cfg, scale or CostScale(), reference, metrics)
@@ -209,6 +211,8 @@ def _of_terms(found: list[Term], cfg: TransportConfig, scale: CostScale, referen
     moved = _transport(SqEuclidean(x, y), cfg, reference, lambda: (x - y).square().sum(-1))
     if not metrics:
         return Aligned(moved.loss, {}, moved.plan)
+    if moved.solution is None and not bool(moved.loss.detach().isfinite()):  # the solver, which looks for itself, was not asked
+        raise ProblemError("the costs hold NaN or infinity.")
     with torch.no_grad():
         parts = []
         # A common centre changes no distance and keeps the digits of features far from the origin.
@@ -318,6 +322,18 @@ class _Everyone(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         start = torch.distributed.get_rank() * ctx.rows
         return grad_outputs[0][start : start + ctx.rows]
+
+
+def _same_sizes(term: Term) -> None:
+    """A gather of unequal batches ends the process with no word why."""
+    mine = torch.tensor([len(term.x), len(term.y)], device=term.x.device)
+    every = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(every, mine)
+    if len(set(sizes := [tuple(z.tolist()) for z in every])) > 1:
+        raise ProblemError(
+            f"gather needs as many pairs on every rank, found (source, target) rows {', '.join(map(str, sizes))}: drop the last incomplete "
+            "batch (drop_last=True), or set gather: false."
+        )
 
 
 def _everyone(z: Tensor) -> Tensor:

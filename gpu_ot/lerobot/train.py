@@ -9,6 +9,7 @@ normalised as batches are), its endless loader (the BC mix), and its saving and 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -127,13 +128,17 @@ class _Launch:
             raise ProblemError("pair_info_path is missing: make the file with gpu-ot pair --src ... --tgt ... --out pairs.npz.")
         name = cfg.src_repo_id or Path(str(cfg.src_root)).name
         meta = LeRobotDatasetMetadata(name, root=cfg.src_root)
-        transforms = getattr(target, "image_transforms", None)
+        given = self.train_cfg.dataset
+        like_the_target = {key: getattr(given, key) for key in ("video_backend", "depth_output_unit") if hasattr(given, key)}
+        if hasattr(target, "_return_uint8"):  # 0.6: a quarter of the memory for decoded frames
+            like_the_target["return_uint8"] = target._return_uint8
         self.source = LeRobotDataset(
             name,
             root=cfg.src_root,
             delta_timestamps=resolve_delta_timestamps(self.train_cfg.policy, meta),
-            image_transforms=transforms,
+            image_transforms=getattr(target, "image_transforms", None),
             tolerance_s=self.train_cfg.tolerance_s,
+            **like_the_target,
         )
         self.pairs = read_pairs(cfg.pair_info_path, base_index_src=cfg.base_index_src, base_index_tgt=cfg.base_index_tgt)
         # Where a feature has another name in the source, the source's takes the target's: one preprocessor normalises both.
@@ -141,9 +146,20 @@ class _Launch:
         self.rename: dict[str, str] = {
             s.src_key: str(s.tgt_key) for s in found if s.src_key not in target.meta.features and s.src_key != WHOLE
         }
-        for spec in found:
-            spec.src_key = self.rename.get(spec.src_key, spec.src_key)
-        cfg.loss_config.features = found
+        # A pretrained policy's preprocessor renames by --rename_map, and features are wanted as they come out of it.
+        pretrained = getattr(self.train_cfg.policy, "pretrained_path", None)
+        processed = (getattr(self.train_cfg, "rename_map", None) or {}) if pretrained else {}
+        found = [
+            dataclasses.replace(
+                spec,
+                src_key=processed.get(key := self.rename.get(spec.src_key, spec.src_key), key),
+                tgt_key=processed.get(spec.tgt_key, spec.tgt_key),
+                term_name=spec.name,
+            )
+            for spec in found
+        ]
+        # A copy: checkpoints keep what was given, since the source's own names are wanted again when the run is resumed.
+        self.cfg = dataclasses.replace(cfg, loss_config=dataclasses.replace(cfg.loss_config, features=found))
 
     def _policy(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         policy = original(*args, **kwargs)
@@ -172,7 +188,12 @@ class _Launch:
         dataset = LeRobotOTPairDataset(self.source, self.target, self.pairs, sampling, cache_bytes=cfg.cache_mib << 20)
         for batch in self._loader("pairs", dataset, cfg.pairs_of(self.train_cfg.batch_size), start, cfg.num_workers):
             source: dict[str, Any] = batch["source"]
-            yield {self.rename.get(key) or key: z for key, z in source.items()}, batch["target"]
+            yield {self._renamed(key): z for key, z in source.items()}, batch["target"]
+
+    def _renamed(self, key: str) -> str:
+        """The target's name of a source feature, and of the column that says where it is padded."""
+        feature = key.removesuffix("_is_pad")
+        return self.rename.get(feature, feature) + key[len(feature) :]
 
     def _loader(self, name: str, dataset: LeRobotOTPairDataset | MixedDataset, size: int, start: int, workers: int) -> DrawLoader:
         """From where the checkpoint left it, or from step `start` on."""
@@ -206,11 +227,11 @@ class _Launch:
 
     def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
-        if self.training is not None:
+        if self.training is not None and self.given is not None:
             folder = Path(kwargs["checkpoint_dir"] if "checkpoint_dir" in kwargs else args[0]) / "training_state"
             folder.mkdir(parents=True, exist_ok=True)
             state = self.training.state_dict() | {name: loader.state_dict() for name, loader in self.loaders.items()}
-            for name, content in ((CONFIG, self.cfg.to_dict()), (STATE, state)):
+            for name, content in ((CONFIG, self.given.to_dict()), (STATE, state)):
                 partial = folder / f"{name}.partial"
                 partial.write_text(json.dumps(content, indent=2))
                 partial.replace(folder / name)
