@@ -4,7 +4,7 @@
 
 Batches of 128, as released with arXiv:2509.18631: at its settings (reference diagonal, reg 0.1, tau 0.05) and at reg 0.01, tau 1 with plans
 that move mass. `--policy mlp` needs no LeRobot and has little else to do in a step; `--policy act` is LeRobot's ACT on states alone, at its
-default size. The POT route is the fork's: the costs go to numpy in float64, `sinkhorn_knopp_unbalanced` with POT's defaults, the plan
+default size but for chunks of 20 actions. The POT route is the fork's: the costs go to numpy in float64, `sinkhorn_knopp_unbalanced` with POT's defaults, the plan
 comes back. Costs are scaled so that their mean is 1. Interleaved, one untimed step of each before; medians, with the least and largest.
 """
 
@@ -59,7 +59,7 @@ def act() -> nn.Module:
     from lerobot.policies.act.configuration_act import ACTConfig
     from lerobot.policies.act.modeling_act import ACTPolicy
 
-    config = ACTConfig(device="cpu", push_to_hub=False, pretrained_backbone_weights=None)
+    config = ACTConfig(device="cpu", push_to_hub=False, pretrained_backbone_weights=None, chunk_size=20, n_action_steps=20)
     environment_state = PolicyFeature(type=FeatureType.ENV, shape=(WIDTH,))  # ACT wants a camera or this
     config.input_features = {
         STATE: PolicyFeature(type=FeatureType.STATE, shape=(WIDTH,)),

@@ -305,6 +305,17 @@ def test_action_chunks(observations):
         torch.testing.assert_close(loss, expected)
 
 
+def test_the_frame_that_is_now(observations):
+    """A policy that sees frames -1 and 0 has its label in the last; one that sees 0, 1, 2, as TDMPC does, in the first."""
+    frames = [torch.randn(6, 3, 4, dtype=torch.float64) for _ in "st"]
+    policy, cfg = nn.Linear(1, 1), OTLossConfig.from_dict(dict(features=[dict(src_key=STATE)], reg=0.5, tol=1e-12))
+    for offsets, k in (([-2, -1, 0], 2), ([0, 1, 2], 0), ([-1, 0, 1], 1), (None, 2)):
+        policy.config = types.SimpleNamespace(observation_delta_indices=offsets)
+        loss, _ = compute_ot_loss_for_policy(policy, *({STATE: z} for z in frames), cfg)
+        expected, _ = compute_ot_loss_for_policy(policy, *({STATE: z[:, k]} for z in frames), cfg)
+        torch.testing.assert_close(loss, expected)
+
+
 def test_a_wildcard_is_every_camera(policy, observations):
     src, tgt = observations(6), observations(6)
     for obs in (src, tgt):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ProblemError
+from ..problem import vector_dtype
 from .config import OTConfig
 from .encoders import Observation
 from .features import only
@@ -33,7 +34,7 @@ class CoTraining:
 
     pairs       batches (source, target); an iterable, begun anew when it ends, or a function of the step to go on from.
     preprocess  applied to each side of a batch; when left out, tensors are only moved to the policy's device.
-    log_every   steps between metrics: they are copied to the host, reported and checked on those alone.
+    log_every   steps between metrics: they are copied to the host, reported and checked on those alone; 0 for none.
     out_dir     where pictures of the plan go, for cfg.plan_every.
     main        whether this process reports.
     """
@@ -55,11 +56,11 @@ class CoTraining:
             _needs("matplotlib.figure", "plan_every draws pictures, which needs matplotlib: pip install matplotlib, or plan_every: 0.")
         if main and cfg.tensorboard_dir is not None:
             _needs("torch.utils.tensorboard", "tensorboard_dir needs TensorBoard: pip install tensorboard, or leave it out.")
-        self.cfg, self.preprocess, self.log_every, self.main = cfg, preprocess, max(1, log_every), main
+        self.cfg, self.preprocess, self.log_every, self.main = cfg, preprocess, log_every, main
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.pairs = pairs
         self.step = 0
-        self.scale = CostScale()
+        self.scale = CostScale(shared=True)
         self.last: dict[str, float] = {}  # the metrics last reported
         self._batches: Iterator[Pair] | None = None
         self._board: Any = None
@@ -67,12 +68,12 @@ class CoTraining:
     def add_to(self, policy: nn.Module, loss: Tensor, info: dict[str, Any] | None) -> tuple[Tensor, dict[str, Any] | None]:
         """BC's loss and what it reports, with the alignment's."""
         cfg, step = self.cfg, self.step + 1
-        due = step % self.log_every == 0
+        due = self.log_every > 0 and step % self.log_every == 0
         source, target = self._next(policy)
         aligned = align(policy, source, target, cfg.loss_config, scale=self.scale, gather=cfg.gather, metrics=due)
         weighted = cfg.weight_at(self.step) * aligned.loss
         if due or (cfg.grad_norms_every and step % cfg.grad_norms_every == 0):
-            reported = floats(aligned.metrics)
+            reported = floats({"bc_loss": loss.detach().mean(), **aligned.metrics})
             if cfg.grad_norms_every and step % cfg.grad_norms_every == 0:
                 reported |= _gradients(policy, loss, weighted)
             self._report(step, reported)
@@ -201,7 +202,7 @@ def _gradients(policy: nn.Module, bc: Tensor, ot: Tensor) -> dict[str, float]:
     reached = [(p, g) for p, g in zip(parameters, pulls, strict=True) if g is not None]
     other = torch.autograd.grad(bc.mean(), [p for p, _ in reached], retain_graph=True, allow_unused=True)
     norms = [
-        torch.stack([g.double().square().sum() for g in found] or [torch.zeros((), dtype=torch.float64)]).sum().sqrt()
+        torch.stack([torch.linalg.vector_norm(g, dtype=vector_dtype(g.device)) for g in found] or [torch.zeros(())]).norm()
         for found in ([g for _, g in reached], [g for g in other if g is not None])
     ]
     ours, theirs = torch.stack([z.to(bc.device) for z in norms]).tolist()
@@ -213,7 +214,7 @@ def _picture(plan: Tensor, path: Path, step: int) -> None:
     from matplotlib.figure import Figure
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    P = plan.detach().double().cpu().numpy()
+    P = plan.detach().cpu().double().numpy()
     figure = Figure(figsize=(5, 4.3), layout="constrained")
     ax = figure.add_subplot()
     shown = ax.imshow(P * max(P.shape), cmap="magma", interpolation="nearest", vmin=0)

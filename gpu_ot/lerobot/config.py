@@ -188,7 +188,7 @@ class OTFeatureSpec(_Config):
                        not used for those with a method encode_feature_for_ot.
     embed_name         read and not used, as in the fork.
     time               which frame of a sequence is the label, "first", "last", or "flatten": all side by side. When left out, the first of
-                       actions and the last, which is now, of observations.
+                       actions, and of observations the one that is now.
     term_name          in logs; made of the keys when left out. Unique.
     term_weight        of the whole term.
     """

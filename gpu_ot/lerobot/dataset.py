@@ -303,7 +303,7 @@ class Draws(Sampler[int]):
     """
 
     def __init__(self, *, rank: int | None = None, world: int | None = None, start: int = 0, length: int | None = None) -> None:
-        here = _ranks()
+        here = ranks()
         self.rank, self.world = here[0] if rank is None else rank, here[1] if world is None else world
         if not 0 <= self.rank < self.world or start < 0:
             raise ProblemError(f"need 0 <= rank < world and start >= 0, found rank = {self.rank}, world = {self.world}, start = {start}.")
@@ -437,7 +437,7 @@ def _draw_number(n: int) -> int:
     return int(n)
 
 
-def _ranks() -> tuple[int, int]:
+def ranks() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

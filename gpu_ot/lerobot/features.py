@@ -29,7 +29,10 @@ def terms(policy: nn.Module, source: Observation, target: Observation, specs: It
     Both sides of an embedding go through one call of the encoder, so that its batch statistics are those of both. Raises ProblemError for
     a key that is missing, a slice outside a feature, and features of two widths.
     """
-    found = [_term(policy, source, target, spec) for spec in expanded(specs, source, target)]
+    # Which of a sequence of observations is now: most policies see the past, TDMPC the future as well.
+    offsets = list(getattr(getattr(policy, "config", None), "observation_delta_indices", None) or [])
+    now = offsets.index(0) if 0 in offsets else -1
+    found = [_term(policy, source, target, spec, now) for spec in expanded(specs, source, target)]
     if not found:
         raise ProblemError("loss_config has no features: name at least one, with src_key and a weight.")
     return found
@@ -73,7 +76,7 @@ def _wildcard(key: str, keys: list[str]) -> dict[str, str] | None:
     return {k[len(head) : len(k) - len(tail)]: k for k in keys if k.startswith(head) and k.endswith(tail) and not k.endswith("_is_pad")}
 
 
-def _term(policy: nn.Module, source: Observation, target: Observation, spec: OTFeatureSpec) -> Term:
+def _term(policy: nn.Module, source: Observation, target: Observation, spec: OTFeatureSpec, now: int) -> Term:
     parts: list[tuple[Tensor, Tensor]] = []
     if spec.use_learned_embed and spec.weight_embed > 0:
         z = _embedded(policy, source, target, spec)
@@ -84,7 +87,7 @@ def _term(policy: nn.Module, source: Observation, target: Observation, spec: OTF
     if spec.weight_label > 0:
         if spec.src_key == WHOLE:
             raise ProblemError(f'"{WHOLE}" is no label: set weight_label: 0, and add a feature for each label.')
-        labels = [_label(obs, str(key), spec) for obs, key in ((source, spec.src_key), (target, spec.tgt_key))]
+        labels = [_label(obs, str(key), spec, now) for obs, key in ((source, spec.src_key), (target, spec.tgt_key))]
         parts.append((spec.weight_label**0.5 * labels[0], spec.weight_label**0.5 * labels[1]))
     for x, y in parts:
         if x.shape[1:] != y.shape[1:]:
@@ -118,7 +121,7 @@ def _embedded(policy: nn.Module, source: Observation, target: Observation, spec:
     return _wide(embed(policy, key, x, joint, spec.embed_path))
 
 
-def _label(observation: Observation, key: str, spec: OTFeatureSpec) -> Tensor:
+def _label(observation: Observation, key: str, spec: OTFeatureSpec, now: int) -> Tensor:
     """(batch, d), detached: the frame of a sequence that the feature asks for. Where frames are padded, the nearest real one stands in."""
     x = _wide(_sliced(observation[key].detach(), spec, key))
     if x.ndim != 3:
@@ -131,8 +134,9 @@ def _label(observation: Observation, key: str, spec: OTFeatureSpec) -> Tensor:
         first, last = real.argmax(1), x.shape[1] - 1 - real.flip(1).argmax(1)
         steps = steps.clamp(first.unsqueeze(1), last.unsqueeze(1))
         x = x.take_along_dim(steps.unsqueeze(-1), 1)
-    time = spec.time or ("first" if key.startswith("action") else "last")
-    return x[:, 0] if time == "first" else x[:, -1] if time == "last" else x.flatten(1)
+    if spec.time is None:
+        return x[:, 0 if key.startswith("action") else now if now < x.shape[1] else -1]
+    return x[:, 0] if spec.time == "first" else x[:, -1] if spec.time == "last" else x.flatten(1)
 
 
 def _sliced(x: Tensor, spec: OTFeatureSpec, key: str) -> Tensor:

@@ -20,7 +20,7 @@ from ..costs import Cost, Matrix, SqEuclidean
 from ..errors import ProblemError
 from ..losses import held_cost
 from ..penalties import KL
-from ..problem import Problem
+from ..problem import Problem, vector_dtype
 from ..solution import CONVERGED, STALLED, Solution
 from ..solve import solve
 from .config import COST_SCALES, REFERENCES, OTCostConfig, OTLossConfig, TransportConfig, call
@@ -42,10 +42,14 @@ class Aligned(NamedTuple):
 
 
 class CostScale:
-    """The running average that costs are divided by, see TransportConfig. Without one, a batch is divided by its own."""
+    """The running average that costs are divided by, see TransportConfig. Without one, a batch is divided by its own.
 
-    def __init__(self) -> None:
+    shared  among the ranks of torch.distributed, which all must then come here at every step: one number, the mean of theirs.
+    """
+
+    def __init__(self, shared: bool = False) -> None:
         self.value: Tensor | None = None
+        self.shared = shared
 
     def of(self, cost: Cost, cfg: TransportConfig) -> Tensor | None:
         """0-d, after this batch; None for "none"."""
@@ -55,11 +59,14 @@ class CostScale:
         if q is None:
             now = cost.scale(kind)
         else:
-            sample = cost.sample(1024).double().flatten()
+            sample = _wide(cost.sample(1024)).flatten()
             now = sample.kthvalue(max(1, math.ceil(q * len(sample)))).values
+        if self.shared and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(now)
+            now = now / torch.distributed.get_world_size()
         if not now > 0:
             raise ProblemError(f"cost_scale: {cfg.cost_scale} of this batch's costs is {float(now):g}: all of its pairs coincide.")
-        self.value = now if self.value is None else cfg.momentum * self.value.to(now) + (1 - cfg.momentum) * now
+        self.value = now if self.value is None else cfg.momentum * self.value.to(now.dtype).to(now) + (1 - cfg.momentum) * now
         return self.value
 
     def state_dict(self) -> dict[str, float]:
@@ -171,7 +178,7 @@ def floats(metrics: Metrics) -> dict[str, float]:
     """The metrics on the host, by one copy."""
     if not metrics:
         return {}
-    return dict(zip(metrics, torch.stack([z.detach().double() for z in metrics.values()]).tolist(), strict=True))
+    return dict(zip(metrics, torch.stack([_wide(z.detach()) for z in metrics.values()]).tolist(), strict=True))
 
 
 def alarm(metrics: Mapping[str, float], cfg: TransportConfig) -> str | None:
@@ -240,7 +247,7 @@ def _transport(cost: Cost, cfg: TransportConfig, reference: Tensor | None, paire
         return _diagonal(paired(), eps, cfg)
     r = reference
     if r is None and number is not None:
-        ones = torch.ones(n, n, dtype=torch.float64, device=next(iter(cost.inputs.values())).device)
+        ones = _wide(next(iter(cost.inputs.values())).new_ones(n, n))
         r = (
             (1 - number) * torch.eye(n).to(ones) / n + number * ones / n**2
             if named == "soft_diagonal"
@@ -254,13 +261,13 @@ def _transport(cost: Cost, cfg: TransportConfig, reference: Tensor | None, paire
     else:
         C = cost.dense()
         loss = (plan.to_dense().detach().to(C) * C).sum()
-    rows, columns = (z.double() for z in plan.marginals)
-    return _Moved(loss, rows, columns, plan.diagonal().double() if n == m else None, lambda v: plan @ v, plan.to_dense, solution)
+    rows, columns = (_wide(z) for z in plan.marginals)
+    return _Moved(loss, rows, columns, _wide(plan.diagonal()) if n == m else None, lambda v: plan @ v, plan.to_dense, solution)
 
 
 def _diagonal(D: Tensor, eps: float, cfg: TransportConfig) -> _Moved:
     """The plan where only pairs (i, i) may move: n P_ii = exp(-M_ii / (eps + tau_src + tau_tgt))."""
-    p = (-D.detach().double() / (eps + sum(cfg.taus))).exp() / len(D)
+    p = (-_wide(D.detach()) / (eps + sum(cfg.taus))).exp() / len(D)
     return _Moved((p.to(D) * D).sum(), p, p, p, lambda v: p.to(v).unsqueeze(-1) * v, p.diag, None)
 
 
@@ -275,8 +282,8 @@ def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> S
                 f"reference must hold finite numbers >= 0 of shape {errors.shape(cost.shape)}, found {errors.shape(r.shape)}."
             )
         C = cost.dense().detach()
-        cost = Matrix(C - (eps * (r.double() * (n * m)).log()).to(C))
-        a, b = ((r.double().sum(axis) > 0).double() / r.shape[1 - axis] for axis in (1, 0))  # mass without a partner stays away
+        cost = Matrix(C - (eps * (_wide(r) * (n * m)).log()).to(C))
+        a, b = (_wide(r.sum(axis) > 0) / r.shape[1 - axis] for axis in (1, 0))  # mass without a partner stays away
         for w, penalty, side in ((a, penalties[0], "row"), (b, penalties[1], "column")):
             if penalty.balanced and bool((w == 0).any()):
                 raise ProblemError(
@@ -306,6 +313,11 @@ def _metrics(moved: _Moved, parts: list[tuple[str, float, Tensor, Tensor]]) -> M
         out[f"ot_share/{name}"] = torch.where(total > 0, weight * mean / total, 0.0)
         out[f"ot_moved/{name}"] = weight * cost
     return out
+
+
+def _wide(z: Tensor) -> Tensor:
+    """As wide as potentials are on its device."""
+    return z.to(vector_dtype(z.device))
 
 
 class _Everyone(torch.autograd.Function):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from ..errors import ProblemError
 from .attach import CoTraining, Pair, attach_ot
 from .config import OTConfig
-from .dataset import DrawLoader, LeRobotOTPairDataset, MixedDataset, PairSampling, co_training
+from .dataset import DrawLoader, LeRobotOTPairDataset, MixedDataset, PairSampling, co_training, ranks
 from .encoders import WHOLE
 from .features import expanded
 from .pairs import read_pairs
@@ -61,7 +62,6 @@ class _Launch:
 
     def __init__(self, cfg: OTConfig | None, script: ModuleType) -> None:
         self.given, self.script = cfg, script
-        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.train_cfg: Any = None
         self.training: CoTraining | None = None
         self.preprocessor: Callable[[dict[str, Any]], Any] | None = None
@@ -142,10 +142,12 @@ class _Launch:
         )
         self.pairs = read_pairs(cfg.pair_info_path, base_index_src=cfg.base_index_src, base_index_tgt=cfg.base_index_tgt)
         # Where a feature has another name in the source, the source's takes the target's: one preprocessor normalises both.
-        found = expanded(cfg.loss_config.features, meta.features, target.meta.features)
-        self.rename: dict[str, str] = {
-            s.src_key: str(s.tgt_key) for s in found if s.src_key not in target.meta.features and s.src_key != WHOLE
-        }
+        made = {WHOLE} | (
+            {"state"} if getattr(self.train_cfg.policy, "type", "") == "groot" else set()
+        )  # by the policy, or by its preprocessor
+        there = {*target.meta.features, *made}
+        found = expanded(cfg.loss_config.features, {*meta.features, *made}, there)
+        self.rename: dict[str, str] = {s.src_key: str(s.tgt_key) for s in found if s.src_key not in there}
         # A pretrained policy's preprocessor renames by --rename_map, and features are wanted as they come out of it.
         pretrained = getattr(self.train_cfg.policy, "pretrained_path", None)
         processed = (getattr(self.train_cfg, "rename_map", None) or {}) if pretrained else {}
@@ -165,7 +167,7 @@ class _Launch:
         policy = original(*args, **kwargs)
         if self.cfg.enable:
             t = self.train_cfg
-            self.training = attach_ot(policy, self._pairs, self.cfg, self._preprocess, t.log_freq, t.output_dir, main=self.rank == 0)
+            self.training = attach_ot(policy, self._pairs, self.cfg, self._preprocess, t.log_freq, t.output_dir, main=ranks()[0] == 0)
         return policy
 
     def _processors(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -197,7 +199,12 @@ class _Launch:
 
     def _loader(self, name: str, dataset: LeRobotOTPairDataset | MixedDataset, size: int, start: int, workers: int) -> DrawLoader:
         """From where the checkpoint left it, or from step `start` on."""
-        loader = DrawLoader(dataset, size, rank=self.rank, world=self.ranks, start=start * size * self.ranks, num_workers=workers)
+        rank, world = ranks()
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+        if workers:  # as 0.6 lets one choose
+            given = {"multiprocessing_context": "dataloader_multiprocessing_context", "prefetch_factor": "prefetch_factor"}
+            options |= {name: getattr(self.train_cfg, key) for name, key in given.items() if hasattr(self.train_cfg, key)}
+        loader = DrawLoader(dataset, size, rank=rank, world=world, start=start * size * world, **options)
         if name in self.resumed:
             loader.load_state_dict(self.resumed[name])
         self.loaders[name] = loader
