@@ -4,8 +4,9 @@
 
 Batches of 128, as released with arXiv:2509.18631: at its settings (reference diagonal, reg 0.1, tau 0.05) and at reg 0.01, tau 1 with plans
 that move mass. `--policy mlp` needs no LeRobot and has little else to do in a step; `--policy act` is LeRobot's ACT on states alone, at its
-default size but for chunks of 20 actions. The POT route is the fork's: the costs go to numpy in float64, `sinkhorn_knopp_unbalanced` with POT's defaults, the plan
-comes back. Costs are scaled so that their mean is 1. Interleaved, one untimed step of each before; medians, with the least and largest.
+default size but for chunks of 20 actions. The POT route is the fork's: the costs go to numpy in float64, `sinkhorn_knopp_unbalanced` with
+POT's defaults, the plan comes back. Costs are scaled so that their mean is 1. Interleaved, one untimed step of each before; medians, with
+the least and largest.
 """
 
 from __future__ import annotations
