@@ -375,11 +375,11 @@ def _squares(x: Tensor, y: Tensor) -> Tensor:
     u, v = (x - centre).double(), (y - centre).double()
     left = torch.cat((u, u.square().sum(-1, keepdim=True), torch.ones_like(u[..., :1])), -1)
     right = torch.cat((-2 * v, torch.ones_like(v[..., :1]), v.square().sum(-1, keepdim=True)), -1).mT.contiguous()
-    C = x.new_empty(*x.shape[:-1], y.shape[-2])
+    C = (x[..., :1, :1] + y[..., :1, :1]).new_empty(*x.shape[:-1], y.shape[-2])  # under torch.vmap, of as many as either
     step = max(1, SLAB // max(1, y.shape[-2] * x.shape[:-2].numel()))
     for i in range(0, x.shape[-2], step):
-        C[..., i : i + step, :] = left[..., i : i + step, :] @ right
-    return C.clamp_(min=0)
+        C[..., i : i + step, :] = (left[..., i : i + step, :] @ right).clamp(min=0)
+    return C
 
 
 class SqEuclidean(_Clouds):

@@ -263,6 +263,15 @@ def test_strips_make_up_the_whole(dim, block, monkeypatch):
     torch.testing.assert_close(torch.cat([part.dense() for _, part in strips], dim), cost.dense())
 
 
+@pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0)])
+def test_wide_float32_points_under_vmap(dims):
+    gen = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(*([4] if dim == 0 else []), n, 20, generator=gen) for n, dim in zip((6, 5), dims, strict=True))
+    costs = lambda x, y: SqEuclidean(x, y).dense()  # noqa: E731
+    each = [costs(*(z[k] if dim == 0 else z for z, dim in zip((x, y), dims, strict=True))) for k in range(4)]
+    assert torch.equal(torch.vmap(costs, in_dims=dims)(x, y), torch.stack(each))
+
+
 @pytest.mark.parametrize("d", [16, 33, 300])
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 def test_wide_float32_points_lose_less_than_differences_do(d, offset):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpu_ot import ProblemError
+from gpu_ot import Plan, ProblemError
 from gpu_ot.lerobot import (
     CostScale,
     OTConfig,
@@ -206,6 +206,19 @@ def test_metrics_add_up(policy, observations):
     assert math.isclose(m["ot_diag_ratio"], m["ot_pi_diag"] / m["ot_pi_sum"], rel_tol=1e-12)
     assert 0 <= m["ot_plan_entropy"] <= 1 and m["ot_iters"] > 1 and m["ot_marginal_error"] < 1e-9
     assert compute_ot_loss_for_policy(policy, src, tgt, features(tau_src=1.0, tau_tgt=1.0), metrics=False)[1] == {}
+
+
+@pytest.mark.parametrize("reference", ["product", "soft_diagonal(0.3)"])
+def test_steps_without_metrics_take_no_passes_for_them(policy, observations, monkeypatch, reference):
+    def refuse(*_):
+        raise AssertionError("a pass over the pairs that only metrics want")
+
+    src, tgt, cfg = observations(9), observations(9), features(tau_src=1.0, tau_tgt=1.0, reference=reference)
+    with monkeypatch.context() as patched:
+        patched.setattr(Plan, "_apply", refuse)
+        patched.setattr(Plan, "diagonal", refuse)
+        bare, _ = compute_ot_loss_for_policy(policy, src, tgt, cfg, metrics=False)
+    torch.testing.assert_close(bare, compute_ot_loss_for_policy(policy, src, tgt, cfg)[0], rtol=1e-12, atol=0)
 
 
 def test_far_off_centre_features_keep_their_digits(observations):

@@ -198,12 +198,12 @@ def alarm(metrics: Mapping[str, float], cfg: TransportConfig) -> str | None:
 
 @dataclass
 class _Moved:
-    """A coupling and its loss. `times` is the plan times a matrix, `solution` what found it, where something had to be."""
+    """A coupling and its loss. What metrics alone want is not made before they ask: the `sums` of its rows and columns, its `diagonal`,
+    `times` a matrix, the `plan` itself. `solution` is what found it, where something had to be."""
 
     loss: Tensor
-    rows: Tensor
-    columns: Tensor
-    diagonal: Tensor | None
+    sums: Callable[[], tuple[Tensor, Tensor]]
+    diagonal: Callable[[], Tensor] | None
     times: Callable[[Tensor], Tensor]
     plan: Callable[[], Tensor]
     solution: Solution | None
@@ -221,14 +221,14 @@ def _of_terms(found: list[Term], cfg: TransportConfig, scale: CostScale, referen
     if moved.solution is None and not bool(moved.loss.detach().isfinite()):  # the solver, which looks for itself, was not asked
         raise ProblemError("the costs hold NaN or infinity.")
     with torch.no_grad():
-        parts = []
+        parts, (rows, columns) = [], moved.sums()
         # A common centre changes no distance and keeps the digits of features far from the origin.
         centred = [(z := torch.cat((term.x, term.y)).mean(0), term.x - z, term.y - z)[1:] for term in found]
         sent = moved.times(torch.cat([v for _, v in centred], -1)).split([v.shape[-1] for _, v in centred], -1)
         for term, (u, v), w in zip(found, centred, sent, strict=True):
             squares = u.square().sum(-1).to(w), v.square().sum(-1).to(w)
             mean = squares[0].mean() + squares[1].mean() - 2 * (u.mean(0) * v.mean(0)).sum()
-            cost = (moved.rows * squares[0]).sum() + (moved.columns * squares[1]).sum() - 2 * (u * w).sum()
+            cost = (rows * squares[0]).sum() + (columns * squares[1]).sum() - 2 * (u * w).sum()
             parts.append((term.name, term.weight, mean, cost.clamp(min=0) / units))
         return Aligned(moved.loss, _metrics(moved, parts), moved.plan)
 
@@ -246,6 +246,8 @@ def _transport(cost: Cost, cfg: TransportConfig, reference: Tensor | None, paire
     if reference is None and named == "diagonal":
         return _diagonal(paired(), eps, cfg)
     r = reference
+    if r is not None and (r.shape != cost.shape or not bool(((r >= 0) & r.isfinite()).all())):
+        raise ProblemError(f"reference must hold finite numbers >= 0 of shape {errors.shape(cost.shape)}, found {errors.shape(r.shape)}.")
     if r is None and number is not None:
         ones = _wide(next(iter(cost.inputs.values())).new_ones(n, n))
         r = (
@@ -254,21 +256,23 @@ def _transport(cost: Cost, cfg: TransportConfig, reference: Tensor | None, paire
             else ones.triu(-int(number)).tril(int(number))
         )
         r = r / r.sum()
+    if r is not None:
+        cost = Matrix(cost.dense())  # it is n by m as r is
     solution = _solved(cost, eps, cfg, r)
     plan = solution.plan
-    if r is None:
-        loss = held_cost(solution)
-    else:
-        C = cost.dense()
-        loss = (plan.to_dense().detach().to(C) * C).sum()
-    rows, columns = (_wide(z) for z in plan.marginals)
-    return _Moved(loss, rows, columns, _wide(plan.diagonal()) if n == m else None, lambda v: plan @ v, plan.to_dense, solution)
+    loss = held_cost(solution) if r is None else (plan.to_dense().detach().to(C := cost.dense()) * C).sum()
+
+    def sums() -> tuple[Tensor, Tensor]:
+        rows, columns = plan.marginals
+        return _wide(rows), _wide(columns)
+
+    return _Moved(loss, sums, (lambda: _wide(plan.diagonal())) if n == m else None, lambda v: plan @ v, plan.to_dense, solution)
 
 
 def _diagonal(D: Tensor, eps: float, cfg: TransportConfig) -> _Moved:
     """The plan where only pairs (i, i) may move: n P_ii = exp(-M_ii / (eps + tau_src + tau_tgt))."""
     p = (-_wide(D.detach()) / (eps + sum(cfg.taus))).exp() / len(D)
-    return _Moved((p.to(D) * D).sum(), p, p, p, lambda v: p.to(v).unsqueeze(-1) * v, p.diag, None)
+    return _Moved((p.to(D) * D).sum(), lambda: (p, p), lambda: p, lambda v: p.to(v).unsqueeze(-1) * v, p.diag, None)
 
 
 def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> Solution:
@@ -277,10 +281,6 @@ def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> S
     penalties = KL(cfg.taus[0]), KL(cfg.taus[1])
     a = b = None
     if r is not None:
-        if r.shape != cost.shape or not bool(((r >= 0) & r.isfinite()).all()):
-            raise ProblemError(
-                f"reference must hold finite numbers >= 0 of shape {errors.shape(cost.shape)}, found {errors.shape(r.shape)}."
-            )
         C = cost.dense().detach()
         cost = Matrix(C - (eps * (_wide(r) * (n * m)).log()).to(C))
         a, b = (_wide(r.sum(axis) > 0) / r.shape[1 - axis] for axis in (1, 0))  # mass without a partner stays away
@@ -297,10 +297,10 @@ def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> S
 
 def _metrics(moved: _Moved, parts: list[tuple[str, float, Tensor, Tensor]]) -> Metrics:
     """`parts`: name, weight, mean over all pairs, and <P, M_term> of each term."""
-    mass = moved.rows.sum()
+    mass = moved.sums()[0].sum()
     out = {"ot_loss": moved.loss.detach(), "ot_pi_sum": mass}
     if moved.diagonal is not None:
-        on = moved.diagonal.sum()
+        on = moved.diagonal().sum()
         out |= {"ot_pi_diag": on, "ot_diag_ratio": torch.where(mass > 0, on / mass, 0.0)}
     zero = torch.zeros_like(mass)
     if (s := moved.solution) is None:  # the closed form is exact and one-to-one
