@@ -25,7 +25,8 @@ from torch import Tensor
 
 import gpu_ot
 from gpu_ot import Problem, Sharded, SqEuclidean
-from gpu_ot.ranks import ROWS, even
+from gpu_ot.communicator import ROWS
+from gpu_ot.distributed.ranks import even
 
 SIDE, COLOURS, BLOCK = 32, 3, 500
 D = SIDE * SIDE * COLOURS

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import gpu_ot
 from gpu_ot import Problem, Solution, SqEuclidean
-from gpu_ot.geometry import weigh
+from gpu_ot.geometry.protocol import weigh
 
 #: Of the largest cost, and the iterations before the backward: what is timed does not depend on how far they came.
 EPS, ITERATIONS, D, BAR = 0.05, 2, 3, 1.2

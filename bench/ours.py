@@ -50,7 +50,7 @@ def solver(x: torch.Tensor, y: torch.Tensor, iterations: int, backward: bool, ba
 def advance(x: torch.Tensor, y: torch.Tensor, iterations: int, captured: bool) -> Callable[[], Any]:
     """What `solve` repeats between two looks at the error, on a bound problem; `captured` as a CUDA graph, which is off by default."""
     from gpu_ot import Problem, SqEuclidean
-    from gpu_ot.backends.triton import Streaming
+    from gpu_ot.geometry.triton import Streaming
 
     problem = Problem(SqEuclidean(x, y), EPS)
     geometry = Streaming(problem)

@@ -31,7 +31,7 @@ from machine import environment
 
 import gpu_ot
 from gpu_ot import Problem, Sharded, SqEuclidean
-from gpu_ot.backends.sharded import traffic
+from gpu_ot.distributed.geometry import traffic
 
 #: Sweeps over the pairs of an iteration: the machines of "replicated" take both half-steps from one, those of "ring" take two.
 SWEEPS = {"replicated": 1, "ring": 2}
@@ -77,8 +77,8 @@ def counted(size: int, rank: int) -> Iterator[list[int]]:
 
 def measure(n: int, m: int, d: int, layout: str, iterations: int, repeats: int) -> dict[str, Any]:
     """Seconds, bytes and messages an iteration: the difference of a long and a short run, so that what happens once falls out."""
-    ranks = gpu_ot.ranks.Ranks()
-    rows, columns = (gpu_ot.ranks.even(size, ranks.size)[ranks.rank] for size in (n, m))
+    ranks = gpu_ot.distributed.ranks.Ranks()
+    rows, columns = (gpu_ot.distributed.ranks.even(size, ranks.size)[ranks.rank] for size in (n, m))
     gen = torch.Generator().manual_seed(ranks.rank)
     x, y = torch.rand(rows, d, generator=gen), torch.rand(columns, d, generator=gen) + 0.1
     problem = Problem(Sharded(SqEuclidean(x, y), layout=layout), ("std", 0.1))

@@ -1,12 +1,13 @@
 """Differentiable optimal transport that stays on the device: log-domain Sinkhorn, and a drop-in for POT's."""
 
-from .backends import explain
-from .checkpoint import Checkpoint
-from .costs import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
-from .divergence import Divergence, SelfTerm, divergence, self_term
+from .costs.base import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
+from .distributed.checkpoint import Checkpoint
+from .distributed.costs import Sharded
 from .errors import BackendError, NotConverged, ProblemError, RankFailed
+from .geometry.select import explain
 from .initial import gaussian_potentials, sorted_potentials
-from .losses import SamplesLoss, SinkhornLoss
+from .losses.divergence import Divergence, SelfTerm, divergence, self_term
+from .losses.samples import SamplesLoss, SinkhornLoss
 from .penalties import KL, TV
 from .pot import bregman, unbalanced
 from .pot.batch import (
@@ -41,9 +42,9 @@ from .pot.unbalanced import (
     sinkhorn_unbalanced_translation_invariant,
 )
 from .problem import Problem
-from .schedule import Anneal, Constant
-from .sharded import Sharded
-from .solution import Plan, Solution, Status
+from .solution.solution import Plan, Solution
+from .solver.annealing import Anneal, Constant
+from .solver.status import Status
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import errors
-from .solution import Solution
+from .solution.solution import Solution
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from . import errors, transforms
-from .costs import Cost, Matrix
+from .communicator import ALONE, COLUMNS, ROWS
+from .costs.base import Cost, Matrix
+from .distributed.costs import form, local, shared
 from .penalties import BALANCED, KL, TV, Penalty
-from .ranks import ALONE, COLUMNS, ROWS
-from .sharded import form, local, shared
 
 #: Largest relative difference between two masses that is taken for rounding: of halves, and of longer numbers.
 MASS_RTOL_HALF, MASS_RTOL = 1e-2, 1e-5

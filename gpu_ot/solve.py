@@ -8,15 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import errors, gradients, implicit, transforms
-from .backends import bind
-from .checkpoint import Checkpoint
-from .geometry import Geometry, weigh
-from .loop import Outcome, Stop, iterate
+from . import errors, transforms
+from .distributed.checkpoint import Checkpoint
+from .distributed.costs import Sharded
+from .geometry.protocol import Geometry, weigh
+from .geometry.select import bind
+from .gradients import implicit
+from .gradients import operators as gradients
 from .problem import Problem
-from .schedule import Anneal, Constant
-from .sharded import Sharded
-from .solution import CONVERGED, DIVERGED, STALLED, Solution
+from .solution.solution import Solution
+from .solver.annealing import Anneal, Constant
+from .solver.loop import Outcome, Stop, iterate
+from .solver.status import CONVERGED, DIVERGED, STALLED
 
 GRADS = ("envelope", "implicit", "unroll")
 
@@ -48,11 +51,11 @@ def solve(
                  as small as the derivatives should be exact), and again: second derivatives of `value` in all of its inputs;
                  "unroll" differentiates f, g and `value` through every iteration that was run, any number of times.
                  All of this holds inside torch.func.grad, vjp and jacrev, nested too; in place of vmap pass the batch itself.
-    tol, norm    when to stop: L1 marginal error as a fraction of the mass, or see `gpu_ot.loop.Stop`.
+    tol, norm    when to stop: L1 marginal error as a fraction of the mass, or see `gpu_ot.solver.loop.Stop`.
     max_iter     iterations at most; a status says so when they run out.
     check_every  iterations between looks at the error; when left out, every one on a CPU, where a look is free, and 10 otherwise.
     accelerate   "auto": a few plain iterations, then eps annealed where they show that this pays, then "mixing"; or by name,
-                 "mixing", "relaxation" (see gpu_ot.acceleration) or "none", Sinkhorn's own iterations.
+                 "mixing", "relaxation" (see gpu_ot.solver.acceleration) or "none", Sinkhorn's own iterations.
     start        where to start: row potentials f (*batch, n) in units of the cost, or a Solution, also of other points or another
                  eps; zeros when left out.
     schedule     how eps reaches its target, `Constant` or `Anneal`; when left out, `accelerate` decides.

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import gpu_ot
 from gpu_ot import KL, Cosine, Euclidean, Matrix, Problem, Sharded, SqEuclidean
-from gpu_ot.backends import sharded
+from gpu_ot.distributed import geometry as sharded
 
 #: (rows, columns) of each rank: unequal shares, and empty ones.
 SHARES = {

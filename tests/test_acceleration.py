@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import gpu_ot
 from gpu_ot import KL, TV, Problem
-from gpu_ot.acceleration import Mixing, Relaxed
 from gpu_ot.penalties import shift
+from gpu_ot.solver.acceleration import Mixing, Relaxed
 
 WAYS = ["auto", "mixing", "relaxation"]
 

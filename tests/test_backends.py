@@ -13,10 +13,11 @@ import torch
 
 import gpu_ot
 from gpu_ot import BackendError, Cosine, Dot, Euclidean, Formula, Matrix, ProblemError, SqEuclidean
-from gpu_ot.backends import BACKENDS, bind, chunked, keops
-from gpu_ot.backends.chunked import Chunked
-from gpu_ot.backends.dense import Dense
-from gpu_ot.backends.keops import Keops
+from gpu_ot.geometry import chunked, keops
+from gpu_ot.geometry.chunked import Chunked
+from gpu_ot.geometry.dense import Dense
+from gpu_ot.geometry.keops import Keops
+from gpu_ot.geometry.select import BACKENDS, bind
 from gpu_ot.problem import Problem
 
 
@@ -249,7 +250,7 @@ def test_auto_keeps_arrays_while_they_are_small_and_says_so(monkeypatch):
     assert '"dense"' in said.split("\n")[0] and "fit in 256 MiB" in said and "960 kB" in said
     for name in BACKENDS:
         assert f"\n  {name} " in said
-    monkeypatch.setattr(gpu_ot.backends, "DENSE_BYTES", 10_000)
+    monkeypatch.setattr(gpu_ot.geometry.select, "DENSE_BYTES", 10_000)
     said = gpu_ot.explain(problem)
     assert isinstance(bind(problem), Chunked) and '"chunked"' in said.split("\n")[0]
 
@@ -280,7 +281,7 @@ def test_costs_that_cannot_be_cut_are_refused_by_name(monkeypatch):
     problem = Problem(0.5 * Unknown(*clouds(5, 6, 2)), 0.1)
     with pytest.raises(BackendError, match="Unknown has no fold"):
         bind(problem, "chunked")
-    monkeypatch.setattr(gpu_ot.backends, "DENSE_BYTES", 0)
+    monkeypatch.setattr(gpu_ot.geometry.select, "DENSE_BYTES", 0)
     monkeypatch.setattr(keops, "compiler", lambda: None)
     said = gpu_ot.explain(problem)
     assert 'auto takes "dense"' in said and 'instead of "chunked"' in said and "no C++ compiler" in said
@@ -317,7 +318,7 @@ def test_binding_keops_prints_nothing():
     code = """if True:
         import torch, gpu_ot
         cost = gpu_ot.SqEuclidean(torch.rand(5, 2), torch.rand(6, 2))
-        gpu_ot.backends.bind(gpu_ot.Problem(cost, 0.1), "keops")
+        gpu_ot.geometry.select.bind(gpu_ot.Problem(cost, 0.1), "keops")
     """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == ""
 

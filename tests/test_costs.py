@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from gpu_ot import Cosine, Cost, Dot, Euclidean, Formula, Matrix, ProblemError, SqEuclidean, costs
+from gpu_ot import Cosine, Cost, Dot, Euclidean, Formula, Matrix, ProblemError, SqEuclidean
+from gpu_ot.costs import base as costs
 
 
 def clouds(n=7, m=9, d=3, batch=(), offset=0.0, dtype=torch.float64):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_ot import KL, TV, Cosine, Dot, Euclidean, Formula, Matrix, NotConverged, Problem, ProblemError, SqEuclidean
-from gpu_ot.divergence import divergence, self_term
+from gpu_ot.losses.divergence import divergence, self_term
 from gpu_ot.solve import solve
 
 BACKENDS = ["dense", "chunked", "softmin"]

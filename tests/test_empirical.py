@@ -131,8 +131,8 @@ def test_divergences(clouds):
 
 def test_lazy_runs_hold_no_matrix(monkeypatch):
     """In blocks far smaller than n by m; the largest tensor made is one of them."""
-    monkeypatch.setattr("gpu_ot.backends.DENSE_BYTES", 2**14)
-    monkeypatch.setattr("gpu_ot.backends.chunked.CPU_ENTRIES", 2**11)
+    monkeypatch.setattr("gpu_ot.geometry.select.DENSE_BYTES", 2**14)
+    monkeypatch.setattr("gpu_ot.geometry.chunked.CPU_ENTRIES", 2**11)
     monkeypatch.setattr("gpu_ot.pot.clouds.ENTRIES", 2**11)
     monkeypatch.setattr("gpu_ot.pot.lazy.ENTRIES", 2**11)
     n = 300

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import gpu_ot
-from gpu_ot import KL, TV, Formula, SqEuclidean, gradients, implicit
-from gpu_ot.backends.chunked import Chunked
+from gpu_ot import KL, TV, Formula, SqEuclidean
 from gpu_ot.errors import NotConverged
+from gpu_ot.geometry.chunked import Chunked
+from gpu_ot.gradients import implicit
+from gpu_ot.gradients import operators as gradients
 from gpu_ot.problem import Problem
 
 N, M, D, EPS = 6, 5, 2, 0.1

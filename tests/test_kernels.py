@@ -20,7 +20,7 @@ from gpu_ot.kernels.softmin import softmin
 from gpu_ot.kernels.tiles import cloud
 
 from gpu_ot import KL, Problem, solve
-from gpu_ot.backends.products import Power, Products
+from gpu_ot.geometry.products import Power, Products
 
 # Overflow is what a bad shift is for; the interpreter says so, a GPU does not.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned")]

@@ -16,10 +16,11 @@ import torch
 
 import gpu_ot
 from gpu_ot import BackendError, Matrix, ProblemError, SqEuclidean, unbalanced
-from gpu_ot.backends import bind, keops
-from gpu_ot.backends.dense import Dense
-from gpu_ot.backends.keops import Keops
-from gpu_ot.costs import Lazy
+from gpu_ot.costs.base import Lazy
+from gpu_ot.geometry import keops
+from gpu_ot.geometry.dense import Dense
+from gpu_ot.geometry.keops import Keops
+from gpu_ot.geometry.select import bind
 from gpu_ot.pot.lazy import LazyPlan
 from gpu_ot.problem import Problem
 
@@ -175,7 +176,7 @@ def test_the_matrix_and_parts_of_it(monkeypatch):
     torch.testing.assert_close(cost.part(rows, columns).dense(), C[rows, columns])
     torch.testing.assert_close(cost.part(slice(4, 5), slice(None)).dense(), C[4:5])
     torch.testing.assert_close(cost.scale("std"), C.std(correction=0).detach())
-    monkeypatch.setattr("gpu_ot.costs.BLOCK", 5000)  # several strips
+    monkeypatch.setattr("gpu_ot.costs.base.BLOCK", 5000)  # several strips
     torch.testing.assert_close(cost.dense(), C, rtol=0, atol=atol)
     alone = Lazy(lazy(x[:1], y, w))  # to KeOps, a lone row is a parameter
     torch.testing.assert_close(alone.part(torch.zeros(4, dtype=torch.long), slice(1, 3)).dense(), C[:1, 1:3].expand(4, 2))

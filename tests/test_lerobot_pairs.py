@@ -19,15 +19,7 @@ from hypothesis import strategies as st
 from gpu_ot import cli
 from gpu_ot.errors import ProblemError
 from gpu_ot.lerobot import dtw as dtw_module
-from gpu_ot.lerobot.dataset import (
-    DrawLoader,
-    Draws,
-    LeRobotOTPairDataset,
-    MixedDataset,
-    PairSampling,
-    Part,
-    co_training,
-)
+from gpu_ot.lerobot.dataset import DrawLoader, Draws, LeRobotOTPairDataset, MixedDataset, PairSampling, Part, co_training
 from gpu_ot.lerobot.dtw import align, dtw
 from gpu_ot.lerobot.episodes import Recording, Side, digest, read_recording
 from gpu_ot.lerobot.frames import FrameCache

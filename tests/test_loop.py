@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from gpu_ot.backends.dense import Dense
-from gpu_ot.geometry import Geometry
-from gpu_ot.loop import Outcome, Stop, iterate
+from gpu_ot.geometry.dense import Dense
+from gpu_ot.geometry.protocol import Geometry
 from gpu_ot.problem import Problem
-from gpu_ot.schedule import Anneal, Constant
+from gpu_ot.solver.annealing import Anneal, Constant
+from gpu_ot.solver.loop import Outcome, Stop, iterate
 
 
 class Halving(Geometry):

@@ -16,8 +16,8 @@ with contextlib.redirect_stdout(io.StringIO()):  # greets on stdout through KeOp
     import geomloss
 
 from gpu_ot import KL, Cosine, Formula, Problem, ProblemError, SqEuclidean
-from gpu_ot import losses as losses_room
-from gpu_ot.losses import SamplesLoss, SinkhornLoss
+from gpu_ot.losses import samples as losses_room
+from gpu_ot.losses.samples import SamplesLoss, SinkhornLoss
 from gpu_ot.solve import solve
 
 EXAMPLES = Path(__file__).parents[1] / "bench" / "examples"

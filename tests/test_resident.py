@@ -14,11 +14,13 @@ import pytest
 import torch
 
 import gpu_ot
-from gpu_ot import KL, TV, Euclidean, Problem, SqEuclidean, backends, errors, loop, solve
-from gpu_ot.backends import bind
-from gpu_ot.backends.dense import Dense
-from gpu_ot.backends.resident import Resident, resident_advance
-from gpu_ot.schedule import Constant
+from gpu_ot import KL, TV, Euclidean, Problem, SqEuclidean, errors, solve
+from gpu_ot.geometry import select as backends
+from gpu_ot.geometry.dense import Dense
+from gpu_ot.geometry.resident import Resident, resident_advance
+from gpu_ot.geometry.select import bind
+from gpu_ot.solver import loop
+from gpu_ot.solver.annealing import Constant
 
 pytest.importorskip("triton")
 

@@ -9,7 +9,9 @@ import torch
 from scipy import stats
 
 import gpu_ot
-from gpu_ot import KL, TV, Dot, Euclidean, Formula, Matrix, Problem, ProblemError, SqEuclidean, costs, solution
+from gpu_ot import KL, TV, Dot, Euclidean, Formula, Matrix, Problem, ProblemError, SqEuclidean
+from gpu_ot.costs import base as costs
+from gpu_ot.solution import solution
 
 EPS = 0.05
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpu_ot
-from gpu_ot.backends.dense import Absorbed, Dense
+from gpu_ot.geometry.dense import Absorbed, Dense
 from gpu_ot.problem import Problem
 
 TIGHT = dict(tol=1e-12, norm="l2", max_iter=5000)
@@ -123,7 +123,7 @@ def test_many_weights_over_one_cost(problem):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_large_matrices_go_block_by_block(monkeypatch, problem, threads):
     """One read of the kernel for both products gives what two reads give, for sizes that share out unevenly too."""
-    from gpu_ot.backends import products
+    from gpu_ot.geometry import products
 
     a, b, M = problem(101, 37)
     whole = plans(a, b, M, 0.01, "dense", 50)

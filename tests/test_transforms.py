@@ -11,9 +11,10 @@ import warnings
 import pytest
 import torch
 
-from gpu_ot import KL, Cosine, Euclidean, Formula, Problem, ProblemError, SqEuclidean, divergence, gradients
+from gpu_ot import KL, Cosine, Euclidean, Formula, Problem, ProblemError, SqEuclidean, divergence
 from gpu_ot import solve as front_door
-from gpu_ot.losses import SamplesLoss, SinkhornLoss
+from gpu_ot.gradients import operators as gradients
+from gpu_ot.losses.samples import SamplesLoss, SinkhornLoss
 from gpu_ot.penalties import BALANCED
 from gpu_ot.solve import solve
 

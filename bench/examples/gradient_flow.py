@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpu_ot.losses import SamplesLoss
+from gpu_ot.losses.samples import SamplesLoss
 
 
 def disc(n: int, generator: torch.Generator) -> Tensor:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import errors
-from ..costs import Cost, Matrix, SqEuclidean
+from ..costs.base import Cost, Matrix, SqEuclidean
 from ..errors import ProblemError
-from ..losses import held_cost
+from ..losses.samples import held_cost
 from ..penalties import KL
 from ..problem import Problem, vector_dtype
-from ..solution import CONVERGED, STALLED, Solution
+from ..solution.solution import Solution
 from ..solve import solve
+from ..solver.status import CONVERGED, STALLED
 from .config import COST_SCALES, REFERENCES, OTCostConfig, OTLossConfig, TransportConfig, call
 from .encoders import Observation
 from .features import Term, terms

@@ -10,10 +10,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..geometry import Geometry
+from ..geometry.protocol import Geometry
 from ..penalties import KL
 from ..problem import Problem
-from ..solution import CONVERGED, DIVERGED, MAX_ITER, STALLED, Status
+from ..solver.status import CONVERGED, DIVERGED, MAX_ITER, STALLED, Status
 from .arrays import number
 
 #: The change that rounding alone makes, in last digits, and the looks without progress within `NEAR` of it that end the loop.

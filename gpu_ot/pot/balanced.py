@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import errors, gradients
-from ..backends import bind
-from ..costs import Cost
-from ..geometry import Geometry, weigh
-from ..loop import Outcome, Stop, iterate
+from .. import errors
+from ..costs.base import Cost
+from ..geometry.protocol import Geometry, weigh
+from ..geometry.select import bind
+from ..gradients import operators as gradients
 from ..problem import Problem, matched
-from ..schedule import Anneal, Constant
-from ..solution import CONVERGED, MAX_ITER, STALLED
 from ..solve import needs_gradient
+from ..solver.annealing import Anneal, Constant
+from ..solver.loop import Outcome, Stop, iterate
+from ..solver.status import CONVERGED, MAX_ITER, STALLED
 from .arrays import number, take, take_problem
 from .clouds import linear_cost
 from .lazy import LazyPlan

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import errors, gradients
+from .. import errors
+from ..gradients import operators as gradients
 from ..problem import Problem
-from ..solution import Solution
+from ..solution.solution import Solution
 from ..solve import Scaled, needs_gradient, solve
 from .arrays import number, take
 from .clouds import between, transposed

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .. import errors
 from ..problem import Problem
-from ..solution import CONVERGED, STALLED, Solution
+from ..solution.solution import Solution
 from ..solve import Scaled, needs_gradient, solve
+from ..solver.status import CONVERGED, STALLED
 from .arrays import take
 from .balanced import METHODS, NOT_CONVERGED, known, own, run
 from .clouds import between, linear_cost, transposed

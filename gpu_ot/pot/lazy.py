@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..backends import bind
-from ..geometry import Geometry, weigh
+from ..geometry.protocol import Geometry, weigh
+from ..geometry.select import bind
 from ..problem import Problem
-from ..solution import Plan
+from ..solution.solution import Plan
 from .arrays import take
 from .clouds import ENTRIES, in_blocks, plan_entries, transposed
 

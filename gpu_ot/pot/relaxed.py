@@ -18,14 +18,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import errors, gradients
-from ..backends import bind
-from ..costs import Cost
-from ..geometry import Geometry, weigh
+from .. import errors
+from ..costs.base import Cost
+from ..geometry.protocol import Geometry, weigh
+from ..geometry.select import bind
+from ..gradients import operators as gradients
 from ..penalties import KL, TV
 from ..problem import Problem, float_type, matched, vector_dtype
-from ..solution import CONVERGED, STALLED
 from ..solve import needs_gradient
+from ..solver.status import CONVERGED, STALLED
 from .alternation import Method, State, alternate, print_progress, translated
 from .arrays import lazily, number, take, take_problem
 from .clouds import transposed

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import errors, gradients
-from ..costs import Cost
+from .. import errors
+from ..costs.base import Cost
+from ..distributed.costs import Sharded, is_dtensor, local
+from ..gradients import operators as gradients
 from ..penalties import KL, TV
 from ..problem import Problem
-from ..sharded import Sharded, is_dtensor, local
-from ..solution import CONVERGED, STALLED, Solution, Status
+from ..solution.solution import Solution
 from ..solve import solve as solve_problem
+from ..solver.status import CONVERGED, STALLED, Status
 from . import balanced
 from .arrays import is_array, lazily, number, take, tensors
 from .clouds import between

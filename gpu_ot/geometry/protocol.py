@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .problem import Problem
-from .vectors import log
+from ..problem import Problem
+from ..vectors import log
 
 
 class Geometry(ABC):

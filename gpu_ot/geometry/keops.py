@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..costs import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
-from ..geometry import Geometry
+from ..costs.base import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
 from ..problem import Problem, vector_dtype
 from .chunked import Chunked
+from .protocol import Geometry
 
 #: KeOps unrolls its loops over coordinates; vectors wider than this are multiplied in parts, or compiling takes minutes.
 WIDEST = 64

@@ -18,12 +18,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..costs import Cost
-from ..geometry import Geometry
+from ..communicator import COLUMNS, ROWS
+from ..costs.base import Cost
+from ..geometry.protocol import Geometry
 from ..penalties import BALANCED, Penalty
 from ..problem import Problem
-from ..ranks import COLUMNS, ROWS, even
-from ..sharded import Sharded
+from .costs import Sharded
+from .ranks import even
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .problem import Problem
-from .vectors import expm1
+from ..problem import Problem
+from ..vectors import expm1
 
 
 class Accelerator(Protocol):

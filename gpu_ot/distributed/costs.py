@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import errors
-from .costs import Cost, Index, Matrix, Points, Sum
-from .ranks import COLUMNS, ROWS, Ranks, Shares
+from .. import errors
+from ..communicator import COLUMNS, ROWS
+from ..costs.base import Cost, Index, Matrix, Points, Sum
+from .ranks import Ranks, Shares
 
 LAYOUTS = ("auto", "replicated", "ring")
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..geometry import Geometry
 from ..problem import Problem
+from .protocol import Geometry
 
 if TYPE_CHECKING:  # Triton is imported with the first cloud, so that a machine without it can still be told why it is refused
     from ..kernels.tiles import Cloud  # pyright: ignore[reportMissingImports]

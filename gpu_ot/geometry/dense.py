@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..costs import Cost
-from ..geometry import Geometry, pull_folded, weigh
+from ..costs.base import Cost
 from ..penalties import KL, Penalty
 from ..problem import Problem
 from ..vectors import exp, log
 from .products import Power, Products, Scaling, by_rows
+from .protocol import Geometry, pull_folded, weigh
 
 
 class Dense(Geometry):

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..costs import Cosine, Cost, Dot, Euclidean, Folded, Formula, Lazy, Matrix, SqEuclidean, Sum
-from ..geometry import Geometry, pull_folded, weigh
+from ..costs.base import Cosine, Cost, Dot, Euclidean, Folded, Formula, Lazy, Matrix, SqEuclidean, Sum
 from ..problem import Problem, vector_dtype
 from ..vectors import exp, log
 from .products import by_rows
+from .protocol import Geometry, pull_folded, weigh
 
 #: Entries of a block. Measured on 2 cores with n = 10k, from 2^17 to 2^21: within 15 % of each other; this one is 4 MB.
 CPU_ENTRIES = 2**19

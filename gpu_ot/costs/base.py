@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import errors
-from .ranks import ALONE, Alone
+from .. import errors
+from ..communicator import ALONE, Alone
 
 
 class Folded(NamedTuple):

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from .. import errors
-from ..costs import Lazy, Matrix
-from ..geometry import Geometry
+from ..costs.base import Lazy, Matrix
+from ..distributed import geometry as sharded
+from ..distributed.costs import Sharded
 from ..problem import Problem, vector_dtype
-from ..sharded import Sharded
-from . import chunked, keops, sharded
+from . import chunked, keops
 from .dense import Absorbed, Dense
+from .protocol import Geometry
 from .resident import Resident
 
 #: What `auto` may spend on the two n-by-m arrays of "dense": n = m = 5800 in float32, 4100 in float64. With the 250 MB that torch itself

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..costs.base import Matrix
+from ..errors import unknown
+from ..geometry.protocol import Geometry
+from ..penalties import shift
+from ..problem import Problem
+from ..solver.status import CONVERGED, DIVERGED, INFEASIBLE, MAX_ITER, STALLED, Status
+from ..vectors import expm1, log
 from .acceleration import Accelerator, Mixing, Plain, Relaxed
-from .costs import Matrix
-from .errors import unknown
-from .geometry import Geometry
-from .penalties import shift
-from .problem import Problem
-from .schedule import Anneal, Constant
-from .solution import CONVERGED, DIVERGED, INFEASIBLE, MAX_ITER, STALLED, Status
-from .vectors import expm1, log
+from .annealing import Anneal, Constant
 
 #: Within `NEAR` rounding floors, so many looks without a new smallest error mean that rounding is all that is left.
 PATIENCE, NEAR = 10, 1e3

@@ -10,18 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import errors, gradients, transforms
-from .backends import BACKENDS
-from .backends.sharded import largest
-from .costs import Cost, Euclidean, Matrix, SqEuclidean
+from .. import errors, transforms
+from ..costs.base import Cost, Euclidean, Matrix, SqEuclidean
+from ..distributed.costs import Sharded
+from ..distributed.geometry import largest
+from ..errors import ProblemError
+from ..geometry.protocol import Geometry, attach, weigh
+from ..geometry.select import BACKENDS
+from ..gradients import operators as gradients
+from ..penalties import KL
+from ..problem import MASS_RTOL_HALF, Problem, float_type, matched, vector_dtype
+from ..solution.solution import Solution
+from ..solve import solve
+from ..solver.status import CONVERGED, STALLED, Status
 from .divergence import SelfTerm, at_potentials, divergence
-from .errors import ProblemError
-from .geometry import Geometry, attach, weigh
-from .penalties import KL
-from .problem import MASS_RTOL_HALF, Problem, float_type, matched, vector_dtype
-from .sharded import Sharded
-from .solution import CONVERGED, STALLED, Solution, Status
-from .solve import solve
 
 #: (x, y) -> a Cost, or costs (*batch, n, m).
 Ground = Callable[[Tensor, Tensor], Cost | Tensor]

@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import NotConverged
-from .geometry import Geometry, attach, weigh
-from .gradients import Each, Penalties, apply, dual, pull_apply, pull_dual, pull_softmin, refuse_learnt, softmin
-from .penalties import Penalty
-from .problem import Problem
+from ..errors import NotConverged
+from ..geometry.protocol import Geometry, attach, weigh
+from ..penalties import Penalty
+from ..problem import Problem
+from .operators import Each, Penalties, apply, dual, pull_apply, pull_dual, pull_softmin, refuse_learnt, softmin
 
 #: Relative residual of the linear systems, where sweeps run in float64 and where they do not, and the iterations allowed to reach it.
 TOL, TOL_SINGLE, LIMIT = 1e-11, 1e-6, 5000

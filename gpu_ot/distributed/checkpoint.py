@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import errors
+from .. import errors
 
 
 class Checkpoint:

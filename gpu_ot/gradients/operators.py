@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import transforms
-from .costs import Cost
-from .errors import ProblemError
-from .geometry import Attached, Geometry, attach, folds, weigh
-from .penalties import KL, Penalty
-from .problem import Problem
+from .. import transforms
+from ..costs.base import Cost
+from ..errors import ProblemError
+from ..geometry.protocol import Attached, Geometry, attach, folds, weigh
+from ..penalties import KL, Penalty
+from ..problem import Problem
 
 T = TypeVar("T")
 

@@ -7,18 +7,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import errors, gradients, implicit, transforms
-from .acceleration import Mixing
-from .backends import bind
-from .costs import Cosine, Cost, Dot, Euclidean, Matrix, SqEuclidean, Sum
-from .errors import NotConverged, ProblemError
-from .geometry import Geometry, weigh
-from .loop import Outcome, Progress, Stop, iterate
-from .penalties import BALANCED, Penalty
-from .problem import Problem
-from .schedule import Constant
-from .sharded import Sharded
-from .solution import CONVERGED, MAX_ITER, STALLED, Plan, Solution, Status
+from .. import errors, transforms
+from ..costs.base import Cosine, Cost, Dot, Euclidean, Matrix, SqEuclidean, Sum
+from ..distributed.costs import Sharded
+from ..errors import NotConverged, ProblemError
+from ..geometry.protocol import Geometry, weigh
+from ..geometry.select import bind
+from ..gradients import implicit
+from ..gradients import operators as gradients
+from ..penalties import BALANCED, Penalty
+from ..problem import Problem
+from ..solution.solution import Plan, Solution
+from ..solver.acceleration import Mixing
+from ..solver.annealing import Constant
+from ..solver.loop import Outcome, Progress, Stop, iterate
+from ..solver.status import CONVERGED, MAX_ITER, STALLED, Status
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +186,7 @@ def self_term(
 def symmetric(geometry: Geometry, problem: Problem, stop: Stop, max_iter: int) -> Outcome:
     """The f with f = T(f), T(f) = damp(softmin(f + eps log a)): the potential of both sides of a measure moved onto itself.
 
-    Not `gpu_ot.loop.iterate`: there a column potential is carried across and back, two softmins an iteration, and the pair (f, g) comes
+    Not `solver.loop.iterate`: there a column potential is carried across and back, two softmins an iteration, and the pair (f, g) comes
     near f = g as slowly as two different clouds come near each other. Here both sides move at once, halfway:
 
         f <- (f + T(f)) / 2,  Feydy et al. 2019, arXiv:1810.08278, section 3.1

@@ -1,0 +1,38 @@
+"""How a loop ends, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Status:
+    """How the loop ended. `name` for programs, `explanation` for people."""
+
+    name: str
+    explanation: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.explanation}"
+
+
+CONVERGED = Status("converged", "The marginals are within the tolerance.")
+MAX_ITER = Status(
+    "max_iter",
+    "The iterations ran out before the marginals were within the tolerance. The number needed grows like (largest cost / eps): "
+    "raise max_iter, raise eps, or loosen tol; the last entry of `errors` says how far off the marginals are.",
+)
+STALLED = Status(
+    "stalled",
+    "The marginals are as exact as this floating type can hold them, which is less exact than the tolerance asked for; the last entry "
+    "of `errors` says how exact. For more digits pass float64 costs or a larger eps, or set a tolerance this type can reach.",
+)
+INFEASIBLE = Status(
+    "infeasible",
+    "No plan has these marginals: the forbidden pairs (+inf costs) leave some mass without a partner. The dual has passed the largest "
+    "value that any plan could cost, which proves it. Allow more pairs, change the weights, or let mass vanish: penalties=KL(tau).",
+)
+DIVERGED = Status(
+    "diverged",
+    "The potentials left the range of floating numbers. Look for costs that are huge against eps in every pair of a row or column.",
+)
