@@ -165,8 +165,14 @@ class Problem:
     def asked(self) -> tuple[float | Tensor, tuple[Penalty, Penalty]]:
         """eps and the penalties with the tensors in them that derivatives are asked of."""
         eps, *taus = self.learnt
-        rows, columns = (p if tau is None else KL(tau) for p, tau in zip(self.penalties, taus, strict=True))  # type: ignore[arg-type]
+        rows, columns = (p if tau is None else type(p)(tau) for p, tau in zip(self.penalties, taus, strict=True))  # type: ignore[arg-type]
         return self.eps if eps is None else eps, (rows, columns)
+
+    @property
+    def T(self) -> Problem:
+        from .pot.clouds import transposed
+
+        return transposed(self)
 
     @property
     def shape(self) -> torch.Size:
@@ -186,8 +192,6 @@ def _learnt(
     taus = [penalty.tau if isinstance(penalty, (KL, TV)) else None for penalty in penalties]
     found = [z if isinstance(z, Tensor) and transforms.asks(z) and torch.is_grad_enabled() else None for z in (eps, *taus)]
     plain = [type(p)(float(tau.detach())) if isinstance(tau, Tensor) else p for p, tau in zip(penalties, taus, strict=True)]  # type: ignore[call-arg]
-    if any(z is not None and isinstance(p, TV) for z, p in zip(found[1:], penalties, strict=True)):
-        raise errors.ProblemError("tau of TV is a tensor that requires a gradient: its derivatives are not known, those of KL(tau) are.")
     if any(z is not None for z in found) and cost.ranks is not ALONE:
         raise errors.ProblemError("eps or tau requires a gradient, which is not known where ranks share the points: pass numbers.")
     return Learnt(*found), (plain[0], plain[1])

@@ -75,6 +75,10 @@ class Cost:
     def dense(self) -> Tensor:
         raise NotImplementedError
 
+    def dearest(self) -> Tensor | None:
+        """(*batch,): the largest finite cost of a pair, where some pairs are forbidden; None for a cost that forbids none."""
+        return None
+
     def fold(self) -> Folded | None:
         """The folded form, or None when the cost has none."""
         return None
@@ -266,6 +270,10 @@ class Matrix(Cost):
 
     def dense(self) -> Tensor:
         return self.M
+
+    def dearest(self) -> Tensor | None:
+        M = self.M.detach()
+        return torch.where(M.isposinf(), -math.inf, M).amax((-2, -1))
 
     def of(self, inputs: Iterable[Tensor]) -> Matrix:
         return Matrix(*inputs)

@@ -119,7 +119,7 @@ class Chunked(Geometry):
                     on_columns[..., cols] += left[..., rows] @ E
         return on_rows, on_columns
 
-    def advance(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Both half-steps of an iteration from one exponential of each pair.
 
         The last softmin stands in for the rows' maximum, so that a block of rows knows its own update at once, and gives

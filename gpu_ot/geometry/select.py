@@ -14,7 +14,8 @@ from ..distributed import geometry as sharded
 from ..distributed.costs import Sharded
 from ..problem import Problem, vector_dtype
 from . import chunked, keops
-from .dense import Absorbed, Dense
+from .absorbed import Absorbed
+from .dense import Dense
 from .protocol import Geometry
 from .resident import Resident
 

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import errors, transforms
+from .. import errors, gradients, transforms
 from ..costs.base import Cost, Euclidean, Matrix, SqEuclidean
 from ..distributed.costs import Sharded
 from ..distributed.geometry import largest
 from ..errors import ProblemError
 from ..geometry.protocol import Geometry, attach, weigh
 from ..geometry.select import BACKENDS
-from ..gradients import operators as gradients
 from ..penalties import KL
 from ..problem import MASS_RTOL_HALF, Problem, float_type, matched, vector_dtype
 from ..solution.solution import Solution

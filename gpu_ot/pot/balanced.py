@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import errors
+from .. import errors, gradients
 from ..costs.base import Cost
 from ..geometry.protocol import Geometry, weigh
-from ..geometry.select import bind
-from ..gradients import operators as gradients
 from ..problem import Problem, matched
-from ..solve import needs_gradient
-from ..solver.annealing import Anneal, Constant
-from ..solver.loop import Outcome, Stop, iterate
-from ..solver.status import CONVERGED, MAX_ITER, STALLED
+from ..solution import Solution
+from ..solve import find, needs_gradient
+from ..solver.annealing import Anneal
+from ..solver.criterion import Marginal
+from ..solver.status import CONVERGED, STALLED
+from ..solver.step import Start
 from .arrays import number, take, take_problem
 from .clouds import linear_cost
 from .lazy import LazyPlan
@@ -45,7 +45,7 @@ class Transport:
 
     problem: Problem
     geometry: Geometry
-    outcome: Outcome
+    outcome: Solution
     M: Tensor | Cost
     reg: float
     many: bool
@@ -236,52 +236,30 @@ def transport(
         wa, wb = (torch.full((k,), 1 / k, device=device) if w is None else w for w, k in ((ta, n), (tb, m)))
         problem = Problem(cost, eps, wa, matched(wa.double(), wb.double()).to(wb.dtype))
 
-    geometry = bind(problem)
     start = _start(problem, rules, warmstart, many, number(reg))
     differentiable = unroll and needs_gradient(problem)
-    with torch.no_grad():
-        stop = Stop(tol, "l2_joint" if rules.joint else "l2")
-        # A tolerance of 0 cannot be met: it asks for that many of POT's iterations.
-        plain = differentiable or accelerate is False or (accelerate is None and tol <= 0)
-        after = math.inf if plain else 0 if accelerate else PLAIN
-        outcome = _iterate(geometry, problem, schedule or Constant(problem.eps), start, stop, max(max_iter, 1), rules, verbose, after)
-    if differentiable:
-        outcome.f, outcome.g = gradients.unroll(problem, geometry, start, outcome.n_iter)
-    if warn and outcome.status not in (CONVERGED, STALLED):
-        warn_caller(f"{NOT_CONVERGED} Status {outcome.status}")
-    return Transport(problem, geometry, outcome, tM, number(reg), many, differentiable, rules.check_every, back)
+    # A tolerance of 0 cannot be met: it asks for that many of POT's iterations.
+    plain = differentiable or accelerate is False or (accelerate is None and tol <= 0)
 
+    def on_check(n_iter: int, error: Tensor) -> None:
+        if (n_iter - 1) % rules.check_every == 0:
+            _print_progress(n_iter, error)
 
-def _iterate(
-    geometry: Geometry,
-    problem: Problem,
-    schedule: Constant | Anneal,
-    start: Tensor,
-    stop: Stop,
-    max_iter: int,
-    rules: Method,
-    verbose: bool,
-    after: float,
-) -> Outcome:
-    """POT's iterations, and from `after` on (a whole number of looks) accelerated ones, which look where POT does, too."""
-    every = rules.check_every
-    first = max_iter if after >= max_iter else min(max_iter, every * math.ceil(after / every))
-
-    def run(schedule: Constant | Anneal, start: Tensor, done: int, until: int, accelerate: str) -> Outcome:
-        def on_check(n_iter: int, error: Tensor) -> None:
-            if (done + n_iter - 1) % every == 0:
-                _print_progress(done + n_iter, error)
-
-        return iterate(geometry, problem, schedule, start, stop, until - done, every, on_check if verbose else None, accelerate)
-
-    if first == 0:
-        return run(schedule, start, 0, max_iter, "mixing")
-    plain = run(schedule, start, 0, first, "none")
-    if plain.status != MAX_ITER or plain.n_iter >= max_iter:
-        return plain
-    if every > 1:  # the last look was one between POT's
-        plain.errors.pop()
-    return plain.then(run(Constant(problem.eps), weigh(plain.f, problem.a, problem.eps), plain.n_iter, max_iter, "mixing"))
+    found = find(
+        problem,
+        grad="unroll" if differentiable else "envelope",
+        criterion=Marginal(tol, "l2_joint" if rules.joint else "l2"),
+        start=Start(start, torch.ones_like(start)),
+        max_iter=max(max_iter, 1),
+        check_every=rules.check_every,
+        accelerate="none" if plain or schedule else "mixing",
+        after=0 if accelerate else PLAIN,
+        schedule=schedule,
+        on_check=on_check if verbose else None,
+    )
+    if warn and found.status not in (CONVERGED, STALLED):
+        warn_caller(f"{NOT_CONVERGED} Status {found.status}")
+    return Transport(problem, found.geometry, found, tM, number(reg), many, differentiable, rules.check_every, back)
 
 
 def _smallest_eps(M: Tensor) -> float:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import errors
-from ..gradients import operators as gradients
+from .. import errors, gradients
 from ..problem import Problem
 from ..solution.solution import Solution
 from ..solve import Scaled, needs_gradient, solve

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import errors
+from .. import errors, gradients
 from ..costs.base import Cost
 from ..distributed.costs import Sharded, is_dtensor, local
-from ..gradients import operators as gradients
 from ..penalties import KL, TV
 from ..problem import Problem
 from ..solution.solution import Solution

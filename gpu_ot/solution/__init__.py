@@ -1,0 +1,3 @@
+from .solution import Plan, Solution
+
+__all__ = ["Plan", "Solution"]

@@ -10,13 +10,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .. import errors, transforms
+from .. import errors, gradients, transforms
 from ..communicator import ALONE, COLUMNS, ROWS, Alone
 from ..costs.base import BLOCK, Cost, Points
 from ..distributed.costs import Sharded
 from ..errors import NotConverged, ProblemError
 from ..geometry.protocol import Geometry, weigh
-from ..gradients import operators as gradients
 from ..problem import Problem
 from ..solver.status import Status
 from ..vectors import log
@@ -85,7 +84,7 @@ class Plan:
         """P @ v for all of v, in the type of the potentials."""
         columns = v.unsqueeze(-1) if v.ndim == 1 else v
         if (s := self._live) is not None:
-            out = gradients.transport(s.problem, s.geometry, s.f, s.g, columns.to(s.f), self._flipped)
+            out = gradients.plan_product(s.problem, s.geometry, s.f, s.g, columns.to(s.f), self._flipped)
         else:
             with torch.no_grad():
                 out = self._geometry.apply(self._k, self._h, self._eps, columns)
@@ -202,7 +201,7 @@ class Solution:
 
     problem: Problem
     geometry: Geometry
-    value: Tensor
+    wide_value: Tensor
     f: Tensor
     g: Tensor
     status: Status
@@ -210,6 +209,10 @@ class Solution:
     n_iter: int
     n_passes: int
     errors: Tensor
+
+    @cached_property
+    def value(self) -> Tensor:
+        return self.wide_value.to(self.problem.given_dtype)
 
     @cached_property
     def plan(self) -> Plan:
@@ -245,7 +248,7 @@ class Solution:
         if y.ndim < 2 or y.shape[-2] != targets:
             raise errors.wrong_shape("y", y.shape, f"(*batch, {targets}, c), a row for each target point")
         if x_new is None and self._live:
-            sent = gradients.average(self.problem, self.geometry, self.g, ranks.whole(y.to(self.g), COLUMNS, -2))
+            sent = gradients.barycentric(self.problem, self.geometry, self.g, ranks.whole(y.to(self.g), COLUMNS, -2))
             return ranks.share(sent, ROWS, -2).to(self.problem.given_dtype)
         y = y.detach().to(h)
         if x_new is not None:
@@ -286,7 +289,7 @@ class Solution:
         """
         if self._live:
             problem, f, g = self._held()
-            return self.problem.cost.ranks.total(gradients.sharp_cost(problem, self.geometry, f, g)).to(self.problem.given_dtype)
+            return self.problem.cost.ranks.total(gradients.plan_cost(problem, self.geometry, f, g)).to(self.problem.given_dtype)
         return self._sharp_cost.to(self.problem.given_dtype)
 
     @cached_property
