@@ -122,5 +122,5 @@ def translate(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 def _log_mass(w: Tensor, z: Tensor) -> Tensor:
     """log sum w exp(z), (*batch, 1), with a derivative at w = 0."""
     top = torch.where(w > 0, z, -math.inf).amax(-1, keepdim=True).detach()
-    z = torch.where(z > top, top, z)  # an empty atom may lie anywhere
+    z = torch.where(w > 0, z, torch.where(z < top, z, top))  # an empty atom may lie anywhere
     return log((w * exp(z - top)).sum(-1, keepdim=True)) + top
