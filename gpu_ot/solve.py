@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from . import errors, transforms
+from .communicator import ALONE
 from .distributed.checkpoint import Checkpoint
-from .distributed.costs import Sharded
 from .geometry.protocol import Geometry, weigh
 from .geometry.select import bind
 from .gradients import implicit
 from .gradients import operators as gradients
-from .problem import Problem
+from .problem import Problem, check_cost
 from .solution.solution import Solution
 from .solver.annealing import Anneal, Constant
 from .solver.loop import Outcome, Stop, iterate
@@ -111,8 +111,8 @@ def solve(
             return exact, outcome.then(corrected)
 
         geometry, outcome = gradients.apart(problem, search)
-        if outcome.status is DIVERGED and isinstance(problem.cost, Sharded):  # points that changed since they were checked, on some rank
-            ranks.together(problem.cost.check_points)
+        if outcome.status is DIVERGED and ranks is not ALONE:  # points that changed since they were checked, on some rank
+            ranks.together(lambda: check_cost(problem.cost))
         f, g = outcome.f, outcome.g
         if replayed:
             f, g = gradients.unroll(problem, geometry, rows, outcome.n_iter, weight)

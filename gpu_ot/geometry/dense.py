@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..costs.base import Cost
+from ..costs import Cost
 from ..penalties import KL, Penalty
 from ..problem import Problem
 from ..vectors import exp, log

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import transforms
-from ..costs.base import Cost
+from ..costs import Cost
 from ..errors import ProblemError
 from ..geometry.protocol import Attached, Geometry, attach, folds, weigh
 from ..penalties import KL, Penalty

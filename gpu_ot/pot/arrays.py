@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..costs.base import Cost, Lazy
+from ..costs import Cost, Lazy
 from ..errors import ProblemError
 from .refusals import Elsewhere
 

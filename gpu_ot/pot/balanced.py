@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..costs.base import Cost
+from ..costs import Cost
 from ..geometry.protocol import Geometry, weigh
 from ..geometry.select import bind
 from ..gradients import operators as gradients

@@ -13,7 +13,7 @@ from ..problem import Problem
 from ..solution.solution import Solution
 from ..solve import Scaled, needs_gradient, solve
 from .arrays import number, take
-from .clouds import between, transposed
+from .clouds import between
 from .refusals import elsewhere
 from .solvers import GRADS, OTResult, carried, entropy_of, log_weight
 
@@ -81,7 +81,7 @@ def solve_batch(
         u, v = torch.where(problem.a > 0, u, -torch.inf), torch.where(problem.b > 0, v, -torch.inf)
     linear = (P * torch.where(tM.isinf(), 0.0, tM).to(P.dtype)).sum((-2, -1))
     if grad == "envelope" and torch.is_grad_enabled():
-        envelope = scale * gradients.value(transposed(problem), done.geometry, done.f, done.g)
+        envelope = scale * gradients.value(problem.T, done.geometry, done.f, done.g)
         if reg_type.lower() == "entropy":
             envelope = envelope + scale * problem.eps * entropy_of(problem)
         value = value.detach() + (envelope - envelope.detach())
@@ -105,7 +105,7 @@ def solve_batch(
 def _columns_exact(problem: Problem, max_iter: int, tol: float, unroll: bool) -> Solution:
     """The solution of the transposed problem, from v = 1."""
     return solve(
-        transposed(problem),
+        problem.T,
         start=Scaled(torch.zeros_like(problem.b)),
         accelerate="none",
         grad="unroll" if unroll and needs_gradient(problem) else "envelope",
@@ -118,7 +118,7 @@ def _columns_exact(problem: Problem, max_iter: int, tol: float, unroll: bool) ->
 def _plan(problem: Problem, done: Solution) -> Tensor:
     """(B, n, m), with a gradient where the potentials have one."""
     if done.f.requires_grad:
-        return gradients.plan(transposed(problem), done.geometry, done.f, done.g).mT
+        return gradients.plan(problem.T, done.geometry, done.f, done.g).mT
     return done.plan.to_dense().mT
 
 

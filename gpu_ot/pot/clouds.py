@@ -1,9 +1,7 @@
-"""Costs between clouds by the names POT has for them, and the few things POT's functions ask of a cost: a part, and its other side."""
+"""Costs between clouds by the names POT has for them, and what its functions ask of them in blocks."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import errors
-from ..costs.base import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
+from ..costs import Cosine, Cost, Euclidean, Formula, SqEuclidean
 from ..problem import Problem, float_type
 from .refusals import elsewhere
 
@@ -55,32 +53,6 @@ def _root(z: Any, p: float) -> Any:
         return z ** (1 / p)
     apart = z > 0
     return torch.where(apart, torch.where(apart, z, 1.0) ** (1 / p), 0.0)
-
-
-def transposed(problem: Problem) -> Problem:
-    """Rows for columns: the loop makes the rows exact, and some of POT's functions the columns.
-
-    `problem` is validated already, and checking it again would cost another look at its numbers.
-    """
-    flipped = copy.copy(problem)
-    sides = dict(cost=_flipped(problem.cost), a=problem.b, b=problem.a, penalties=problem.penalties[::-1])
-    for field, value in sides.items():
-        object.__setattr__(flipped, field, value)
-    return flipped
-
-
-def _flipped(cost: Cost) -> Cost:
-    if isinstance(cost, Matrix):
-        return Matrix(cost.M.mT)
-    if isinstance(cost, Sum):
-        return Sum(tuple((weight, _flipped(term)) for weight, term in cost.terms))
-    if isinstance(cost, Lazy):
-        return cost.T
-    if isinstance(cost, Formula):
-        function = cost.function
-        return Formula(lambda y_i, x_j: function(x_j, y_i), cost.y, cost.x)
-    assert isinstance(cost, (SqEuclidean, Euclidean, Dot, Cosine)), type(cost)
-    return replace(cost, x=cost.y, y=cost.x)
 
 
 def in_blocks(n: int, m: int) -> list[slice]:

@@ -20,7 +20,7 @@ from ..solve import Scaled, needs_gradient, solve
 from ..solver.status import CONVERGED, STALLED
 from .arrays import take
 from .balanced import METHODS, NOT_CONVERGED, known, own, run
-from .clouds import between, linear_cost, transposed
+from .clouds import between, linear_cost
 from .lazy import LazyPlan
 from .refusals import warn as warn_caller
 
@@ -93,7 +93,7 @@ def streamed(problem: Problem, back: Callable[[Tensor], Any], limits: Limits, wa
             found = () if given is None else given.shape
             raise errors.wrong_shape("warmstart[1]", found, errors.shape(problem.b.shape))
         start = problem.eps * given.detach().to(problem.b)
-    flipped = transposed(problem)
+    flipped = problem.T
     solution = solve(
         flipped,
         start=Scaled(start),

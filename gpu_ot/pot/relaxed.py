@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..costs.base import Cost
+from ..costs import Cost
 from ..geometry.protocol import Geometry, weigh
 from ..geometry.select import bind
 from ..gradients import operators as gradients
@@ -29,7 +29,6 @@ from ..solve import needs_gradient
 from ..solver.status import CONVERGED, STALLED
 from .alternation import Method, State, alternate, print_progress, translated
 from .arrays import lazily, number, take, take_problem
-from .clouds import transposed
 from .refusals import elsewhere, warn
 
 NOT_CONVERGED = (
@@ -240,7 +239,7 @@ def run(
     except errors.UnequalMasses as refusal:
         warn(f"The plan returned has columns b and rows proportional to a: {refusal}")
         problem = Problem(cost, eps, matched(wb, wa).to(dtype), sb, penalties)
-    problem = transposed(problem)
+    problem = problem.T
 
     before = _initial(warmstart, problem)
     geometry = bind(problem)

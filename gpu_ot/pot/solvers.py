@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..costs.base import Cost
-from ..distributed.costs import Sharded, is_dtensor, local
+from ..communicator import ALONE, is_dtensor, local
+from ..costs import Cost
+from ..distributed.costs import Sharded
 from ..gradients import operators as gradients
 from ..penalties import KL, TV
 from ..problem import Problem
@@ -343,7 +344,7 @@ def _solve_relaxed(M: Any, a: Any, b: Any, c: Any, asked: _Asked) -> OTResult:
 
 def _solve_lazily(cost: Cost, a: Tensor | None, b: Tensor | None, back: Callable[[Tensor], Any], asked: _Asked) -> OTResult:
     """No n-by-m array: O((n + m) d) memory, whatever the gradient."""
-    if isinstance(cost, Sharded):
+    if cost.ranks is not ALONE:
         raise errors.ProblemError(
             "points that ranks share are solved as solve(Problem(Sharded(...), eps)), or solve_sample(..., group=group)."
         )

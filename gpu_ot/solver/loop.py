@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..costs.base import Matrix
 from ..errors import unknown
 from ..geometry.protocol import Geometry
 from ..penalties import shift
@@ -321,9 +320,9 @@ def _on_its_way(numbers: Tensor) -> Callable[[], list[float]]:
 
 def _ceiling(problem: Problem, eps: float) -> Tensor | None:
     """(*batch,): more than any plan can cost; None where mass may vanish, and there always is one."""
-    if not isinstance(problem.cost, Matrix) or not all(penalty.balanced for penalty in problem.penalties):
+    if not problem.cost.stored or not all(penalty.balanced for penalty in problem.penalties):
         return None
-    M, b = problem.cost.M.detach(), problem.b.detach()
+    M, b = problem.cost.dense().detach(), problem.b.detach()
     dearest = torch.where(M.isposinf(), -math.inf, M).amax((-2, -1)).to(b.dtype)
     return b.sum(-1) * dearest - eps * torch.where(b > 0, b * log(b), 0.0).sum(-1)
 
