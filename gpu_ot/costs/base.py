@@ -89,7 +89,8 @@ class Cost:
     def part(self, rows: Index, cols: Index) -> Cost:
         """The same cost between some of its rows and some of its columns: slices, or indices (k,) or (*batch, k)."""
         if (sides := self.sides) is None:
-            raise NotImplementedError(f"{type(self).__name__} does not say how to take rows and columns of it: it has no part().")
+            kind = type(self).__name__
+            raise NotImplementedError(f"{kind} does not say how to take rows and columns of it: it has no part() and no sides.")
         index = rows, cols
         return self._between([z if side is None else take(z, index[side], -2) for z, side in zip(self.inputs.values(), sides, strict=True)])
 

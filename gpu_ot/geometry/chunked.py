@@ -38,8 +38,11 @@ def refuse(problem: Problem) -> str | None:
         return f"the cost is {cost.describe()} that is already in memory; there is nothing to save"
     if cost.backend not in (None, "chunked"):
         return f'the cost is {cost.describe()}, which "{cost.backend}" runs without blocks'
-    if cost.fold() is None and not cost.cuts:
-        return f"{type(cost).__name__} has no fold(), and how to take rows and columns of it is not known: it has no part() and no sides"
+    if cost.fold() is None:
+        try:
+            cost.part(slice(0, 1), slice(0, 1))
+        except NotImplementedError as why:
+            return f"it has no fold(), and {why}"
     return None
 
 

@@ -12,7 +12,7 @@ from ..gradients import operators as gradients
 from ..problem import Problem
 from ..solution.solution import Solution
 from ..solve import Scaled, needs_gradient, solve
-from .arrays import number, take
+from .arrays import number, promoted, take
 from .clouds import between
 from .refusals import elsewhere
 from .solvers import GRADS, OTResult, carried, entropy_of, log_weight
@@ -61,6 +61,7 @@ def solve_batch(
     (tM, ta, tb), back = take(M=M, a=a, b=b)
     if tM is None or tM.ndim != 3:
         raise errors.wrong_shape("M", () if tM is None else tM.shape, "(B, n, m)")
+    tM = promoted(tM, ta, tb)
     if grad == "detach":
         tM, ta, tb = tM.detach(), *(z if z is None else z.detach() for z in (ta, tb))
         reg = number(reg)

@@ -66,7 +66,7 @@ def linear_cost(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
     n, m = problem.shape
 
     def block(rows: slice, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor) -> Tensor:
-        C = problem.cost.part(rows, slice(None)).dense().to(f.dtype)
+        C = problem.cost.entries(rows, slice(None)).to(f.dtype)
         return (C * plan_entries(C, f[rows], g, a[rows], b, problem.eps)).sum()
 
     inputs = (f, g, problem.a, problem.b, *problem.cost.inputs.values())

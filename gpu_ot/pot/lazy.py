@@ -116,7 +116,7 @@ class LazyPlan:
 
     def _cost(self, rows: Any, columns: Any) -> Tensor:
         with torch.no_grad():
-            return self._problem.cost.part(rows, columns).dense().to(self._f)
+            return self._problem.cost.entries(rows, columns).to(self._f)
 
     @cached_property
     def _operator(self) -> Plan:

@@ -25,7 +25,7 @@ from ..solution.solution import Solution
 from ..solve import solve as solve_problem
 from ..solver.status import CONVERGED, STALLED, Status
 from . import balanced
-from .arrays import is_array, lazily, number, take, tensors
+from .arrays import is_array, lazily, number, promoted, take, tensors
 from .clouds import between
 from .empirical import Limits, streamed
 from .lazy import LazyPlan
@@ -460,14 +460,13 @@ def solve_sample(
         (x, y), back = take(X_a=X_a, X_b=X_b)
         if x is None or y is None:
             raise errors.wrong_shape("X_a" if x is None else "X_b", (0,), "(n, d), one row a point")
-        cost = between(x, y, metric)
         options = (reg, c, reg_type, unbalanced, unbalanced_type, name, max_iter, potentials_init, tol, verbose, grad)
         if not lazy:
-            return _solve_costs(back(cost.dense()), a, b, *options)
+            return _solve_costs(back(between(x, y, metric).dense()), a, b, *options)
         if c is not None:
             raise errors.ProblemError("c is an n-by-m array, which lazy=True is there to avoid: pass lazy=False.")
         (ta, tb), _ = take(a=a, b=b)
-        result = _solve_costs(cost, ta, tb, *options)
+        result = _solve_costs(between(promoted(x, y, ta, tb), y, metric), ta, tb, *options)
         return result if back is tensors else _returned(result, back)
 
     result = _debiased(between_clouds, X_a, X_b, a, b) if debias else between_clouds(X_a, X_b, a, b)
