@@ -1,6 +1,6 @@
 """Differentiable optimal transport that stays on the device: log-domain Sinkhorn, and a drop-in for POT's."""
 
-from .costs.base import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
+from .costs import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
 from .distributed.checkpoint import Checkpoint
 from .distributed.costs import Sharded
 from .errors import BackendError, NotConverged, ProblemError, RankFailed

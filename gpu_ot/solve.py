@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from . import errors, gradients, transforms
+from .communicator import ALONE
 from .geometry.protocol import Geometry
 from .geometry.select import bind
 from .gradients import implicit
-from .problem import Problem
+from .problem import Problem, check_cost
 from .solution import Solution
 from .solver.acceleration import Anderson
 from .solver.annealing import Anneal, Constant
@@ -94,8 +95,8 @@ def solve(
             max_iter=max_iter, check_every=check_every, accelerate=accelerate if start is None or accelerate != "auto" else "mixing",
             schedule=schedule, on_check=on_check, keep=keep,
         )  # fmt: skip
-        if solution.status is DIVERGED:  # points that changed since they were checked, on some rank
-            ranks.together(problem.cost.check_points)
+        if solution.status is DIVERGED and ranks is not ALONE:  # points that changed since they were checked, on some rank
+            ranks.together(lambda: check_cost(problem.cost))
     return solution.raise_unless_converged() if strict else solution
 
 

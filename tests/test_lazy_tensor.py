@@ -16,7 +16,7 @@ import torch
 
 import gpu_ot
 from gpu_ot import BackendError, Matrix, ProblemError, SqEuclidean, unbalanced
-from gpu_ot.costs.base import Lazy
+from gpu_ot.costs import Lazy
 from gpu_ot.geometry import keops
 from gpu_ot.geometry.dense import Dense
 from gpu_ot.geometry.keops import Keops

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..communicator import COLUMNS, ROWS
-from ..costs.base import Cost
+from ..costs import Cost
 from ..geometry.protocol import Geometry
 from ..penalties import BALANCED, Penalty
 from ..problem import Problem

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..costs.base import Cost
+from ..costs import Cost
 from ..penalties import KL, Penalty
 from ..problem import Problem
 from ..vectors import exp, log, to_host

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..costs.base import Cost
+from ..costs import Cost
 from .products import by_rows
 from .protocol import Geometry, pull_folded
 

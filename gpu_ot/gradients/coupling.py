@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..costs.base import Cost
+from ..costs import Cost
 from ..geometry.protocol import Geometry, folds
 from ..problem import Problem
 from .operators import apply, exponentials, softmin

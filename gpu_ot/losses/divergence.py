@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import errors, gradients
-from ..costs.base import Cosine, Cost, Dot, Euclidean, Matrix, SqEuclidean, Sum
-from ..distributed.costs import Sharded
+from ..costs import Cost
 from ..errors import NotConverged, ProblemError
 from ..geometry.select import bind
 from ..penalties import BALANCED, Penalty
@@ -192,29 +191,22 @@ def _within(cost: Cost, side: int, given: Cost | Tensor | None) -> Cost | Tensor
     """The cost from one side's points to themselves."""
     if given is not None:
         return given
-    if isinstance(cost, Sum):  # term by term, so that each term's points get their own gradient
-        return Sum(tuple((weight, _own(term, side)) for weight, term in cost.terms))
-    return _own(cost, side)
-
-
-def _own(cost: Cost, side: int) -> Cost:
     try:
-        points = cost.points[side]
+        return cost.within(side)
     except ProblemError:
         name = ("cost_aa", "cost_bb")[side]
         raise ProblemError(
             f"the divergence needs the costs within each measure too, and a cost of kind {type(cost).__name__} does not know them: pass "
             f"{name}, {errors.shape((*cost.shape[:-2], *[cost.shape[side - 2]] * 2))}, or a cost between clouds such as SqEuclidean(x, y)."
         ) from None
-    return cost.at(x=points, y=points)
 
 
 def _half_diagonal(problem: Problem) -> Tensor:
     """(*batch, n) C_ii / 2 where it is at hand, else 0."""
     cost, zeros = problem.cost, torch.zeros_like(problem.a)
     with torch.no_grad():
-        if isinstance(cost, Matrix):
-            diagonal = cost.M.diagonal(dim1=-2, dim2=-1)
+        if cost.stored:
+            diagonal = cost.dense().diagonal(dim1=-2, dim2=-1)
         elif (folded := cost.fold()) is not None:
             diagonal = folded.alpha + folded.beta - (folded.u * folded.v).sum(-1)
         else:
@@ -223,17 +215,14 @@ def _half_diagonal(problem: Problem) -> Tensor:
 
 
 def _check_symmetric(cost: Cost) -> None:
-    """Refuses a cost that is plainly not symmetric, by a look at its first entries; known formulas need none."""
+    """Refuses a cost that is plainly not symmetric, by a look at some of its entries; known formulas need none."""
     n, m = cost.shape[-2:]
     if n != m:
         raise errors.wrong_shape("the cost within a measure", cost.shape, "(*batch, n, n)")
-    inner = cost.cost if isinstance(cost, Sharded) else cost
-    kinds = [term for _, term in inner.terms] if isinstance(inner, Sum) else [inner]
-    if all(type(kind) in (SqEuclidean, Euclidean, Dot, Cosine) for kind in kinds):
+    if cost.symmetric:
         return
-    few = slice(0, 64)
     with torch.no_grad():
-        C = cost.sample(64) if isinstance(cost, Sharded) else cost.part(few, few).dense()
+        C = cost.sample(64, max(1, cost.shape[:-2].numel()))
         C = torch.where(C.isfinite(), C, 0.0)
         gap, size = torch.stack([(C - C.mT).abs().amax(), C.abs().amax()]).tolist()
     if gap > 1e-3 * size:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import errors, gradients
-from ..costs.base import Cost
+from ..costs import Cost
 from ..geometry.protocol import Geometry, weigh
 from ..problem import Problem, matched
 from ..solution import Solution

@@ -11,8 +11,8 @@ from .. import errors, gradients
 from ..problem import Problem
 from ..solution.solution import Solution
 from ..solve import Scaled, needs_gradient, solve
-from .arrays import number, take
-from .clouds import between, transposed
+from .arrays import number, promoted, take
+from .clouds import between
 from .refusals import elsewhere
 from .solvers import GRADS, OTResult, carried, entropy_of, log_weight
 
@@ -60,6 +60,7 @@ def solve_batch(
     (tM, ta, tb), back = take(M=M, a=a, b=b)
     if tM is None or tM.ndim != 3:
         raise errors.wrong_shape("M", () if tM is None else tM.shape, "(B, n, m)")
+    tM = promoted(tM, ta, tb)
     if grad == "detach":
         tM, ta, tb = tM.detach(), *(z if z is None else z.detach() for z in (ta, tb))
         reg = number(reg)
@@ -80,7 +81,7 @@ def solve_batch(
         u, v = torch.where(problem.a > 0, u, -torch.inf), torch.where(problem.b > 0, v, -torch.inf)
     linear = (P * torch.where(tM.isinf(), 0.0, tM).to(P.dtype)).sum((-2, -1))
     if grad == "envelope" and torch.is_grad_enabled():
-        envelope = scale * gradients.value(transposed(problem), done.geometry, done.f, done.g)
+        envelope = scale * gradients.value(problem.T, done.geometry, done.f, done.g)
         if reg_type.lower() == "entropy":
             envelope = envelope + scale * problem.eps * entropy_of(problem)
         value = value.detach() + (envelope - envelope.detach())
@@ -104,7 +105,7 @@ def solve_batch(
 def _columns_exact(problem: Problem, max_iter: int, tol: float, unroll: bool) -> Solution:
     """The solution of the transposed problem, from v = 1."""
     return solve(
-        transposed(problem),
+        problem.T,
         start=Scaled(torch.zeros_like(problem.b)),
         accelerate="none",
         grad="unroll" if unroll and needs_gradient(problem) else "envelope",
@@ -117,7 +118,7 @@ def _columns_exact(problem: Problem, max_iter: int, tol: float, unroll: bool) ->
 def _plan(problem: Problem, done: Solution) -> Tensor:
     """(B, n, m), with a gradient where the potentials have one."""
     if done.f.requires_grad:
-        return gradients.plan(transposed(problem), done.geometry, done.f, done.g).mT
+        return gradients.plan(problem.T, done.geometry, done.f, done.g).mT
     return done.plan.to_dense().mT
 
 

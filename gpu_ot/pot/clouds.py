@@ -1,9 +1,7 @@
-"""Costs between clouds by the names POT has for them, and the few things POT's functions ask of a cost: a part, and its other side."""
+"""Costs between clouds by the names POT has for them, and what its functions ask of them in blocks."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import errors
-from ..costs.base import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
+from ..costs import Cosine, Cost, Euclidean, Formula, SqEuclidean
 from ..problem import Problem, float_type
 from .refusals import elsewhere
 
@@ -57,32 +55,6 @@ def _root(z: Any, p: float) -> Any:
     return torch.where(apart, torch.where(apart, z, 1.0) ** (1 / p), 0.0)
 
 
-def transposed(problem: Problem) -> Problem:
-    """Rows for columns: the loop makes the rows exact, and some of POT's functions the columns.
-
-    `problem` is validated already, and checking it again would cost another look at its numbers.
-    """
-    flipped = copy.copy(problem)
-    sides = dict(cost=_flipped(problem.cost), a=problem.b, b=problem.a, penalties=problem.penalties[::-1])
-    for field, value in sides.items():
-        object.__setattr__(flipped, field, value)
-    return flipped
-
-
-def _flipped(cost: Cost) -> Cost:
-    if isinstance(cost, Matrix):
-        return Matrix(cost.M.mT)
-    if isinstance(cost, Sum):
-        return Sum(tuple((weight, _flipped(term)) for weight, term in cost.terms))
-    if isinstance(cost, Lazy):
-        return cost.T
-    if isinstance(cost, Formula):
-        function = cost.function
-        return Formula(lambda y_i, x_j: function(x_j, y_i), cost.y, cost.x)
-    assert isinstance(cost, (SqEuclidean, Euclidean, Dot, Cosine)), type(cost)
-    return replace(cost, x=cost.y, y=cost.x)
-
-
 def in_blocks(n: int, m: int) -> list[slice]:
     """Slices of rows, of about `ENTRIES` pairs."""
     size = max(1, ENTRIES // m)
@@ -94,7 +66,7 @@ def linear_cost(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
     n, m = problem.shape
 
     def block(rows: slice, f: Tensor, g: Tensor, a: Tensor, b: Tensor, *inputs: Tensor) -> Tensor:
-        C = problem.cost.part(rows, slice(None)).dense().to(f.dtype)
+        C = problem.cost.entries(rows, slice(None)).to(f.dtype)
         return (C * plan_entries(C, f[rows], g, a[rows], b, problem.eps)).sum()
 
     inputs = (f, g, problem.a, problem.b, *problem.cost.inputs.values())

@@ -18,9 +18,9 @@ from ..problem import Problem
 from ..solution.solution import Solution
 from ..solve import Scaled, needs_gradient, solve
 from ..solver.status import CONVERGED, STALLED
-from .arrays import take
+from .arrays import promoted, take
 from .balanced import METHODS, NOT_CONVERGED, known, own, run
-from .clouds import between, linear_cost, transposed
+from .clouds import between, linear_cost
 from .lazy import LazyPlan
 from .refusals import warn as warn_caller
 
@@ -93,7 +93,7 @@ def streamed(problem: Problem, back: Callable[[Tensor], Any], limits: Limits, wa
             found = () if given is None else given.shape
             raise errors.wrong_shape("warmstart[1]", found, errors.shape(problem.b.shape))
         start = problem.eps * given.detach().to(problem.b)
-    flipped = transposed(problem)
+    flipped = problem.T
     solution = solve(
         flipped,
         start=Scaled(start),
@@ -117,7 +117,7 @@ def _problem(X_s: Any, X_t: Any, reg: Any, a: Any, b: Any, metric: Any) -> tuple
     (x, y, ta, tb), back = take(X_s=X_s, X_t=X_t, a=a, b=b)
     if x is None or y is None or x.ndim != 2 or y.ndim != 2:
         raise errors.wrong_shape("X_s" if x is None or x.ndim != 2 else "X_t", () if x is None else x.shape, "(n, d), one row a point")
-    return Problem(between(x, y, metric), reg, ta, tb), back
+    return Problem(between(promoted(x, y, ta, tb), y, metric), reg, ta, tb), back
 
 
 def _check_batch(batchSize: Any) -> None:

@@ -16,7 +16,7 @@ from ..geometry.select import bind
 from ..problem import Problem
 from ..solution.solution import Plan
 from .arrays import take
-from .clouds import ENTRIES, in_blocks, plan_entries, transposed
+from .clouds import ENTRIES, in_blocks, plan_entries
 
 
 class LazyPlan:
@@ -43,7 +43,7 @@ class LazyPlan:
     @property
     def T(self) -> LazyPlan:
         geometry = None if self._geometry is None else self._geometry.T
-        return LazyPlan(transposed(self._problem), self._g, self._f, self._back, geometry)
+        return LazyPlan(self._problem.T, self._g, self._f, self._back, geometry)
 
     def returning(self, back: Callable[[Tensor], Any]) -> LazyPlan:
         """The same plan, whose results are of another kind of array."""
@@ -116,7 +116,7 @@ class LazyPlan:
 
     def _cost(self, rows: Any, columns: Any) -> Tensor:
         with torch.no_grad():
-            return self._problem.cost.part(rows, columns).dense().to(self._f)
+            return self._problem.cost.entries(rows, columns).to(self._f)
 
     @cached_property
     def _operator(self) -> Plan:

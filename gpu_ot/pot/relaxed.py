@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import errors, gradients
-from ..costs.base import Cost
+from ..costs import Cost
 from ..geometry.protocol import Geometry, weigh
 from ..penalties import KL, TV
 from ..problem import Problem, float_type, matched, vector_dtype

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from .. import errors, gradients
-from ..costs.base import Cost
-from ..distributed.costs import Sharded, is_dtensor, local
+from ..communicator import ALONE, is_dtensor, local
+from ..costs import Cost
+from ..distributed.costs import Sharded
 from ..penalties import KL, TV
 from ..problem import Problem
 from ..solution.solution import Solution
 from ..solve import solve as solve_problem
 from ..solver.status import CONVERGED, STALLED, Status
 from . import balanced
-from .arrays import is_array, lazily, number, take, tensors
+from .arrays import is_array, lazily, number, promoted, take, tensors
 from .clouds import between
 from .empirical import Limits, streamed
 from .lazy import LazyPlan
@@ -342,7 +343,7 @@ def _solve_relaxed(M: Any, a: Any, b: Any, c: Any, asked: _Asked) -> OTResult:
 
 def _solve_lazily(cost: Cost, a: Tensor | None, b: Tensor | None, back: Callable[[Tensor], Any], asked: _Asked) -> OTResult:
     """No n-by-m array: O((n + m) d) memory, whatever the gradient."""
-    if isinstance(cost, Sharded):
+    if cost.ranks is not ALONE:
         raise errors.ProblemError(
             "points that ranks share are solved as solve(Problem(Sharded(...), eps)), or solve_sample(..., group=group)."
         )
@@ -458,14 +459,13 @@ def solve_sample(
         (x, y), back = take(X_a=X_a, X_b=X_b)
         if x is None or y is None:
             raise errors.wrong_shape("X_a" if x is None else "X_b", (0,), "(n, d), one row a point")
-        cost = between(x, y, metric)
         options = (reg, c, reg_type, unbalanced, unbalanced_type, name, max_iter, potentials_init, tol, verbose, grad)
         if not lazy:
-            return _solve_costs(back(cost.dense()), a, b, *options)
+            return _solve_costs(back(between(x, y, metric).dense()), a, b, *options)
         if c is not None:
             raise errors.ProblemError("c is an n-by-m array, which lazy=True is there to avoid: pass lazy=False.")
         (ta, tb), _ = take(a=a, b=b)
-        result = _solve_costs(cost, ta, tb, *options)
+        result = _solve_costs(between(promoted(x, y, ta, tb), y, metric), ta, tb, *options)
         return result if back is tensors else _returned(result, back)
 
     result = _debiased(between_clouds, X_a, X_b, a, b) if debias else between_clouds(X_a, X_b, a, b)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import errors, gradients, transforms
 from ..communicator import ALONE, COLUMNS, ROWS, Alone
-from ..costs.base import BLOCK, Cost, Points
-from ..distributed.costs import Sharded
+from ..costs import Cost
+from ..costs.base import BLOCK, Points
 from ..errors import NotConverged, ProblemError
 from ..geometry.protocol import Geometry, weigh
 from ..problem import Problem
@@ -63,7 +63,7 @@ class Plan:
 
     def to_dense(self) -> Tensor:
         if (s := self._live) is not None:
-            if self._flipped and isinstance(s.problem.cost, Sharded):
+            if self._flipped and self._ranks is not ALONE:
                 raise ProblemError("with derivatives, ranks that share the points hold rows of the plan: transpose them, P.to_dense().mT.")
             problem, f, g = s._held()
             P = gradients.plan(problem, s.geometry, f, g)
@@ -168,7 +168,7 @@ class Plan:
     def _exponents(self, rows: slice | Tensor, cols: slice) -> Tensor:
         """h_j - C_ij, a new array in the type of the potentials."""
         with torch.no_grad():
-            C = self._cost.part(cols, rows).dense().mT if self._flipped else self._cost.part(rows, cols).dense()
+            C = self._cost.entries(cols, rows).mT if self._flipped else self._cost.entries(rows, cols)
             return self._h[..., cols].unsqueeze(-2) - C.to(self._h.dtype)
 
     @property
@@ -325,7 +325,7 @@ class Solution:
     def _held(self) -> tuple[Problem, Tensor, Tensor]:
         """The problem of the rows whose points are held here and all columns, with its potentials; carries derivatives."""
         problem, cost, ranks = self.problem, self.problem.cost, self.problem.cost.ranks
-        if not isinstance(cost, Sharded):
+        if ranks is ALONE:
             return problem, self.f, self.g
         a, b = ranks.share(problem.a, ROWS), ranks.apart(problem.b)
         return problem.between(cost.rows(), a, b), ranks.share(self.f, ROWS), ranks.apart(self.g)

@@ -143,9 +143,8 @@ class _Progress:
 
 def _dearest_plan(problem: Problem, eps: float) -> Tensor | None:
     """(*batch,): more than any plan can cost; None where mass may vanish, and there always is one."""
-    if not all(penalty.balanced for penalty in problem.penalties):
+    if not problem.cost.stored or not all(penalty.balanced for penalty in problem.penalties):
         return None
-    dearest, b = problem.cost.dearest(), problem.b.detach()
-    if dearest is None:
-        return None
-    return b.sum(-1) * dearest.to(b.dtype) - eps * torch.where(b > 0, b * log(b), 0.0).sum(-1)
+    M, b = problem.cost.dense().detach(), problem.b.detach()
+    dearest = torch.where(M.isposinf(), -math.inf, M).amax((-2, -1)).to(b.dtype)
+    return b.sum(-1) * dearest - eps * torch.where(b > 0, b * log(b), 0.0).sum(-1)
