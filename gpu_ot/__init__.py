@@ -42,7 +42,8 @@ from .pot.unbalanced import (
     sinkhorn_unbalanced_translation_invariant,
 )
 from .problem import Problem
-from .solution.solution import Plan, Solution
+from .solution.plan import Plan
+from .solution.solution import Solution
 from .solver.annealing import Anneal, Constant
 from .solver.status import Status
 

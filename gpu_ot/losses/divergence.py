@@ -17,7 +17,8 @@ from ..gradients import implicit
 from ..gradients import operators as gradients
 from ..penalties import BALANCED, Penalty
 from ..problem import Problem
-from ..solution.solution import Plan, Solution
+from ..solution.plan import Plan
+from ..solution.solution import Solution
 from ..solver.acceleration import Mixing
 from ..solver.annealing import Constant
 from ..solver.loop import Outcome, Progress, Stop, iterate
