@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -23,7 +24,27 @@ from .solver.status import CONVERGED, DIVERGED, STALLED
 
 GRADS = ("envelope", "implicit", "unroll")
 
+Options = ParamSpec("Options")
 
+
+def _of_a_problem(function: Callable[Options, Solution]) -> Callable[Options, Solution]:
+    """The function, and for calls that are POT's an error that names the way out."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Solution:
+        found = args[0] if args else options.get("problem", options.get("M"))
+        if not isinstance(found, Problem):
+            raise errors.not_a_problem(found)
+        if len(args) > 1:
+            raise errors.ProblemError(
+                "a Problem holds its weights, eps and penalties already: pass them to Problem(cost, eps, a, b, penalties)."
+            )
+        return function(*args, **options)
+
+    return call  # pyright: ignore[reportReturnType]
+
+
+@_of_a_problem
 def solve(
     problem: Problem,
     *,

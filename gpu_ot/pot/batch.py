@@ -14,6 +14,7 @@ from ..solution.solution import Solution
 from ..solve import Scaled, needs_gradient, solve
 from .arrays import number, take
 from .clouds import between, transposed
+from .forwarding import forwarding
 from .refusals import elsewhere
 from .solvers import GRADS, OTResult, carried, entropy_of, log_weight
 
@@ -203,3 +204,6 @@ def entropy_batch(T, nx=None, eps=1e-16):
         raise errors.wrong_shape("T", (0,), "(B, n, m)")
     some = tT > 0
     return back(-torch.where(some, tT * torch.where(some, tT, 1.0).log(), 0.0).sum((1, 2)))
+
+
+__getattr__, __dir__ = forwarding(__name__, "ot.batch")

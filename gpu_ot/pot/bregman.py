@@ -6,6 +6,7 @@ import torch
 
 from .balanced import METHODS, known, own, run, transport
 from .empirical import empirical_sinkhorn, empirical_sinkhorn2, empirical_sinkhorn_divergence
+from .forwarding import forwarding
 
 __all__ = [
     "empirical_sinkhorn",
@@ -139,3 +140,6 @@ def sinkhorn2(
     """
     among = [name for name in METHODS if name not in ("sinkhorn_epsilon_scaling", "greenkhorn")]  # as in POT
     return run(known(method, among), a, b, M, reg, loss=True, **own(locals()))
+
+
+__getattr__, __dir__ = forwarding(__name__, "ot.bregman")

@@ -1,14 +1,11 @@
-"""POT's unified API, for its entropic problems: `ot.solve`, `ot.solve_sample`, `ot.dist`, and their result.
-
-One name, two forms: `solve(Problem(...))` is our own, `solve(M, a, b, reg, ...)` POT's.
-"""
+"""POT's unified API, for its entropic problems: `ot.solve`, `ot.solve_sample`, `ot.dist`, and their result."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +24,7 @@ from . import balanced
 from .arrays import is_array, lazily, number, take, tensors
 from .clouds import between
 from .empirical import Limits, streamed
+from .forwarding import forwarding
 from .lazy import LazyPlan
 from .refusals import elsewhere, unknown_method, warn
 from .relaxed import ELSEWHERE, pair, run
@@ -127,27 +125,6 @@ class OnDemand(OTResult):
         self._formed = P
 
 
-@overload
-def solve(M: Problem, *, max_iter: int = ..., tol: float = ..., grad: str = ..., **options: Any) -> Solution: ...
-@overload
-def solve(
-    M: Any,
-    a: Any = ...,
-    b: Any = ...,
-    reg: Any = ...,
-    c: Any = ...,
-    reg_type: Any = ...,
-    unbalanced: Any = ...,
-    unbalanced_type: str = ...,
-    method: str | None = ...,
-    n_threads: int = ...,
-    max_iter: int | None = ...,
-    plan_init: Any = ...,
-    potentials_init: Any = ...,
-    tol: float | None = ...,
-    verbose: bool = ...,
-    grad: str = ...,
-) -> OTResult: ...
 def solve(
     M,
     a=None,
@@ -165,11 +142,8 @@ def solve(
     tol=None,
     verbose=False,
     grad="autodiff",
-    **options,
 ):
-    """`solve(problem, *, backend, grad, tol, ...)` is `gpu_ot.solve` of a Problem, see there; otherwise POT's `ot.solve`:
-
-    Minimises <P, M> + reg R(P) (+ unbalanced D(P1, a) + unbalanced D(P^T 1, b)) over P >= 0.
+    """POT's `ot.solve`: minimises <P, M> + reg R(P) (+ unbalanced D(P1, a) + unbalanced D(P^T 1, b)) over P >= 0.
 
     M            costs (n, m), or a gpu_ot.Cost such as SqEuclidean(x, y), which is never made an n-by-m array.
     a, b         weights (n,) and (m,); None is uniform.
@@ -183,10 +157,6 @@ def solve(
 
     Returns an OTResult. Raises Elsewhere, a NotImplementedError that names POT's function, for what is not entropic.
     """
-    if isinstance(M, Problem):
-        return _solve_problem(M, (a, b, reg, c, unbalanced), max_iter, tol, grad, options)
-    if options:
-        raise TypeError(f"solve() of a matrix takes no {', '.join(options)}; they belong to solve(Problem(M, eps, a, b), ...).")
     return _solve_costs(M, a, b, reg, c, reg_type, unbalanced, unbalanced_type, method, max_iter, potentials_init, tol, verbose, grad)
 
 
@@ -225,7 +195,8 @@ def _solve_costs(
         (ta, tb), back = take(a=a, b=b)
         return _solve_lazily(M, ta, tb, back if is_array(a) or is_array(b) else tensors, asked)
     if not is_array(M):
-        raise errors.ProblemError(f"M must be an array, a tensor, a gpu_ot.Cost or a Problem, found {type(M).__name__}.")
+        hint = " gpu_ot.solve(problem) takes a Problem." if isinstance(M, Problem) else ""
+        raise errors.ProblemError(f"M must be an array, a tensor or a gpu_ot.Cost, found {type(M).__name__}.{hint}")
     return _solve_balanced(M, a, b, asked) if relaxed is None else _solve_relaxed(M, a, b, c, asked)
 
 
@@ -245,15 +216,6 @@ class _Asked(NamedTuple):
     @property
     def unroll(self) -> bool:
         return self.grad in ("autodiff", "last_step")
-
-
-def _solve_problem(problem: Problem, pots: tuple[Any, ...], max_iter: Any, tol: Any, grad: str, options: dict[str, Any]) -> Solution:
-    if any(z is not None for z in pots):
-        raise errors.ProblemError(
-            "a Problem holds its weights, eps and penalties already: pass them to Problem(cost, eps, a, b, penalties)."
-        )
-    given = dict(max_iter=max_iter, tol=tol, grad=None if grad == "autodiff" else grad)
-    return solve_problem(problem, **{k: v for k, v in given.items() if v is not None}, **options)
 
 
 def _kinds(reg_type: Any, relaxed: Any, unbalanced_type: Any) -> tuple[bool, type[KL] | type[TV]]:
@@ -487,7 +449,8 @@ def _solve_shared(
     taus = (math.inf, math.inf) if relaxed is None else pair(relaxed)
     cost = Sharded(between(x, y, metric), group, layout)
     problem = Problem(cost, number(reg), a, b, (penalty(number(taus[0])), penalty(number(taus[1]))))
-    return _solve_problem(problem, (), max_iter, tol, grad, {})
+    given = dict(max_iter=max_iter, tol=tol, grad=None if grad == "autodiff" else grad)
+    return solve_problem(problem, **{name: value for name, value in given.items() if value is not None})
 
 
 def _returned(result: OTResult, back: Callable[[Tensor], Any]) -> OTResult:
@@ -543,3 +506,6 @@ def dist(x1, x2=None, metric="sqeuclidean", p=2, w=None, backend="auto", nx=None
     if backend == "scipy":
         raise elsewhere('backend = "scipy"', 'ot.dist(..., backend="scipy")')
     return back(between(x, x if y is None else y, metric, p, weights).dense())
+
+
+__getattr__, __dir__ = forwarding(__name__, "ot.solvers")

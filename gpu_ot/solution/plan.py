@@ -43,8 +43,8 @@ class Live(NamedTuple):
 class Plan:
     """P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps), computed where it is needed and never stored.
 
-    `P @ v`, `P.T @ v`, `marginals` and `sum` are sweeps over the cost; `P[rows, columns]` and `diagonal` form entries, `sample` draws matched
-    pairs; `to_dense()` is the (*batch, n, m) array. Internally P_ij = exp((k_i + h_j - C_ij) / eps), with k = f + eps log a and h alike.
+    `P @ v`, `P.T @ v`, `marginals` and `sum` are sweeps over the cost; `P[rows, columns]` and `diagonal` form entries, `sample` draws
+    matched pairs; `to_dense()` is the (*batch, n, m) array. Internally P_ij = exp((k_i + h_j - C_ij) / eps), k = f + eps log a and h alike.
     Detached; of a solution by grad="implicit" or "unroll", products, sums and the array carry its derivatives.
     """
 
