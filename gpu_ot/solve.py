@@ -39,9 +39,9 @@ def _of_a_problem(function: Callable[Options, Solution]) -> Callable[Options, So
             raise errors.ProblemError(
                 "a Problem holds its weights, eps and penalties already: pass them to Problem(cost, eps, a, b, penalties)."
             )
-        return function(*args, **options)
+        return function(*args, **options)  # pyright: ignore[reportCallIssue]
 
-    return call  # pyright: ignore[reportReturnType]
+    return call
 
 
 @_of_a_problem

@@ -97,14 +97,13 @@ def screenkhorn(
     Alaya et al. 2019, arXiv:1906.08540.
     """
     done = transport(a, b, M, reg, METHODS["sinkhorn"], maxiter, pgtol, verbose, True, None)
-    P = done.plan()
-    mass = P.sum()
-    result = done.give(P / mass)
+    mass = done.solution.transport_mass
+    result = done.give(done.solution.plan.to_dense() / mass)
     if not log:
         return result
-    u, v = (z.exp() for z in done.scaling_logarithms())
-    kept = {name: done.back(torch.ones(z.shape, dtype=torch.bool, device=z.device)) for name, z in (("Isel", u), ("Jsel", v))}
-    return result, {"u": done.give(u / mass), "v": done.give(v), **kept, **done.story()}
+    u, v = done.solution.problem.a, done.solution.problem.b
+    kept = {name: done.back(torch.ones_like(w, dtype=torch.bool)) for name, w in (("Isel", u), ("Jsel", v))}
+    return result, {**done.scalings(mass), **kept, **done.story()}
 
 
 def sinkhorn(a, b, M, reg, method="sinkhorn", numItermax=1000, stopThr=1e-9, verbose=False, log=False, warn=True, warmstart=None, **kwargs):
