@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -30,7 +31,27 @@ GRADS = ("envelope", "implicit", "unroll")
 ACCELERATORS = ("auto", "mixing", "none")
 ORDERS = ("rows", "columns", "symmetric")
 
+Options = ParamSpec("Options")
 
+
+def _of_a_problem(function: Callable[Options, Solution]) -> Callable[Options, Solution]:
+    """The function, and for calls that are POT's an error that names the way out."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Solution:
+        found = args[0] if args else options.get("problem", options.get("M"))
+        if not isinstance(found, Problem):
+            raise errors.not_a_problem(found)
+        if len(args) > 1:
+            raise errors.ProblemError(
+                "a Problem holds its weights, eps and penalties already: pass them to Problem(cost, eps, a, b, penalties)."
+            )
+        return function(*args, **options)  # pyright: ignore[reportCallIssue]
+
+    return call
+
+
+@_of_a_problem
 def solve(
     problem: Problem,
     *,
@@ -86,15 +107,15 @@ def solve(
     )  # fmt: skip
     keep = checkpoint.offer if checkpoint is not None and ranks.leads else None
     with ranks.watch():
-        scaled = isinstance(start, Scaled)
-        rows = start.rows.to(problem.a).expand_as(problem.a) if isinstance(start, Scaled) else start_rows(start, problem)
+        rows = start_rows(start, problem)
         if start is not None:
             ranks.agree(start=rows)
         solution = find(
-            problem, backend=backend, precision=precision, grad=grad, criterion=Marginal(tol, norm), start=Start(rows, torch.ones_like(problem.a) if scaled else problem.a),
+            problem, backend=backend, precision=precision, grad=grad, criterion=Marginal(tol, norm), start=Start(rows, problem.a),
             max_iter=max_iter, check_every=check_every, accelerate=accelerate if start is None or accelerate != "auto" else "mixing",
             schedule=schedule, on_check=on_check, keep=keep,
         )  # fmt: skip
+        _ = solution.value  # now, and not when somebody looks at it: inputs may change in place
         if solution.status is DIVERGED and ranks is not ALONE:  # points that changed since they were checked, on some rank
             ranks.together(lambda: check_cost(problem.cost))
     return solution.raise_unless_converged() if strict else solution
@@ -133,7 +154,8 @@ def find(
             raise errors.unknown(name, given, known)
     if max_iter < 1:
         raise errors.ProblemError(f"max_iter must be at least 1, found {max_iter}.")
-    unrolled = grad == "unroll" and needs_gradient(problem)
+    grad = grad if grad == "implicit" or needs_gradient(problem) else "envelope"
+    unrolled = grad == "unroll"
     if unrolled and (isinstance(schedule, Anneal) or accelerate == "mixing"):
         raise errors.ProblemError(
             'grad="unroll" differentiates plain iterations at one eps: leave `schedule` and `accelerate` out, or use grad="envelope".'
@@ -169,8 +191,13 @@ def find(
             f, g = implicit.potentials(posed, geometry, f, g, caution=_caution(end))
         if order == "columns":
             f, g, geometry = g, f, geometry.T
-        value = (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g)
         history = torch.stack(end.errors) if end.errors else end.f.new_zeros(0, *end.f.shape[:-1])
+    recorded = torch.is_grad_enabled()
+
+    def value() -> Tensor:
+        with torch.set_grad_enabled(recorded), torch.autocast(problem.a.device.type, enabled=False):
+            return (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g)
+
     return Solution(problem, geometry, value, f, g, end.status, end.converged, end.n_iter, end.n_sweeps, history)
 
 
@@ -203,10 +230,6 @@ def _caution(end: Outcome) -> str:
         f"implicit derivatives are exact at convergence, and these potentials are not there: marginal error "
         f"{float(end.errors[-1].amax()):.3g}. {end.status}"
     )
-
-
-class Scaled(NamedTuple):
-    rows: Tensor
 
 
 def start_rows(start: Tensor | Solution | None, problem: Problem) -> Tensor:

@@ -1,3 +1,6 @@
-from .solution import Plan, Solution
+"""What comes out of a solve."""
+
+from .plan import Plan
+from .solution import Solution
 
 __all__ = ["Plan", "Solution"]

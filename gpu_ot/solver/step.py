@@ -54,6 +54,11 @@ class Start(NamedTuple):
     g: Tensor | None = None
 
 
+def scaled(rows: Tensor) -> Start:
+    """From f + eps log a = eps log u (*batch, n): for conventions that have u where ours has f."""
+    return Start(rows, torch.ones_like(rows))
+
+
 @dataclass(frozen=True)
 class Alternating:
     """Sinkhorn's iteration at one eps, rows last.
