@@ -176,8 +176,16 @@ def self_term(
     _check_symmetric(problem.cost)
     # C_ii / 2 is the solution for eps -> 0 of costs with exp(-C / eps) positive definite.
     start = Start(_half_diagonal(problem), problem.a)
-    mode = dict(order="symmetric", backend=backend, grad=_mode(grad))
-    found = find(problem, criterion=Marginal(tol), start=start, max_iter=max_iter, check_every=1, **mode)
+    found = find(
+        problem,
+        order="symmetric",
+        backend=backend,
+        grad=_mode(grad),
+        criterion=Marginal(tol),
+        start=start,
+        max_iter=max_iter,
+        check_every=1,
+    )
     return SelfTerm(found.wide_value, found.f, found.status, found.converged, found.n_iter, found.n_passes)
 
 

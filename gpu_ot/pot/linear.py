@@ -179,8 +179,8 @@ def _solve_relaxed(M: Any, a: Any, b: Any, c: Any, asked: _Asked) -> OTResult:
         log=False,
         unroll=asked.unroll,
     )
-    if done.state.status not in (CONVERGED, STALLED):
-        warn(f"{balanced.NOT_CONVERGED} Status {done.state.status}")
+    if done.solution.status not in (CONVERGED, STALLED):
+        warn(f"{balanced.NOT_CONVERGED} Status {done.solution.status}")
     with torch.set_grad_enabled(asked.unroll and torch.is_grad_enabled()):
         value, linear, P = done.total(), done.linear(), done.plan()
     if asked.grad == "envelope" and torch.is_grad_enabled():
@@ -189,7 +189,7 @@ def _solve_relaxed(M: Any, a: Any, b: Any, c: Any, asked: _Asked) -> OTResult:
         value=done.give(value),
         value_linear=done.give(linear),
         potentials=done.logarithms(),
-        plan=done.give(P),
+        plan=P,
         **done.story(),
     )
 

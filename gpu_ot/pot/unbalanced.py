@@ -125,7 +125,7 @@ def _own(method: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _plan(method: str, arguments: dict[str, Any]) -> Any:
     done = run(*(arguments[k] for k in ("a", "b", "M", "reg", "reg_m")), **_own(method, arguments))
-    result = done.give(done.linear() if done.many else done.plan())
+    result = done.give(done.linear()) if done.many else done.plan()
     return (result, done.log()) if arguments["log"] else result
 
 
