@@ -15,13 +15,12 @@ import pytest
 import torch
 
 import gpu_ot
-from gpu_ot import BackendError, Matrix, ProblemError, SqEuclidean, unbalanced
+from gpu_ot import BackendError, Matrix, Plan, ProblemError, SqEuclidean, unbalanced
 from gpu_ot.costs.base import Lazy
 from gpu_ot.geometry import keops
 from gpu_ot.geometry.dense import Dense
 from gpu_ot.geometry.keops import Keops
 from gpu_ot.geometry.select import bind
-from gpu_ot import Plan
 from gpu_ot.problem import Problem
 
 pytestmark = pytest.mark.skipif(

@@ -42,24 +42,28 @@ def find(
     """
     grad = grad if needs_gradient(problem) else "envelope"
     if order == "columns":
-        settings = dict(accelerate=accelerate, grad=grad, tol=criterion.tol, norm=criterion.norm, on_check=on_check)
-        turned = solve(transposed(problem), start=start, max_iter=max_iter, check_every=check_every, **settings)
+        turned = solve(
+            transposed(problem), start=start, max_iter=max_iter, check_every=check_every, accelerate=accelerate, grad=grad,
+            tol=criterion.tol, norm=criterion.norm, on_check=on_check,
+        )  # fmt: skip
         return replace(turned, problem=problem, geometry=turned.geometry.T, f=turned.g, g=turned.f)
     geometry, asked = bind(problem), torch.is_grad_enabled()
 
-    def run(schedule: Constant | Anneal, start: Tensor, done: int, until: int, accelerate: str) -> Outcome:
-        told = None if on_check is None else lambda n_iter, error: on_check(done + n_iter, error)
-        return iterate(geometry, problem, schedule, start, criterion, until - done, check_every, told, accelerate)
+    def run(schedule: Constant | Anneal, start: Tensor, done: int, accelerate: str, until: int = max_iter) -> Outcome:
+        def tell(n_iter: int, error: Tensor) -> None:
+            if on_check is not None:
+                on_check(done + n_iter, error)
+
+        return iterate(geometry, problem, schedule, start, criterion, until - done, check_every, tell, accelerate)
 
     with torch.no_grad():
-        plain = 0 if accelerate == "none" else check_every * math.ceil(after / check_every)
-        plain = max_iter if accelerate == "none" else min(max_iter, plain)
-        first = run(schedule or Constant(problem.eps), start.rows, 0, plain or max_iter, "none" if plain else accelerate)
+        plain = max_iter if accelerate == "none" else min(max_iter, check_every * math.ceil(after / check_every))
+        first = run(schedule or Constant(problem.eps), start.rows, 0, "none" if plain else accelerate, plain or max_iter)
         if plain and first.status is MAX_ITER and first.n_iter < max_iter:
             if check_every > 1:  # the last check was one between POT's
                 first.errors.pop()
             again = weigh(first.f, problem.a, problem.eps)
-            first = first.then(run(Constant(problem.eps), again, first.n_iter, max_iter, accelerate))
+            first = first.then(run(Constant(problem.eps), again, first.n_iter, accelerate))
     f, g = gradients.unroll(problem, geometry, start.rows, first.n_iter) if grad == "unroll" else (first.f, first.g)
 
     def value() -> Tensor:

@@ -28,6 +28,7 @@ from ..problem import Problem, float_type, matched, vector_dtype
 from ..solve import needs_gradient
 from ..solver.status import CONVERGED, STALLED
 from .alternation import Method, State, alternate, print_progress, translated
+from .answer import carried
 from .arrays import lazily, number, take, take_problem
 from .clouds import transposed
 from .refusals import elsewhere, warn
@@ -108,7 +109,7 @@ class Relaxed:
         """
         P = self.plan().to(self.state.f.dtype)
         log_u, log_v = self.potentials()
-        earned = _dot(P.sum(-1), log_u) + _dot(P.sum(-2), log_v)
+        earned = carried(P.sum(-1), log_u) + carried(P.sum(-2), log_v)
         value = self.reg * (earned + self.reference_mass - P.sum((-2, -1)))
         for tau, gap in zip(self.taus, self._gaps(P), strict=True):
             if number(tau) < math.inf:
@@ -169,11 +170,6 @@ class Relaxed:
             "n_iter": self.state.n_iter - 1,  # POT counts from 0
             "errors": [self.give(e) for e in self.state.errors],
         }
-
-
-def _dot(mass: Tensor, potential: Tensor) -> Tensor:
-    """Where no mass is, the potential may be anything."""
-    return (mass * torch.where(mass > 0, potential, 0.0)).sum(-1)
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:
