@@ -357,7 +357,7 @@ def test_refusals(points):
     with pytest.raises(gpu_ot.ProblemError, match="median"):
         Problem(cost, ("median", 0.1))
     with pytest.raises(gpu_ot.ProblemError, match="solve_sample"):
-        gpu_ot.solve(cost, reg=0.5)
+        gpu_ot.pot.solve(cost, reg=0.5)
     with pytest.raises(NotImplementedError, match="on none of them"):
         cost.dense()
     live = x.clone().requires_grad_()

@@ -169,7 +169,7 @@ def self_term(
 ) -> SelfTerm:
     """OT_eps(a, a) for a symmetric `cost` (*batch, n, n) within one cloud, SqEuclidean(x, x) say, held by `penalty` on both sides.
 
-    One softmin an iteration and about five of them, see `symmetric`; `value` carries envelope gradients through both sides. The
+    One softmin an iteration and about five of them, see `Symmetric`; `value` carries envelope gradients through both sides. The
     arguments are those of `gpu_ot.solve`. Raises ProblemError for a cost that is not symmetric.
     """
     problem = Problem(cost, eps, a, a, penalty)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import errors
-from .forwarding import forwarding
+from .forwarding import forward
 from .refusals import unknown_method, warn
 from .relaxed import ELSEWHERE, METHODS, run
 
@@ -137,4 +137,4 @@ def _known(method: str) -> str:
     return method.lower()
 
 
-__getattr__, __dir__ = forwarding(__name__, "ot.unbalanced")
+__getattr__, __dir__ = forward(__name__, "ot.unbalanced")
