@@ -271,6 +271,9 @@ class _Transposed(Dense):
             return super().pull_back(k, h, eps, w)
         return (self.upright.outer(scalings[0], scalings[1] * w.to(self.dtype)).mT,)
 
+    def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
+        return self.upright.plan(h, k, eps).mT
+
     def _products(self, k: Tensor, h: Tensor, eps: float, right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         on_columns, on_rows = self.upright._products(h, k, eps, left, right)
         return on_rows, on_columns

@@ -74,6 +74,7 @@ def solve_batch(
         criterion=Marginal(tol, "l2"),
         start=scaled(torch.zeros_like(problem.b)),  # v = 1
         max_iter=max(max_iter, 1),
+        accelerate="none",
         grad="unroll" if unroll else "envelope",
     )
     done, entropy = Answer(solution, back, reg if learnt else 1.0), reg_type.lower() == "entropy"
