@@ -34,8 +34,7 @@ Machine = Callable[[Problem], Geometry]
 
 def share_out(problem: Problem, machine: Machine) -> Geometry:
     """The geometry of a Sharded problem, whose pieces `machine` binds."""
-    assert isinstance(problem.cost, Sharded)
-    return (Ring if problem.cost.layout == "ring" else Replicated)(problem, machine)
+    return (Ring if _shared(problem).layout == "ring" else Replicated)(problem, machine)
 
 
 def largest(problem: Problem) -> Problem:

@@ -98,7 +98,7 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Take `backend` for problems where `when` holds, unless it refuses: then the next rule is asked."""
+    """Take `backend` for problems where `when` holds, unless it refuses: then the next rule decides."""
 
     when: Callable[[Problem], bool]
     backend: str
@@ -207,11 +207,8 @@ def _choose(problem: Problem) -> tuple[Rule, list[Rule]]:
     overruled, own = [], problem.cost.backend
     if own is not None and own not in BACKENDS:
         raise errors.unknown("backend of the cost", own, [*BACKENDS])
-    rules = (
-        RULES
-        if own is None
-        else (Rule(lambda p: True, own, f'the cost is {problem.cost.describe()}, and "{own}" runs it as it is written'), *RULES)
-    )
+    because = f'the cost is {problem.cost.describe()}, and "{own}" runs it as it is written'
+    rules = RULES if own is None else (Rule(lambda p: True, own, because), *RULES)
     for rule in rules:
         if rule.when(problem):
             if BACKENDS[rule.backend].refuse(problem) is None:
