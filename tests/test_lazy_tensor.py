@@ -192,8 +192,6 @@ def test_pots_names_take_it_and_return_a_lazy_plan():
     options: dict[str, Any] = dict(reg=0.1, stopThr=1e-11)
     plan, expected = gpu_ot.sinkhorn(a, b, M, **options), gpu_ot.sinkhorn(a, b, C, **options)
     assert isinstance(plan, Plan)
-    torch.testing.assert_close(plan.to_dense(), expected, rtol=1e-7, atol=1e-12)
-    torch.testing.assert_close(plan[3:9, ::4], expected[3:9, ::4], rtol=1e-7, atol=1e-12)
     v = torch.ones(63, 2, dtype=torch.float64)
     found, truth = ((P[3:9, ::4], P.T[:2]) for P in (plan, expected))
     torch.testing.assert_close((plan.to_dense(), *found), (expected, *truth), rtol=1e-7, atol=1e-12)

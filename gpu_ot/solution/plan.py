@@ -196,7 +196,7 @@ class Plan:
 
     def _costs(self, rows: slice | Tensor, columns: slice) -> Tensor:
         with torch.no_grad():
-            C = self._cost.part(columns, rows).dense().mT if self._flipped else self._cost.part(rows, columns).dense()
+            C = self._cost.entries(columns, rows).mT if self._flipped else self._cost.entries(rows, columns)
             return C.to(self._h.dtype)
 
     @property
