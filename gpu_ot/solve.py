@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import errors, transforms
-from .distributed.checkpoint import Checkpoint
-from .distributed.costs import Sharded
 from .geometry.protocol import Geometry, weigh
 from .geometry.select import bind
 from .gradients import implicit
@@ -20,6 +18,9 @@ from .solution.solution import Solution
 from .solver.annealing import Anneal, Constant
 from .solver.loop import Outcome, Stop, iterate
 from .solver.status import CONVERGED, DIVERGED, STALLED
+
+if TYPE_CHECKING:
+    from .distributed.checkpoint import Checkpoint
 
 GRADS = ("envelope", "implicit", "unroll")
 
@@ -81,7 +82,7 @@ def solve(
         raise errors.unknown("grad", grad, GRADS)
     if max_iter < 1:
         raise errors.ProblemError(f"max_iter must be at least 1, found {max_iter}.")
-    with ranks.watch(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
+    with ranks.report_failure(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
         rows, weight = _rows(start, problem)
         if start is not None:
             ranks.agree(start=rows)
@@ -91,7 +92,7 @@ def solve(
         if replayed and accelerate not in ("auto", "none"):
             raise errors.ProblemError('grad="unroll" replays plain iterations: leave `accelerate` out, or use grad="envelope".')
         stop, first = Stop(tol, norm), weigh(rows, weight, problem.eps).detach()
-        keep = checkpoint.offer if checkpoint is not None and ranks.leads else None
+        keep = checkpoint.offer if checkpoint is not None and ranks.rank == 0 else None
 
         def search(problem: Problem) -> tuple[Geometry, Outcome]:
             geometry = bind(problem, backend, precision)
@@ -111,8 +112,8 @@ def solve(
             return exact, outcome.then(corrected)
 
         geometry, outcome = gradients.apart(problem, search)
-        if outcome.status is DIVERGED and isinstance(problem.cost, Sharded):  # points that changed since they were checked, on some rank
-            ranks.together(problem.cost.check_points)
+        if outcome.status is DIVERGED:
+            ranks.check_points(problem.cost)  # which may have changed since the problem was made
         f, g = outcome.f, outcome.g
         if replayed:
             f, g = gradients.unroll(problem, geometry, rows, outcome.n_iter, weight)

@@ -6,12 +6,8 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from .. import errors
 from ..costs.base import Lazy, Matrix
-from ..distributed import geometry as sharded
-from ..distributed.costs import Sharded
 from ..problem import Problem, vector_dtype
 from . import chunked, keops
 from .dense import Absorbed, Dense
@@ -159,12 +155,10 @@ def bind(problem: Problem, backend: str = "auto", precision: str = "fp32") -> Ge
 
     Raises ProblemError for a backend that does not exist, BackendError for one that cannot serve this problem, with the reason.
     """
-    if isinstance(problem.cost, Sharded):
-        with torch.no_grad():
-            backend = _named(sharded.largest(problem), backend, precision)
-        return sharded.share_out(problem, lambda piece: bind(piece, backend, precision))
-    backend = _named(problem, backend, precision)
-    return _bind_triton(problem, precision) if backend == "triton" else BACKENDS[backend].bind(problem)
+    ranks = problem.cost.ranks
+    name = _named(ranks.largest(problem), backend, precision)
+    bind_piece = BACKENDS[name].bind if name != "triton" else lambda piece: _bind_triton(piece, precision)
+    return ranks.bind(problem, bind_piece)
 
 
 def _named(problem: Problem, backend: str, precision: str) -> str:
@@ -185,11 +179,8 @@ def explain(problem: Problem) -> str:
 
     >>> print(gpu_ot.explain(Problem(SqEuclidean(x, y), eps=0.1)))
     """
-    if isinstance(problem.cost, Sharded):
-        sizes = [size if size is None else "+".join(map(str, size)) for size in problem.cost.ranks.sizes]
-        whole = f"{problem.shape[-2]} by {problem.shape[-1]}, rows {sizes[0]}, columns {sizes[1] or 'whole'} on the ranks"
-        about = "each holds its rows and all columns" if problem.cost.layout == "replicated" else "shares of points go round"
-        return f'{whole}, layout "{problem.cost.layout}": {about}. The largest piece:\n{explain(sharded.largest(problem))}'
+    if (largest := problem.cost.ranks.largest(problem)) is not problem:
+        return f"{problem.cost}. The largest piece:\n{explain(largest)}"
     taken, overruled = _choose(problem)
     *batch, n, m = problem.shape
     count = f"{problem.shape.numel() // (n * m)} problems of " if batch else ""

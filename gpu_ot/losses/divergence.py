@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import errors, transforms
 from ..costs.base import Cosine, Cost, Dot, Euclidean, Matrix, SqEuclidean, Sum
-from ..distributed.costs import Sharded
 from ..errors import NotConverged, ProblemError
 from ..geometry.protocol import Geometry, weigh
 from ..geometry.select import bind
@@ -124,7 +123,7 @@ def divergence(
         within = _within(problem.cost, side, given)
         return self_term(within, eps, weights, penalties[side], backend=backend, grad=grad, tol=tol, max_iter=max_iter)
 
-    with ranks.watch(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
+    with ranks.report_failure(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
         if self_a is None:
             self_a = own(0, cost_aa)
         if self_b is None:
@@ -170,7 +169,7 @@ def self_term(
     arguments are those of `gpu_ot.solve`. Raises ProblemError for a cost that is not symmetric.
     """
     problem = Problem(cost, eps, a, a, penalty)
-    _check_symmetric(problem.cost)
+    _check_symmetric(problem)
     with torch.autocast(problem.a.device.type, enabled=False):
 
         def search(problem: Problem) -> tuple[Geometry, Outcome]:
@@ -291,18 +290,18 @@ def _half_diagonal(problem: Problem) -> Tensor:
         return torch.where(diagonal.isfinite(), diagonal / 2, 0.0).to(zeros).expand_as(zeros)
 
 
-def _check_symmetric(cost: Cost) -> None:
+def _check_symmetric(problem: Problem) -> None:
     """Refuses a cost that is plainly not symmetric, by a look at its first entries; known formulas need none."""
+    cost, piece = problem.cost, problem.cost.ranks.largest(problem).cost
     n, m = cost.shape[-2:]
     if n != m:
         raise errors.wrong_shape("the cost within a measure", cost.shape, "(*batch, n, n)")
-    inner = cost.cost if isinstance(cost, Sharded) else cost
-    kinds = [term for _, term in inner.terms] if isinstance(inner, Sum) else [inner]
+    kinds = [term for _, term in piece.terms] if isinstance(piece, Sum) else [piece]
     if all(type(kind) in (SqEuclidean, Euclidean, Dot, Cosine) for kind in kinds):
         return
     few = slice(0, 64)
     with torch.no_grad():
-        C = cost.sample(64) if isinstance(cost, Sharded) else cost.part(few, few).dense()
+        C = cost.part(few, few).dense() if piece is cost else cost.sample(64)
         C = torch.where(C.isfinite(), C, 0.0)
         gap, size = torch.stack([(C - C.mT).abs().amax(), C.abs().amax()]).tolist()
     if gap > 1e-3 * size:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .. import errors, transforms
 from ..costs.base import Cost, Euclidean, Matrix, SqEuclidean
 from ..distributed.costs import Sharded
-from ..distributed.geometry import largest
 from ..errors import ProblemError
 from ..geometry.protocol import Geometry, attach, weigh
 from ..geometry.select import BACKENDS
@@ -316,7 +315,7 @@ def _backend(name: str, problem: Problem) -> str:
     """geomloss's name in ours: the first machine of that kind that takes the problem. What is a matrix already is not streamed."""
     if name not in ("tensorized", "online", "multiscale"):
         return name
-    problem = largest(problem) if isinstance(problem.cost, Sharded) else problem
+    problem = problem.cost.ranks.largest(problem)
     streaming = ("triton", "keops") if problem.a.is_cuda else ()
     taken = [one for one in (*streaming, "chunked") if BACKENDS[one].refuse(problem) is None]
     return taken[0] if taken and name != "tensorized" else "dense"

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import errors
 from ..costs.base import Cost
-from ..distributed.costs import Sharded, is_dtensor, local
+from ..distributed.costs import Sharded
+from ..distributed.dtensors import is_dtensor, local
 from ..gradients import operators as gradients
 from ..penalties import KL, TV
 from ..problem import Problem

@@ -13,7 +13,6 @@ from torch import Tensor
 from .. import errors, transforms
 from ..communicator import ALONE, COLUMNS, ROWS, Alone
 from ..costs.base import BLOCK, Cost, Points
-from ..distributed.costs import Sharded
 from ..errors import NotConverged, ProblemError
 from ..geometry.protocol import Geometry, weigh
 from ..gradients import operators as gradients
@@ -64,7 +63,7 @@ class Plan:
 
     def to_dense(self) -> Tensor:
         if (s := self._live) is not None:
-            if self._flipped and isinstance(s.problem.cost, Sharded):
+            if self._flipped and s.problem.cost.ranks is not ALONE:
                 raise ProblemError("with derivatives, ranks that share the points hold rows of the plan: transpose them, P.to_dense().mT.")
             problem, f, g = s._held()
             P = gradients.plan(problem, s.geometry, f, g)
@@ -75,7 +74,7 @@ class Plan:
         """(m,) or (*batch, m, c) -> (n,) or (*batch, n, c). Where ranks share the points, each has the rows of its own on either side."""
         columns = v.unsqueeze(-1) if v.ndim == 1 else v
         if self._live is not None:
-            out = self._ranks.share(self._apply(self._ranks.whole(columns, 1 - self._flipped, -2)), int(self._flipped), -2)
+            out = self._ranks.shard(self._apply(self._ranks.gather(columns, 1 - self._flipped, -2)), int(self._flipped), -2)
         else:
             with torch.no_grad():
                 out = self._geometry.product(self._k, self._h, self._eps, columns)
@@ -131,8 +130,8 @@ class Plan:
         # The first row whose running total exceeds the draw: one without mass never does. A draw that rounds up to the total would
         # find none.
         top = torch.nextafter(total[..., -1:], torch.zeros_like(total[..., -1:]))
-        u = self._ranks.common(torch.rand(*total.shape[:-1], k, dtype=total.dtype, device=total.device, generator=generator))
-        rows = self._ranks.own(torch.searchsorted(total, torch.minimum(u * total[..., -1:], top), right=True), int(self._flipped))
+        u = self._ranks.broadcast(torch.rand(*total.shape[:-1], k, dtype=total.dtype, device=total.device, generator=generator))
+        rows = self._ranks.local_indices(torch.searchsorted(total, torch.minimum(u * total[..., -1:], top), right=True), int(self._flipped))
         return rows, self.sample_columns(rows, generator)
 
     def sample_columns(self, rows: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -241,21 +240,21 @@ class Solution:
                 raise ProblemError(f"this cost is a sum over {len(found)} clouds: say which target points to carry over, y=...")
             y = found
         ranks, h, eps = self.problem.cost.ranks, self._h, self.problem.eps
-        targets = ranks.share(h, COLUMNS).shape[-1]
+        targets = ranks.shard(h, COLUMNS).shape[-1]
         if y.ndim < 2 or y.shape[-2] != targets:
             raise errors.wrong_shape("y", y.shape, f"(*batch, {targets}, c), a row for each target point")
         if x_new is None and self._live:
-            sent = gradients.average(self.problem, self.geometry, self.g, ranks.whole(y.to(self.g), COLUMNS, -2))
-            return ranks.share(sent, ROWS, -2).to(self.problem.given_dtype)
+            sent = gradients.average(self.problem, self.geometry, self.g, ranks.gather(y.to(self.g), COLUMNS, -2))
+            return ranks.shard(sent, ROWS, -2).to(self.problem.given_dtype)
         y = y.detach().to(h)
         if x_new is not None:
-            cost, y = self._detached_cost.at(x=x_new), ranks.whole(y, COLUMNS, -2)
+            cost, y = self._detached_cost.at(x=x_new), ranks.gather(y, COLUMNS, -2)
             parts = [((h.unsqueeze(-2) - part.dense().to(h.dtype)) / eps).softmax(-1) @ y for _, part in cost.strips()]
             return torch.cat(parts, -2).to(self.problem.given_dtype)
         with torch.no_grad():
             s = self.geometry.softmin(h, eps)  # each row's own total, so that rows without weight have an image too
             sent = self.geometry.product(torch.where(s.isfinite(), s, 0.0), h, eps, y)
-            return torch.where(ranks.share(s, ROWS).isfinite().unsqueeze(-1), sent, math.nan).to(self.problem.given_dtype)
+            return torch.where(ranks.shard(s, ROWS).isfinite().unsqueeze(-1), sent, math.nan).to(self.problem.given_dtype)
 
     def potential_a(self, x_new: Points | Cost) -> Tensor:
         """f as a function, at points x_new (*batch, k, d): the update damp(softmin over y of C(x_new, y) with g), (*batch, k), wide.
@@ -286,7 +285,7 @@ class Solution:
         """
         if self._live:
             problem, f, g = self._held()
-            return self.problem.cost.ranks.total(gradients.sharp_cost(problem, self.geometry, f, g)).to(self.problem.given_dtype)
+            return self.problem.cost.ranks.sum(gradients.sharp_cost(problem, self.geometry, f, g)).to(self.problem.given_dtype)
         return self._sharp_cost.to(self.problem.given_dtype)
 
     @cached_property
@@ -321,11 +320,9 @@ class Solution:
 
     def _held(self) -> tuple[Problem, Tensor, Tensor]:
         """The problem of the rows whose points are held here and all columns, with its potentials; carries derivatives."""
-        problem, cost, ranks = self.problem, self.problem.cost, self.problem.cost.ranks
-        if not isinstance(cost, Sharded):
-            return problem, self.f, self.g
-        a, b = ranks.share(problem.a, ROWS), ranks.apart(problem.b)
-        return problem.between(cost.rows(), a, b), ranks.share(self.f, ROWS), ranks.apart(self.g)
+        problem, ranks = self.problem, self.problem.cost.ranks
+        local = problem.between(ranks.local_rows(problem.cost), ranks.shard(problem.a, ROWS), ranks.replicate(problem.b))
+        return local, ranks.shard(self.f, ROWS), ranks.replicate(self.g)
 
     @property
     def _detached_cost(self) -> Cost:
@@ -338,7 +335,7 @@ class Solution:
             folded = self.problem.cost.to(self.f.dtype).fold() if self.shape[-2:].numel() > LARGE else None
         if folded is None:
             parts = [torch.where(P > 0, P * C, 0.0).sum((-1, -2)) for _, C, P in plan._strips()]
-            return self.problem.cost.ranks.total(torch.stack([self.f.new_zeros(self.shape[:-2]), *parts]).sum(0))
+            return self.problem.cost.ranks.sum(torch.stack([self.f.new_zeros(self.shape[:-2]), *parts]).sum(0))
         alpha, beta, u, v = folded
         sent = plan._apply(torch.cat((torch.ones_like(beta).unsqueeze(-1), beta.unsqueeze(-1), v), -1))
         return (alpha * sent[..., 0] + sent[..., 1] - (u * sent[..., 2:]).sum(-1)).sum(-1)
@@ -356,7 +353,7 @@ class Solution:
                 return own
             if points is old:
                 return own
-            return new.ranks.whole(self._extended(side, points), side)
+            return new.ranks.gather(self._extended(side, points), side)
         cost, dim = self._detached_cost, side - 2
         cost = cost.at(x=new) if side == 0 else cost.at(y=new)
         h, eps = other.unsqueeze(dim), self.problem.eps
