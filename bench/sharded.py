@@ -31,7 +31,8 @@ from machine import environment
 
 import gpu_ot
 from gpu_ot import Problem, Sharded, SqEuclidean
-from gpu_ot.distributed.geometry import traffic
+from gpu_ot.distributed.group import Group, even_sizes
+from gpu_ot.distributed.traffic import traffic
 
 #: Sweeps over the pairs of an iteration: the machines of "replicated" take both half-steps from one, those of "ring" take two.
 SWEEPS = {"replicated": 1, "ring": 2}
@@ -46,7 +47,7 @@ MODELLED = dict(n=1_000_000, d=64, ranks=[2**k for k in range(11)])
 def counted(size: int, rank: int) -> Iterator[list[int]]:
     """[bytes that this rank sends to others, messages], while it lasts."""
     sent, real = [0, 0], {}
-    names = ("all_gather_single", "all_gather_into_tensor", "all_to_all_single", "batch_isend_irecv")
+    names = ("all_gather_single", "all_gather_into_tensor", "all_to_all_single", "batch_isend_irecv", "broadcast")
 
     def wrap(name: str, call: Any) -> Any:
         def counting(*args: Any, **options: Any) -> Any:
@@ -56,6 +57,8 @@ def counted(size: int, rank: int) -> Iterator[list[int]]:
             elif name == "all_to_all_single":
                 sent[0] += (len(args[1]) - args[3][rank]) * args[1][:1].numel() * args[1].itemsize
                 sent[1] += size - 1
+            elif name == "broadcast":
+                raise AssertionError("a broadcast in an iteration")
             else:
                 moves = [move.tensor for move in args[0] if move.op is dist.isend]
                 sent[0] += sum(z.numel() * z.itemsize for z in moves)
@@ -77,8 +80,8 @@ def counted(size: int, rank: int) -> Iterator[list[int]]:
 
 def measure(n: int, m: int, d: int, layout: str, iterations: int, repeats: int) -> dict[str, Any]:
     """Seconds, bytes and messages an iteration: the difference of a long and a short run, so that what happens once falls out."""
-    ranks = gpu_ot.distributed.ranks.Ranks()
-    rows, columns = (gpu_ot.distributed.ranks.even(size, ranks.size)[ranks.rank] for size in (n, m))
+    ranks = Group()
+    rows, columns = (even_sizes(size, ranks.size)[ranks.rank] for size in (n, m))
     gen = torch.Generator().manual_seed(ranks.rank)
     x, y = torch.rand(rows, d, generator=gen), torch.rand(columns, d, generator=gen) + 0.1
     problem = Problem(Sharded(SqEuclidean(x, y), layout=layout), ("std", 0.1))
@@ -106,8 +109,8 @@ def measure(n: int, m: int, d: int, layout: str, iterations: int, repeats: int) 
             gpu_ot.solve(problem, backend="chunked", tol=0, max_iter=1 + k, check_every=iterations, accelerate="none")
         counts.append(list(sent))
     sent, messages = ((late - early) / (2 * iterations) for early, late in zip(*counts, strict=True))
-    unseen = traffic(problem.cost, looks=0)  # the row potentials are sent once in so many iterations
-    expected = unseen + (traffic(problem.cost, looks=1) - unseen) / iterations
+    unseen = traffic(problem.cost, checks=0)  # the row potentials are sent once in so many iterations
+    expected = unseen + (traffic(problem.cost, checks=1) - unseen) / iterations
     return dict(
         n=n, m=m, d=d, layout=layout, ranks=ranks.size, time_s=middle, time_min_s=min(least, middle), time_max_s=most,
         bytes_sent=sent, bytes_expected=expected, bytes_match=abs(sent - expected) < 0.5, messages=messages, dtype="fp32", repeats=repeats,
