@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 import gpu_ot
 from gpu_ot import KL, Cosine, Euclidean, Matrix, Problem, Sharded, SqEuclidean
-from gpu_ot.distributed.traffic import traffic as expected_traffic
 
 #: (rows, columns) of each rank: unequal shares, and empty ones.
 SHARES = {
@@ -191,6 +190,7 @@ def traffic(rank, size, folder):
     """{layout and iterations between checks: (bytes that this rank sent meanwhile, what the model says)}."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
     from sharded import counted
+    from sharded import traffic as expected_traffic
 
     found = {}
     for layout in ("replicated", "ring"):

@@ -37,6 +37,11 @@ class Shards(Alone):
         start = sum(sizes[:rank])
         return slice(start, start + sizes[rank])
 
+    def narrow(self, z: Tensor, side: int, dim: int = -1) -> Tensor:
+        """A view of this rank's shard of a replicated z."""
+        own = self.slice(side)
+        return z if own.start is None else z.narrow(dim, own.start, own.stop - own.start)
+
     def on_every_rank(self, work: Callable[[], T], **settings: object) -> T:
         return self.group.on_every_rank(work, settings)
 
@@ -57,7 +62,7 @@ class Shards(Alone):
         own = sizes[self.rank]
         if z.ndim < -dim or z.shape[dim] != own:
             raise errors.wrong_shape("what is gathered", z.shape, f"{own} along axis {dim}, one for each of this rank's points")
-        return _Gather.apply(z, self.group.gather(z.detach(), sizes, dim), self.slice(side), dim)
+        return _Linear.apply(z, self.group.gather(z.detach(), sizes, dim), lambda grad: self.narrow(grad, side, dim))
 
     def gather_weights(self, name: str, side: int, w: Tensor) -> Tensor:
         sizes, group, seen = self.sizes[side], self.group, w.detach()
@@ -69,14 +74,16 @@ class Shards(Alone):
         forms = group.exchange((tuple(w.shape), _digest(w)))
         if sizes is not None and [shape[-1] for shape, _ in forms] == sizes:
             parts = group.exchange(seen.cpu())
-            return _Gather.apply(w, torch.cat(parts, -1).to(w.device), self.slice(side), -1)
+            return _Linear.apply(w, torch.cat(parts, -1).to(w.device), lambda grad: self.narrow(grad, side))
         if odd := [rank for rank, form in enumerate(forms) if form != forms[0]]:
             raise errors.ranks_differ(name, 0, "these weights", odd[0], "others, neither those of its share nor the same")
         return w
 
     def shard(self, z: Tensor, side: int, dim: int = -1) -> Tensor:
         sizes = self.sizes[side]
-        return z if sizes is None else _Shard.apply(z, self.group, sizes, self.slice(side), dim)
+        if sizes is None:
+            return z
+        return _Linear.apply(z, self.narrow(z.detach(), side, dim).clone(), _once(lambda grad: self.group.gather(grad, sizes, dim)))
 
     def local_indices(self, index: Tensor, side: int) -> Tensor:
         own = self.slice(side)
@@ -88,10 +95,10 @@ class Shards(Alone):
         return self.group.broadcast(z)
 
     def sum(self, z: Tensor) -> Tensor:
-        return _Sum.apply(z, self.group)
+        return _Linear.apply(z, self.group.sum(z.detach()), lambda grad: grad)
 
     def replicate(self, z: Tensor) -> Tensor:
-        return _Replicate.apply(z, self.group)
+        return _Linear.apply(z, z.detach(), _once(lambda grad: self.group.sum(grad, -2 if grad.ndim > 1 else -1)))
 
     # The cost knows its pieces; see costs.py.
 
@@ -105,58 +112,28 @@ class Shards(Alone):
         return problem.cost.bind(problem, bind_piece)
 
 
-class _Gather(torch.autograd.Function):
-    """(own, gathered) -> gathered."""
+class _Linear(torch.autograd.Function):
+    """(z, result, pull_back) -> result, a linear function of z whose gradient in z is `pull_back` of its own."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, gathered: Tensor, where: slice, dim: int) -> Tensor:
-        ctx.where, ctx.dim = where, dim
-        return gathered.clone() if gathered is own else gathered
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        where = ctx.where
-        return grad_outputs[0].narrow(ctx.dim, where.start, where.stop - where.start), None, None, None
-
-
-class _Shard(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, group: Group, sizes: list[int], where: slice, dim: int) -> Tensor:
-        ctx.group, ctx.sizes, ctx.dim = group, sizes, dim
-        return z.narrow(dim, where.start, where.stop - where.start).clone()
+    def forward(ctx: Any, z: Tensor, result: Tensor, pull_back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.pull_back = pull_back
+        return result.view_as(result)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _refuse_second_derivatives()
-        return ctx.group.gather(grad_outputs[0], ctx.sizes, ctx.dim), None, None, None, None
+        return ctx.pull_back(grad_outputs[0]), None, None
 
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, group: Group) -> Tensor:
-        return group.sum(z).clone()
+def _once(pull_back: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """For a `pull_back` that communicates, which autograd cannot see."""
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad_outputs[0], None
+    def call(grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("second derivatives of what ranks share are not known; leave out create_graph=True.")
+        return pull_back(grad)
 
-
-class _Replicate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return z.view_as(z)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _refuse_second_derivatives()
-        grad = grad_outputs[0]
-        return ctx.group.sum(grad, -2 if grad.ndim > 1 else -1), None
-
-
-def _refuse_second_derivatives() -> None:
-    if torch.is_grad_enabled():
-        raise NotImplementedError("second derivatives of what ranks share are not known; leave out create_graph=True.")
+    return call
 
 
 def _digest(z: Tensor) -> str:

@@ -159,31 +159,17 @@ class Sharded(Cost):
             raise errors.ProblemError('the "median" of a cost that ranks share is not known: eps=("std", ...), or another scale.')
         self.check_points()
         self.ranks.group.exchange(None)  # a rank that has just failed says so here, before points travel
-        top, moments = -math.inf, (0.0, 0.0, 0.0)
+        asked = ("max",) if kind == "max" else ("mean", "std")
         with torch.no_grad():
-            for piece in self._row_pieces():
-                if not (count := float(piece.shape.numel())):
-                    continue
-                if kind == "max":
-                    top = max(top, float(piece.scale("max")))
-                else:
-                    mean, std = float(piece.scale("mean")), float(piece.scale("std"))
-                    moments = _pooled(moments, (count, mean, count * std**2))
-        found = self.ranks.group.exchange((top, moments))
-        number = max(top for top, _ in found)
-        if kind != "max":
-            count, mean, total = found[0][1]
-            for _, other in found[1:]:
-                count, mean, total = _pooled((count, mean, total), other)
-            number = mean if kind == "mean" else math.sqrt(total / count) if count else math.nan
+            rows = [self.pieces.gathered(COLUMNS)] if self.layout == "replicated" else (cost for _, cost in self.pieces.ring(COLUMNS))
+            own = [(float(z.shape.numel()), *(float(z.scale(name)) for name in asked)) for z in rows if z.shape.numel()]
+        found = self.ranks.group.exchange(own)
+        if kind == "max":
+            return torch.tensor(max((top for pieces in found for _, top in pieces), default=-math.inf), dtype=torch.float64)
+        moments = [[(count, mean, count * std**2) for count, mean, std in pieces] for pieces in found]
+        count, mean, total = _pooled(_pooled(pieces) for pieces in moments)
+        number = mean if kind == "mean" else math.sqrt(total / count) if count else math.nan
         return torch.tensor(number, dtype=torch.float64)
-
-    def _row_pieces(self) -> Iterator[Cost]:
-        """The cost between this rank's rows and all columns, at once or rank by rank as the layout says. Must be run to its end."""
-        if self.layout == "replicated":
-            yield self.pieces.gathered(COLUMNS)
-        else:
-            yield from (cost for _, cost in self.pieces.ring(COLUMNS))
 
     # What the communicator is asked about costs and problems.
 
@@ -235,10 +221,13 @@ def _form(z: Tensor) -> tuple[Any, ...]:
     return tuple(z.shape[:-2]), z.shape[-1], z.dtype, z.device.type, z.requires_grad
 
 
-def _pooled(one: tuple[float, float, float], other: tuple[float, float, float]) -> tuple[float, float, float]:
-    """(count, mean, sum of squared deviations) of two sets together. Chan, Golub and LeVeque 1983, equation (2.1)."""
-    if not one[0] or not other[0]:
-        return other if not one[0] else one
-    (k, mean, total), (k2, mean2, total2) = one, other
-    gap = mean2 - mean
-    return k + k2, mean + gap * k2 / (k + k2), total + total2 + gap * gap * k * k2 / (k + k2)
+def _pooled(sets: Iterable[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """(count, mean, sum of squared deviations) of all sets together. Chan, Golub and LeVeque 1983, equation (2.1)."""
+    k, mean, total = 0.0, 0.0, 0.0
+    for k2, mean2, total2 in sets:
+        if not k:
+            k, mean, total = k2, mean2, total2
+        elif k2:
+            gap = mean2 - mean
+            k, mean, total = k + k2, mean + gap * k2 / (k + k2), total + total2 + gap * gap * k * k2 / (k + k2)
+    return k, mean, total

@@ -32,8 +32,7 @@ class Spread(Geometry):
         return type(self)(self.problem, lambda piece: self.bind_piece(piece).exact, self.pieces) if self.rounds else self
 
     def shard(self, z: Tensor, side: int, dim: int = -1) -> Tensor:
-        own = self.shards.slice(side)
-        return z if own.start is None else z.narrow(dim, own.start, own.stop - own.start)
+        return self.shards.narrow(z, side, dim)
 
     def gather(self, z: Tensor, side: int, dim: int = -1) -> Tensor:
         sizes = self.shards.sizes[side]
