@@ -246,7 +246,7 @@ def test_refusals(points):
         "cannot be shared": lambda: Sharded(cost),
         "median": lambda: Problem(cost, ("median", 0.1)),
         "kind = 'mode' is not known": lambda: Problem(cost, ("mode", 0.1)),
-        "solve_sample": lambda: gpu_ot.solve(cost, reg=0.5),
+        "solve_sample": lambda: gpu_ot.pot.solve(cost, reg=0.5),
     }.items():
         with pytest.raises(gpu_ot.ProblemError, match=words):
             ask()

@@ -16,11 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from gpu_ot import KL, Cosine, Dot, Euclidean, Matrix, Problem, SqEuclidean, errors
+from gpu_ot import KL, Cosine, Dot, Euclidean, Matrix, Problem, SqEuclidean, errors, gradients
 from gpu_ot.geometry.dense import Dense
 from gpu_ot.geometry.protocol import weigh
 from gpu_ot.geometry.triton import Streaming, _Captured, streamed_apply, streamed_softmin
-from gpu_ot.gradients import operators as gradients
 from gpu_ot.solve import solve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import errors
 from ..communicator import Alone
+from ..problem import check_cost
 from .group import Group
 
 T = TypeVar("T")
@@ -53,7 +54,7 @@ class Shards(Alone):
         return self.group.failures.report()
 
     def check_points(self, cost: Any) -> None:
-        self.on_every_rank(cost.check_points)
+        self.on_every_rank(lambda: check_cost(cost))
 
     def gather(self, z: Tensor, side: int, dim: int = -1) -> Tensor:
         sizes = self.sizes[side]

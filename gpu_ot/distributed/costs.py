@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .. import communicator, errors
 from ..communicator import COLUMNS, ROWS
-from ..costs.base import SCALES, Cost, Index, Matrix, Points, Sum
+from ..costs import Cost, Index, Points, Sum
+from ..costs.scale import SCALES
 from ..geometry.protocol import Geometry
-from ..problem import Problem
+from ..problem import Problem, check_cost
 from .communicator import Shards
 from .dtensors import local, local_cost, mesh_of
 from .group import Group
@@ -62,7 +63,7 @@ class Sharded(Cost):
                 raise errors.unknown("layout", layout, LAYOUTS)
             if layout == "ring" and COLUMNS not in sides:
                 raise errors.ProblemError('layout = "ring" passes points on, and a matrix has none: use layout="replicated".')
-            if isinstance(cost, Matrix) and bool(cost.M.isposinf().any()):
+            if cost.stored and bool(cost.dense().isposinf().any()):
                 raise errors.ProblemError(
                     "M holds +inf: forbidden pairs are not known of a matrix that ranks share. Write a large cost instead."
                 )
@@ -74,15 +75,15 @@ class Sharded(Cost):
         if COLUMNS not in sides and len(set(columns)) > 1:
             odd = next(rank for rank, size in enumerate(columns) if size != columns[0])
             raise errors.ranks_differ("the number of columns of a matrix", 0, f"{columns[0]}", odd, f"{columns[odd]}")
+        self.symmetric = cost.symmetric
         self.pieces = Pieces(cost, sides, Shards(group, (rows, columns if COLUMNS in sides else None)))
         size = sum(z.numel() * z.itemsize // max(1, z.shape[-2]) for z in self.pieces.points(COLUMNS))
         self.layout = layout if layout != "auto" else "ring" if size * self.shape[-1] > REPLICATED_BYTES else "replicated"
 
-    def __str__(self) -> str:
+    def describe(self) -> str:
         rows, columns = (size if size is None else "+".join(map(str, size)) for size in self.ranks.sizes)
         about = "each holds its rows and all columns" if self.layout == "replicated" else "shares of points go round"
-        n, m = self.shape[-2:]
-        return f'{n} by {m}, rows {rows}, columns {columns or "whole"} on the ranks, layout "{self.layout}": {about}'
+        return f'rows {rows}, columns {columns or "whole"} on the ranks, layout "{self.layout}": {about}'
 
     @property
     def ranks(self) -> Shards:
@@ -105,6 +106,13 @@ class Sharded(Cost):
     @property
     def depth(self) -> int:
         return self.pieces.cost.depth
+
+    @property
+    def T(self) -> Cost:
+        raise errors.ProblemError("a cost that ranks share is not turned: swap x and y.")
+
+    def within(self, side: int) -> Sharded:
+        return Sharded(self.pieces.cost.within(side), self.ranks.group.process_group, self.layout)
 
     def dense(self) -> Tensor:
         raise NotImplementedError(
@@ -157,7 +165,7 @@ class Sharded(Cost):
             raise errors.unknown("kind", kind, SCALES)
         if kind == "median":
             raise errors.ProblemError('the "median" of a cost that ranks share is not known: eps=("std", ...), or another scale.')
-        self.check_points()
+        check_cost(self)
         self.ranks.group.exchange(None)  # a rank that has just failed says so here, before points travel
         asked = ("max",) if kind == "max" else ("mean", "std")
         with torch.no_grad():
@@ -172,11 +180,6 @@ class Sharded(Cost):
         return torch.tensor(number, dtype=torch.float64)
 
     # What the communicator is asked about costs and problems.
-
-    def check_points(self) -> None:
-        """Raises ProblemError for points of this rank that are not finite."""
-        if count := sum(int((~z.isfinite()).sum()) for z in self.inputs.values()):
-            raise errors.broken_cost(" or ".join(self.inputs), count, "entries")
 
     def local_rows(self) -> Cost:
         """The cost between this rank's rows and all columns, differentiable in every rank's points when each rank works on its rows."""
@@ -202,14 +205,13 @@ communicator.localize = _localize
 
 def _sides(cost: Cost) -> list[int]:
     """The side that each input belongs to: points x or y, or the rows of a matrix."""
-    known = {"x": ROWS, "y": COLUMNS, "M": ROWS}
-    names = [name.split(" of term ")[0] for name in cost.inputs]
-    if isinstance(cost, Sharded) or any(name not in known for name in names) or ("M" in names and len(names) > 1):
+    sides = [side for side in cost.sides or () if side is not None]
+    if len(sides) != len(cost.inputs):
         raise errors.ProblemError(
             f"a cost of kind {type(cost).__name__} with inputs {', '.join(cost.inputs)} cannot be shared over ranks: known are costs "
             "between clouds x and y, sums of them, and a matrix."
         )
-    return [known[name] for name in names]
+    return sides
 
 
 def _kind(cost: Cost) -> str:

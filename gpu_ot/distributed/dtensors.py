@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from .. import errors
-from ..costs.base import Cost
+from ..costs import Cost
 
 
 def is_dtensor(z: object) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..costs.base import Cost
+from ..costs import Cost
 from ..geometry.protocol import Geometry
 from ..penalties import Penalty
 from ..problem import Problem
@@ -25,7 +25,7 @@ class Spread(Geometry):
         self.shards, self.group = pieces.shards, pieces.shards.group
         self.inputs = tuple(z for z, _ in pieces.inputs)
         one = bind_piece(pieces.zeros(problem, 1, 1))  # also a rank without points knows its backend
-        self.dtype, self.accelerates, self.rounds = one.dtype, one.accelerates, one.exact is not one
+        self.dtype, self.rounds = one.dtype, one.exact is not one
 
     @property
     def exact(self) -> Geometry:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from ..communicator import COLUMNS, ROWS
-from ..costs.base import Cost
+from ..costs import Cost
 from ..problem import Problem
 from .communicator import Shards
 

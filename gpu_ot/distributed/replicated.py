@@ -24,7 +24,6 @@ class Replicated(Spread):
         with torch.no_grad():
             self.local = self.bound(pieces.gathered(COLUMNS), self.rows, self.columns, penalties)
         self.local_problem = problem.between(problem.cost, problem.a.detach()[..., self.rows], problem.b.detach(), penalties)
-        self.extra = 0
 
     @property
     def T(self) -> Geometry:
@@ -57,20 +56,22 @@ class Replicated(Spread):
                 grads[i] = self.group.scatter(grads[i], sizes, -2).sum(0) if needed else torch.zeros_like(z)
         return tuple(grads)
 
-    def first(self, h: Tensor, eps: float) -> Tensor:
-        return self.join(None if self.local is None else self.local.first(self.shard(h, ROWS), eps), h, eps)
+    def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:
+        part = None if self.local is None else self.local.first(self.shard(f, ROWS), self.shard(a, ROWS), eps)
+        return self.join(part, f, eps)
 
-    def advance(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """A piece takes both half-steps at once, as fast as its backend can; only softmins of the columns travel between iterations."""
         f, g_next = self._empty(g), g
         for _ in range(k):
             g, part = g_next, None
             if self.local is not None:
-                f, _, part = self.local.advance(self.local_problem, g, eps, 1)
+                f, _, part = self.local.iterate(self.local_problem, g, eps, 1)
             g_next = self.problem.penalties[1].damp(self.join(part, g, eps), eps)
-        if self.local is not None:
-            self.extra = self.local.extra
         return self.gather(f, ROWS), g, g_next
+
+    def extra_sweeps(self) -> int:
+        return 0 if self.local is None else self.local.extra_sweeps()
 
     def join(self, s: Tensor | None, like: Tensor, eps: float) -> Tensor:
         """The softmin of the ranks' softmins of the columns; None on a rank without rows."""
@@ -91,7 +92,7 @@ class _Columns(Geometry):
     """The transpose of `Replicated`: every rank has a part of each sum."""
 
     def __init__(self, upright: Replicated) -> None:
-        self.upright, self.inputs, self.dtype, self.accelerates = upright, upright.inputs, upright.dtype, upright.accelerates
+        self.upright, self.inputs, self.dtype = upright, upright.inputs, upright.dtype
 
     @property
     def T(self) -> Geometry:
