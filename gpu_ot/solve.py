@@ -160,22 +160,22 @@ def find(
             'grad="unroll" differentiates plain iterations at one eps: leave `schedule` and `accelerate` out, or use grad="envelope".'
         )
     accelerate = "none" if unrolled or after >= max_iter else accelerate
-    posed, criterion = problem.T if order == "columns" else problem, criterion or Marginal()
+    posed, rule = problem.T if order == "columns" else problem, criterion or Marginal()
     start = start or Start(torch.zeros_like(posed.a), posed.a)
     every = check_every or (1 if accelerate != "none" and problem.a.device.type == "cpu" else 10)
 
     def search(problem: Problem) -> tuple[Geometry, Outcome]:
-        geometry, at = bind(problem, backend, precision), Start(*(None if z is None else transforms.numbers(z).detach() for z in start))
+        geometry, at = bind(problem, backend, precision), start.numbers()
         run: dict[str, Any] = dict(check_every=every, on_check=on_check, keep=keep, leap=leap)
         auto = accelerate == "auto" and schedule is None and order != "symmetric" and not geometry.single_launch
         step = _step(problem, order, accelerate, after)
         with torch.no_grad():
-            outcome = sinkhorn(geometry, step, criterion, at, max_iter=max_iter, schedule=schedule, auto=auto, **run)
+            outcome = sinkhorn(geometry, step, rule, at, max_iter=max_iter, schedule=schedule, auto=auto, **run)
             exact = geometry.exact  # where gradients are asked for, they reach the cost through this
             if exact is geometry:
                 return geometry, outcome
             left, again = max(max_iter - outcome.n_iter, 1), Start(outcome.f, problem.a.detach())
-            corrected = sinkhorn(exact, step, criterion, again, max_iter=left, **run)
+            corrected = sinkhorn(exact, step, rule, again, max_iter=left, **run)
         corrected.n_iter += outcome.n_iter
         corrected.n_sweeps += outcome.n_sweeps
         corrected.errors = outcome.errors + corrected.errors
@@ -185,7 +185,7 @@ def find(
         geometry, end = gradients.apart(posed, search)
         f, g = end.f, end.g
         if unrolled:
-            f, g = _unroll(posed, geometry, start, end, criterion)
+            f, g = _unroll(posed, geometry, start, end, rule)
         if grad == "implicit":
             f, g = implicit.potentials(posed, geometry, f, g, caution=_caution(end))
         if order == "columns":

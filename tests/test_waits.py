@@ -3,7 +3,7 @@
 Budgets on the dense backend, with L checks:
 
     Problem(...)                     1: all checks of the input in one copy
-    gpu_ot.solve(problem)            L, one a check; 1 for the start, one for each stride of products on the absorbed kernel, 1 for the value
+    gpu_ot.solve(problem)            L, one a check; 1 for the start, one a stride of products on the absorbed kernel, 1 for the value
     gpu_ot.sinkhorn(...)             the gate, the solver's, and 1 for the plan
     gpu_ot.sinkhorn_unbalanced(...)  likewise; 1 for its check of +inf in M
 

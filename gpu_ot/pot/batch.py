@@ -13,7 +13,7 @@ from ..solver.step import scaled
 from .answer import Answer
 from .arrays import number, take
 from .clouds import between
-from .forwarding import forwarding
+from .forwarding import forward
 from .linear import GRADS, with_gradient
 from .refusals import elsewhere
 from .result import OTResult
@@ -175,4 +175,4 @@ def entropy_batch(T, nx=None, eps=1e-16):
     return back(-torch.where(some, tT * torch.where(some, tT, 1.0).log(), 0.0).sum((1, 2)))
 
 
-__getattr__, __dir__ = forwarding(__name__, "ot.batch")
+__getattr__, __dir__ = forward(__name__, "ot.batch")

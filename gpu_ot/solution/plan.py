@@ -166,7 +166,8 @@ class Plan:
             chosen = torch.full_like(part, -1)
             width = max(1, BLOCK // (copies * max(1, part.shape[-1])))  # no rows: another rank's, who gathers the columns with this one
             for j in range(0, m, width):
-                scores = self._scores(part, slice(j, min(j + width, m))).div_(self._eps)
+                columns = slice(j, min(j + width, m))
+                scores = (self._h[..., columns].unsqueeze(-2) - self._costs(part, columns)).div_(self._eps)
                 noise = torch.empty_like(scores).exponential_(generator=generator)
                 score, at = scores.sub_(noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_()).max(-1)
                 chosen = torch.where(score > best, at + j, chosen)
@@ -183,17 +184,17 @@ class Plan:
                 size = max(1, C.numel() // max(1, h.shape[:-1].numel() * C.shape[-1]))  # histograms that share a cost have a plan each
                 for i in range(0, C.shape[-2], size):
                     block, levels = C[..., i : i + size, :], k[..., rows][..., i : i + size]
-                    yield block, (h.unsqueeze(-2) - block).add_(levels.unsqueeze(-1)).div_(self._eps).exp_()
+                    yield block, entries(levels, h, block, self._eps)
 
     def _entries(self, rows: slice, columns: slice) -> Tensor:
         """P_ij of some rows and columns, in the type of the potentials."""
-        return self._scores(rows, columns).add_(self._k[..., rows].unsqueeze(-1)).div_(self._eps).exp_()
-
-    def _scores(self, rows: slice | Tensor, columns: slice) -> Tensor:
-        """h_j - C_ij, a new array in the type of the potentials."""
         with torch.no_grad():
-            C = self._cost.part(columns, rows).dense().mT if self._flipped else self._cost.part(rows, columns).dense()
-            return self._h[..., columns].unsqueeze(-2) - C.to(self._h.dtype)
+            return entries(self._k[..., rows], self._h[..., columns], self._costs(rows, columns), self._eps)
+
+    def _costs(self, rows: slice | Tensor, columns: slice) -> Tensor:
+        with torch.no_grad():
+            C = self._cost.entries(columns, rows).mT if self._flipped else self._cost.entries(rows, columns)
+            return C.to(self._h.dtype)
 
     @property
     def _ranks(self) -> Alone:
@@ -208,6 +209,11 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan{tuple(self.shape)}"
+
+
+def entries(k: Tensor, h: Tensor, C: Tensor, eps: float) -> Tensor:
+    """exp((k_i + h_j - C_ij) / eps), the same to the bit from either side."""
+    return (k.unsqueeze(-1) + h.unsqueeze(-2)).sub_(C).div_(eps).exp_()
 
 
 def _slice(index: Any, size: int) -> slice:

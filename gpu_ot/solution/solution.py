@@ -174,7 +174,7 @@ class Solution:
         with torch.no_grad():
             folded = self.problem.cost.to(self.f.dtype).fold() if self.shape[-2:].numel() > LARGE else None
         if folded is None:
-            parts = [torch.where(P > 0, P * C, 0.0).sum((-1, -2)) for C, P in plan.strips()]
+            parts = [P.mul_(C).nan_to_num_(0.0).sum((-1, -2)) for C, P in plan.strips()]  # 0 of a forbidden pair's cost is 0
             return self.problem.cost.ranks.sum(torch.stack([self.f.new_zeros(self.shape[:-2]), *parts]).sum(0))
         alpha, beta, u, v = folded
         sent = plan._apply(torch.cat((torch.ones_like(beta).unsqueeze(-1), beta.unsqueeze(-1), v), -1))

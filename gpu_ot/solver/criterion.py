@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,29 +29,31 @@ class Measured(NamedTuple):
     floor: Tensor
 
 
-class Criterion(Protocol):
+class Criterion(ABC):
+    """A rule for stopping."""
+
     tol: float
     #: Whether the error must be below `tol`, rather than at most that.
-    strict: bool
+    strict: bool = False
     #: Whether `measure` compares with one iteration earlier, so that a check takes an iteration of its own.
-    pairwise: bool
+    pairwise: bool = False
 
     def seen(self, step: Alternating, state: State) -> tuple[Tensor, Tensor]:
         """(f, g) as they are returned."""
-        ...
+        return state.f, state.g
 
+    @abstractmethod
     def measure(self, step: Alternating, state: State, before: State, dtype: torch.dtype) -> Measured:
         """How far the state is from the end. `before` is the state at the last check, which is one iteration earlier for a pairwise
         criterion; `dtype` the type of the sweeps."""
-        ...
 
     def next_error(self, step: Alternating, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(a lower bound of the error of the next iteration, the floor), 0-d, at no sweep. Asked of pairwise criteria only."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Marginal:
+class Marginal(Criterion):
     """The error of the column marginal; rows are exact.
 
     tol    in the unit of the norm.
@@ -61,14 +64,10 @@ class Marginal:
 
     tol: float = 1e-4
     norm: str = "l1"
-    strict = pairwise = False
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise unknown("norm", self.norm, NORMS)
-
-    def seen(self, step: Alternating, state: State) -> tuple[Tensor, Tensor]:
-        return state.f, state.g
 
     def measure(self, step: Alternating, state: State, before: State, dtype: torch.dtype) -> Measured:
         """The floor: rounding in the sums of the sweep, and in forming g / eps."""
@@ -80,9 +79,6 @@ class Marginal:
         # Exponents rounded to more than a tenth: no sum over them means anything, however small it comes out.
         error = torch.where(floor > 0.1 * unit, torch.maximum(error, floor), error)
         return Measured(state.f, g, error, floor)
-
-    def next_error(self, step: Alternating, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
 
     def _sizes(self, z: Tensor, b: Tensor) -> Tensor:
         """The norms of several vectors, stacked in front."""
@@ -97,7 +93,7 @@ class Marginal:
 
 
 @dataclass(frozen=True)
-class Change:
+class Change(Criterion):
     """POT's rule for relaxed marginals: u = exp(g / eps) and v = exp(f / eps) move by less than `tol` of their largest entry, or of 1.
 
     both_sides       the mean of the changes of u and v, rather than that of u alone.
@@ -113,12 +109,13 @@ class Change:
     pairwise = True
 
     @property
-    def strict(self) -> bool:
+    def strict(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.both_sides
 
     def seen(self, step: Alternating, state: State) -> tuple[Tensor, Tensor]:
         if state.n_iter and state.n_iter > self.translate_after:
-            return translate(step.problem, state.f, state.g)
+            problem = step.problem
+            return translate(problem.penalties, problem.eps, problem.a, problem.b, state.f, state.g)
         return state.f, state.g
 
     def measure(self, step: Alternating, state: State, before: State, dtype: torch.dtype) -> Measured:

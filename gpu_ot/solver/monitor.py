@@ -102,12 +102,12 @@ class Monitor:
 
     def _infeasible(self, n_iter: int) -> Tensor | None:
         """Where the dual has passed what any plan could cost, <C, P> + eps KL(P | a⊗b) <= |a| max C + eps H(b): then there is none."""
-        problem, (f, g) = self.step.problem, self.kept or ()
+        problem = self.step.problem
         if self._ceiling is None:
             self._ceiling = _dearest_plan(problem, self.step.eps)
-        if self._ceiling is None:
+        if self._ceiling is None or self.kept is None:
             return None
-        a, b = problem.a, problem.b
+        a, b, (f, g) = problem.a, problem.b, self.kept
         dual = torch.where(a > 0, a * f, 0.0).sum(-1) + torch.where(b > 0, b * g, 0.0).sum(-1)
         return dual > self._ceiling + 1e-9 * self._ceiling.abs()
 
