@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from . import errors, gradients, transforms
-from .communicator import ALONE
 from .geometry.protocol import Geometry
 from .geometry.select import bind
 from .gradients import implicit
-from .problem import Problem, check_cost
+from .problem import Problem
 from .solution import Solution
 from .solver.acceleration import Anderson
 from .solver.annealing import Anneal, Constant
@@ -105,8 +104,8 @@ def solve(
         backend=backend, grad=grad, tol=tol, norm=norm, max_iter=max_iter, check_every=check_every, accelerate=accelerate,
         schedule=schedule, precision=precision, strict=strict, start=type(start).__name__, gradients=torch.is_grad_enabled(),
     )  # fmt: skip
-    keep = checkpoint.offer if checkpoint is not None and ranks.leads else None
-    with ranks.watch():
+    keep = checkpoint.offer if checkpoint is not None and ranks.rank == 0 else None
+    with ranks.report_failure():
         rows = start_rows(start, problem)
         if start is not None:
             ranks.agree(start=rows)
@@ -116,8 +115,8 @@ def solve(
             schedule=schedule, on_check=on_check, keep=keep,
         )  # fmt: skip
         _ = solution.value  # now, and not when somebody looks at it: inputs may change in place
-        if solution.status is DIVERGED and ranks is not ALONE:  # points that changed since they were checked, on some rank
-            ranks.together(lambda: check_cost(problem.cost))
+        if solution.status is DIVERGED:
+            ranks.check_points(problem.cost)  # which may have changed since the problem was made
     return solution.raise_unless_converged() if strict else solution
 
 

@@ -231,21 +231,6 @@ class Cost:
 
     __mul__ = __rmul__
 
-    # Where ranks share the points: see distributed/costs.py. Everywhere else there is one process, and nothing to write.
-
-    @property
-    def ranks(self) -> Alone:
-        """Who holds its points."""
-        return ALONE
-
-    def rows(self) -> Cost:
-        """The cost between the rows held here and all columns."""
-        return self
-
-    def typical(self, problem: Any) -> Any:
-        """A problem like those that a backend gets of this one, for all ranks to choose the backend by."""
-        return problem
-
     def geometry(self, problem: Any, bind: Callable[[Any], Any]) -> Any:
         """The cost of `problem` on a backend, of which `bind` makes a Geometry."""
         return bind(problem)
@@ -253,6 +238,11 @@ class Cost:
     def describe(self) -> str:
         """In words, for `explain`."""
         return "a matrix" if self.stored else "a cost that folds" if self.fold() is not None else "a cost that does not fold"
+
+    @property
+    def ranks(self) -> Alone:
+        """Who holds its points: this process, unless they are sharded, see distributed/costs.py."""
+        return ALONE
 
     # Its own.
 

@@ -120,7 +120,7 @@ def divergence(
         within = _within(problem.cost, side, given)
         return self_term(within, eps, weights, penalties[side], backend=backend, grad=grad, tol=tol, max_iter=max_iter)
 
-    with ranks.watch(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
+    with ranks.report_failure(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
         if self_a is None:
             self_a = own(0, cost_aa)
         if self_b is None:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import errors
-from ..distributed.costs import Sharded, is_dtensor, local
+from ..distributed.costs import Sharded
+from ..distributed.dtensors import is_dtensor, local
 from ..problem import Problem
 from ..solution.solution import Solution
 from ..solve import solve as solve_problem

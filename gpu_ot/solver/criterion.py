@@ -114,7 +114,8 @@ class Change(Criterion):
 
     def seen(self, step: Alternating, state: State) -> tuple[Tensor, Tensor]:
         if state.n_iter and state.n_iter > self.translate_after:
-            return translate(step.problem, state.f, state.g)
+            problem = step.problem
+            return translate(problem.penalties, problem.eps, problem.a, problem.b, state.f, state.g)
         return state.f, state.g
 
     def measure(self, step: Alternating, state: State, before: State, dtype: torch.dtype) -> Measured:
