@@ -67,7 +67,7 @@ def main() -> int:
     def ours(**how: Any) -> tuple[Tensor, Tensor]:
         nonlocal passes
         done = gpu_ot.solve(Problem(cost, eps), tol=tol, **how)
-        passes = done.n_passes
+        passes = done.n_sweeps
         assert done.converged
         return done.f, done.g
 

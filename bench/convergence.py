@@ -100,7 +100,7 @@ def ours(accelerate: str, backend: str, dtype: torch.dtype) -> Callable[[Case, f
         done = gpu_ot.solve(problem, accelerate=accelerate, backend=backend, tol=tol, check_every=1, max_iter=cap // 2)
         seconds = time.perf_counter() - begun
         return dict(
-            passes=done.n_passes,
+            passes=done.n_sweeps,
             converged=bool(done.converged),
             status=done.status.name,
             last=float(done.errors[-1]),

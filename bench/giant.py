@@ -105,7 +105,7 @@ def main() -> int:
     row: dict[str, Any] = dict(
         section="giant", solver=f"gpu_ot {cost.layout}",
         machine=machine, ranks=size, n=n, m=n, d=D, eps_std=arguments.eps, blur=arguments.blur,
-        tol=arguments.tol, dtype="fp32", time_s=seconds, iterations=solution.n_iter, passes=solution.n_passes,
+        tol=arguments.tol, dtype="fp32", time_s=seconds, iterations=solution.n_iter, passes=solution.n_sweeps,
         status=solution.status.name, true_pair_mass=mass, threads=torch.get_num_threads(),
     )  # fmt: skip
     if machine != "Absorbed":  # which forms the costs once, and keeps them

@@ -57,7 +57,7 @@ def test_the_default_is_never_slower_than_plain(given_problem, tol):
     how = dict(backend="softmin", tol=tol, check_every=1, max_iter=1500)
     plain, ours = (gpu_ot.solve(problem, accelerate=accelerate, **how) for accelerate in ("none", "auto"))
     if plain.converged:
-        assert ours.converged and ours.n_passes <= max(1.05 * plain.n_passes, plain.n_passes + 2)
+        assert ours.converged and ours.n_sweeps <= max(1.05 * plain.n_sweeps, plain.n_sweeps + 2)
 
 
 @pytest.mark.parametrize("penalties", [KL(), KL(0.5), KL(5.0), (KL(), KL(1.0)), TV(0.2)], ids=str)
@@ -81,7 +81,7 @@ def test_sharp_problems_take_far_fewer_passes(accelerate, fewer):
     x, y = cube(300, 250)
     problem = Problem(gpu_ot.SqEuclidean(x, y), ("std", 0.01))
     ours, plain = (gpu_ot.solve(problem, accelerate=way, tol=1e-3, check_every=1) for way in (accelerate, "none"))
-    assert ours.converged and plain.converged and fewer * ours.n_passes <= plain.n_passes
+    assert ours.converged and plain.converged and fewer * ours.n_sweeps <= plain.n_sweeps
 
 
 def test_problems_of_a_batch_stop_each_on_their_own():

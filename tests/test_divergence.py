@@ -166,7 +166,7 @@ def test_zero_between_the_same_measures_and_only_there(penalty):
 @pytest.mark.parametrize("kind", [SqEuclidean, Euclidean, Dot])
 @pytest.mark.parametrize("share", [1.0, 0.1, 0.01, 0.001])
 @pytest.mark.parametrize("backend", ["dense", "chunked"])
-def test_self_terms_take_a_dozen_passes(backend, share, kind, penalty):
+def test_self_terms_take_a_dozen_sweeps(backend, share, kind, penalty):
     """Whatever eps: a contraction by 1/2 at worst, and mixing makes it less. The same fixed point as the ordinary loop's."""
     x, _, a, _ = clouds(80, 1, 3)
     cost, eps = kind(x, x), share * float(kind(x, x).scale("std"))

@@ -32,7 +32,7 @@ class SelfTerm:
     status: Status
     converged: Tensor
     n_iter: int
-    n_passes: int
+    n_sweeps: int
 
     def detach(self) -> SelfTerm:
         """Without the graph: for the side of a loss that stays as it is."""
@@ -74,9 +74,9 @@ class Divergence:
         return next((status for status in ends if status is not CONVERGED), CONVERGED)
 
     @property
-    def n_passes(self) -> int:
+    def n_sweeps(self) -> int:
         """Sweeps over pairs of points made by the three loops together."""
-        return self.between.n_passes + self.self_a.n_passes + self.self_b.n_passes
+        return self.between.n_sweeps + self.self_a.n_sweeps + self.self_b.n_sweeps
 
 
 def divergence(
@@ -137,7 +137,7 @@ def divergence(
     value = between.wide_value - (self_a.value + self_b.value) / 2 + eps / 2 * masses.square()
     result = Divergence(value.to(problem.given_dtype), between.f - self_a.f, between.g - self_b.f, between, self_a, self_b)
     if strict and not bool(result.converged.all()):
-        raise NotConverged(f"{result.status} (after {result.n_passes} passes over the pairs)")
+        raise NotConverged(f"{result.status} (after {result.n_sweeps} passes over the pairs)")
     return result
 
 
@@ -186,7 +186,7 @@ def self_term(
         max_iter=max_iter,
         check_every=1,
     )
-    return SelfTerm(found.wide_value, found.f, found.status, found.converged, found.n_iter, found.n_passes)
+    return SelfTerm(found.wide_value, found.f, found.status, found.converged, found.n_iter, found.n_sweeps)
 
 
 def _mode(grad: str) -> str:

@@ -165,7 +165,7 @@ class SamplesLoss(nn.Module):
                     problem, backend=_backend(self.backend, problem), grad=self.grad, tol=self.tol, max_iter=self.max_iter
                 )
                 status = solution.status
-        _report(status, found.n_passes, self.verbose)
+        _report(status, found.n_sweeps, self.verbose)
         if self.potentials:
             out = tuple((unit * z).to(given) for z in (found.f, found.g))
             return (*out, solution.plan) if self.plan else out
@@ -292,11 +292,11 @@ class _Kept(NamedTuple):
         return same and self.settings == settings and self.versions == tuple(z._version for z in target if z is not None)
 
 
-def _report(status: Status, n_passes: int, verbose: bool) -> None:
+def _report(status: Status, n_sweeps: int, verbose: bool) -> None:
     if verbose:
-        print(f"SamplesLoss, {n_passes} passes over the pairs, {status}")
+        print(f"SamplesLoss, {n_sweeps} passes over the pairs, {status}")
     if status not in (CONVERGED, STALLED):  # stalled is as good as the type allows
-        warnings.warn(f"SamplesLoss, {n_passes} passes over the pairs, {status}", RuntimeWarning, stacklevel=5)
+        warnings.warn(f"SamplesLoss, {n_sweeps} passes over the pairs, {status}", RuntimeWarning, stacklevel=5)
 
 
 def _between_samples(
@@ -385,7 +385,7 @@ def _samples_loss(
         else:
             found = solve(problem, **settings)
             status, out = found.status, (found.value, found.f, found.g, torch.zeros_like(found.f), torch.zeros_like(found.g))
-        _report(status, found.n_passes, False)
+        _report(status, found.n_sweeps, False)
         return (unit * out[0]).to(x.dtype), *((unit * z).contiguous() for z in out[1:])
 
     value, f, g, f_aa, g_bb = transforms.outside(work, x)

@@ -33,7 +33,7 @@ class Solution:
     status   how the loop ended, in words; for a batch, the least happy of its problems.
     converged  (*batch,) which problems met the tolerance.
     n_iter   iterations run.
-    n_passes sweeps over the n-by-m pairs made on the way, wherever they happened: two an iteration, and those that start it.
+    n_sweeps sweeps over the n-by-m pairs made on the way, wherever they happened: two an iteration, and those that start it.
     errors   (checks, *batch) the marginal errors at each look, in the unit of the stopping rule.
     """
 
@@ -45,7 +45,7 @@ class Solution:
     status: Status
     converged: Tensor
     n_iter: int
-    n_passes: int
+    n_sweeps: int
     errors: Tensor
 
     @cached_property
