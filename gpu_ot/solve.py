@@ -205,8 +205,8 @@ def _step(problem: Problem, order: str, accelerate: str, after: float = 0) -> Al
         return Symmetric(problem, problem.eps, Anderson(gauge=False))
     if accelerate == "none":
         return Alternating(problem, problem.eps)
-    hard = all(penalty.balanced for penalty in problem.penalties)
-    return Alternating(problem, problem.eps, Anderson(gauge=hard), plain_until=int(after))
+    rows, columns = problem.penalties
+    return Alternating(problem, problem.eps, Anderson(gauge=rows.balanced and columns.balanced), plain_until=int(after))
 
 
 def _unroll(problem: Problem, geometry: Geometry, start: Start, end: Outcome, criterion: Criterion) -> tuple[Tensor, Tensor]:
@@ -243,5 +243,4 @@ def start_rows(start: Tensor | Solution | None, problem: Problem) -> Tensor:
 
 def needs_gradient(problem: Problem) -> bool:
     """Whether anything in the problem asks for a gradient here and now."""
-    inputs = (problem.a, problem.b, *problem.cost.inputs.values())
-    return torch.is_grad_enabled() and any(transforms.asks(z) for z in inputs)
+    return torch.is_grad_enabled() and transforms.any_asks(problem.a, problem.b, *problem.cost.inputs.values())

@@ -32,6 +32,11 @@ def asks(z: Tensor) -> bool:
     return any(each.requires_grad for each in _layers(z))
 
 
+def any_asks(*tensors: Tensor) -> bool:
+    """Whether any of them does."""
+    return any([z.requires_grad for z in tensors] if not active() else [asks(z) for z in tensors])
+
+
 def numbers(z: Tensor) -> Tensor:
     """What is inside of z; z itself where no transform has a part in it."""
     return _layers(z)[-1]

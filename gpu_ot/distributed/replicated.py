@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,8 +72,8 @@ class Replicated(Spread):
             g_next = self.problem.penalties[1].damp(self.join(part, g, eps), eps)
         return self.gather(f, ROWS), g, g_next
 
-    def extra_sweeps(self) -> int:
-        return 0 if self.local is None else self.local.extra_sweeps()
+    def counted(self, state: Any) -> Any:
+        return state if self.local is None else self.local.counted(state)
 
     def join(self, s: Tensor | None, like: Tensor, eps: float) -> Tensor:
         """The softmin of the ranks' softmins of the columns; None on a rank without rows."""

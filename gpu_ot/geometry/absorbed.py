@@ -18,7 +18,7 @@ from torch import Tensor
 from ..costs import Cost
 from ..penalties import KL, Penalty
 from ..problem import Problem
-from ..vectors import exp, log, to_host
+from ..vectors import PIECE, exp, log, to_host
 from .dense import Dense
 from .products import Power, Products, Scaling
 from .protocol import weigh
@@ -37,12 +37,7 @@ class _Kernel:
     eps: float = math.nan
     f0: Tensor = field(init=False)
     g0: Tensor = field(init=False)
-    _sides: tuple[tuple[Penalty, Penalty], _Side, _Side] | None = None
-
-    def sides(self, penalties: tuple[Penalty, Penalty]) -> tuple[_Side, _Side]:
-        if self._sides is None or self._sides[0] is not penalties:
-            self._sides = penalties, _Side(penalties[0], self.f0, self.eps), _Side(penalties[1], self.g0, self.eps)
-        return self._sides[1:]
+    sides: tuple[tuple[Penalty, Penalty], _Side, _Side] | None = None  # for the penalties they were made of
 
 
 class Absorbed(Dense):
@@ -58,6 +53,9 @@ class Absorbed(Dense):
     the next block starts from there with a new kernel.
     """
 
+    #: Whether the host waits for the device when it looks at a number, beyond GPUs: for tests.
+    waits = False
+
     def __init__(self, C: Tensor | Cost) -> None:
         super().__init__(C)
         self.kernel = _Kernel()
@@ -71,11 +69,6 @@ class Absorbed(Dense):
     @property
     def T(self) -> Dense:
         return _Transposed(self)
-
-    @property
-    def waits(self) -> bool:
-        """Whether the host waits for the device when it looks at a number."""
-        return self.C.is_cuda
 
     # Iterations.
 
@@ -102,7 +95,7 @@ class Absorbed(Dense):
         return f, g, g_next
 
     def run(self, step: Any, state: Any, k: int) -> Any:
-        if not self.waits or step.one_sided or step.plain_among(state, k):
+        if not (self.waits or self.C.is_cuda) or step.one_sided or step.plain_among(state, k):
             return super().run(step, state, k)
         if self._told is not None and self._told()[0]:
             self._drop()
@@ -115,9 +108,11 @@ class Absorbed(Dense):
         self._told = None if waiting.inexact is None else to_host(waiting.inexact.view(1).to(self.dtype))
         return self.counted(state)
 
-    def extra_sweeps(self) -> int:
+    def counted(self, state: Any) -> Any:
+        if not self._extra:
+            return state
         extra, self._extra = self._extra, 0
-        return extra
+        return replace(state, n_sweeps=state.n_sweeps + extra)
 
     def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:
         """Absorbed at the start and the cheapest pair of each column, so that the start costs no second round of exponentials."""
@@ -135,11 +130,15 @@ class Absorbed(Dense):
 
     def _multiply(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(f, g, g_next) after k iterations by products alone, and whether every sum stayed in the range in which it is exact (0-d)."""
-        products, g0 = self.kernel.products, self.kernel.g0
+        kernel, products = self.kernel, self.kernel.products
         assert products is not None
+        if kernel.sides is None or kernel.sides[0] is not problem.penalties:
+            rows, columns = problem.penalties
+            kernel.sides = problem.penalties, _Side(rows, kernel.f0, eps), _Side(columns, kernel.g0, eps)
+        _, rows, columns = kernel.sides
         a, b = problem.a.to(self.dtype), problem.b.to(self.dtype)
-        rows, columns = self.kernel.sides(problem.penalties)
-        w = exp((weigh(g, problem.b, eps) - g0) / eps).to(self.dtype)  # column weights times scalings
+        # Column weights times scalings; the potential of an empty atom may be anything.
+        w = torch.where(problem.b > 0, problem.b * exp((g - kernel.g0) / eps), 0.0).to(self.dtype)
         s, t, w, before = products.iterate(w, a, b, rows.scaling, columns.scaling, k)
         mass = ((a / s) if rows.scaling is None else a * rows.scaling(s)).sum(-1, keepdim=True)
         # Sinkhorn's steps shrink, so a range that holds at both ends of the k iterations has held between them; anything
@@ -161,7 +160,7 @@ class Absorbed(Dense):
             block = K[..., rows, :].copy_(self._gaps(g0, rows).add_(f0[..., rows].unsqueeze(-1)).div_(eps))
             torch.threshold_(block, self.log_dropped, -math.inf).exp_()
         products, kernel = Products(K), self.kernel
-        kernel.products, kernel.f0, kernel.g0, kernel.eps, kernel._sides = products, f0, g0, eps, None
+        kernel.products, kernel.f0, kernel.g0, kernel.eps, kernel.sides = products, f0, g0, eps, None
         self._extra += 1
         return products
 
@@ -287,13 +286,14 @@ class _Side:
 
     def __init__(self, penalty: Penalty, offset: Tensor, eps: float) -> None:
         self.penalty, self.offset, self.eps, self.hard = penalty, offset, eps, penalty.balanced
+        self.log = torch.log if offset.numel() <= PIECE else log
         self.scaling: Scaling = None
         if not self.hard:
             self.scaling = Power.damped(offset, penalty.tau, eps) if isinstance(penalty, KL) else self._scaling
 
     def potential(self, sums: Tensor, part: slice = slice(None)) -> Tensor:
         offset = self.offset[..., part]
-        softmin = offset - self.eps * log(sums.to(offset.dtype))
+        softmin = offset - self.eps * self.log(sums.to(offset.dtype))
         return softmin if self.hard else self.penalty.damp(softmin, self.eps)
 
     def _scaling(self, sums: Tensor, part: slice = slice(None)) -> Tensor:

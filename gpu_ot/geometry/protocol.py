@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,13 +94,8 @@ class Geometry(ABC):
         return self.counted(state)
 
     def counted(self, state: Any) -> Any:
-        """The state, with the sweeps that the backend made beside those of the iterations."""
-        extra = self.extra_sweeps()
-        return replace(state, n_sweeps=state.n_sweeps + extra) if extra else state
-
-    def extra_sweeps(self) -> int:
-        """Sweeps made beside those of the iterations since this was last asked."""
-        return 0
+        """The state, with the sweeps that the backend made beside those of the iterations since this was last called."""
+        return state
 
 
 class Attached(Geometry):

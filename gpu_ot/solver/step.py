@@ -56,7 +56,9 @@ class Start(NamedTuple):
 
     def numbers(self) -> Start:
         """Without what autograd or torch.func knows of them."""
-        f, weight, g = (None if z is None else transforms.numbers(z).detach() for z in self)
+        if not transforms.active():
+            return Start(self.f.detach(), self.weight.detach(), self.g if self.g is None else self.g.detach())
+        f, weight, g = (z if z is None else transforms.numbers(z).detach() for z in self)
         return Start(f, weight, g)  # pyright: ignore[reportArgumentType]
 
 
