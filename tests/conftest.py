@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from problems import random_problem
 
 with contextlib.redirect_stdout(io.StringIO()):  # geomloss, which POT imports, greets on stdout through KeOps
@@ -98,7 +99,7 @@ class Interpreter:
 
     def start(self, chosen):
         source, sink = os.pipe()
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", *chosen],
             cwd=self.config.rootpath,

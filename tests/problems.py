@@ -63,14 +63,16 @@ def pairwise(*axes):
     axes = [list(axis) for axis in axes]
     if not all(axes):
         return []
-    missing = {(i, p, j, q) for i, j in itertools.combinations(range(len(axes)), 2) for p in range(len(axes[i])) for q in range(len(axes[j]))}
+    sizes = [range(len(axis)) for axis in axes]
+    both = itertools.combinations(range(len(axes)), 2)
+    missing = {(i, p, j, q) for i, j in both for p, q in itertools.product(sizes[i], sizes[j])}
     rows = []
     while missing:
         row = min(missing)
         chosen = {row[0]: row[1], row[2]: row[3]}
         for k in range(len(axes)):
             if k not in chosen:
-                chosen[k] = max(range(len(axes[k])), key=lambda v: sum(pair in missing for pair in _pairs({**chosen, k: v}, k)))
+                chosen[k] = max(sizes[k], key=lambda v: sum(pair in missing for pair in _pairs({**chosen, k: v}, k)))
         missing -= {pair for k in chosen for pair in _pairs(chosen, k)}
         rows.append(tuple(axes[k][chosen[k]] for k in range(len(axes))))
     return rows or [(value,) for value in axes[0]]

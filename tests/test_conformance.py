@@ -6,9 +6,9 @@ import importlib.util
 
 import pytest
 import torch
-from conformance import COSTS, Conformance
 
 import gpu_ot
+from conformance import COSTS, Conformance
 from gpu_ot import KL, Problem
 from gpu_ot.geometry import chunked, keops
 
