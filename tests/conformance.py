@@ -229,7 +229,7 @@ class Conformance:
             g = self.compare(geometry, problem, C, rounded, g, eps, k)
 
     def compare(self, geometry, problem, C, rounded, g, eps, k):
-        """The potentials of k iterations: to twice torch's error come four roundings of a number of the size of what is exponentiated: how far the
+        """The potentials of k iterations. To twice torch's error come four roundings of what is exponentiated at most: how far the
         potentials moved, how far damping moves them, and the logarithms of the weights."""
         ours, peer, truth = (
             iterate(geometry, problem, g, eps, k),
@@ -316,17 +316,25 @@ class Conformance:
             self.compare(self.build(problem), problem, C.double(), C, torch.zeros_like(problem.b), 0.1, 3)
 
     def test_whole_solves(self, name, dtype, penalty, size):
-        """Value, potentials, plan, and the gradients in the points, the matrix and the weights, with empty atoms on both sides."""
-        given = [z.to(self.device) for z in clouds(*size, dtype=dtype)]
-        held = [weights(k, empty=int(k > 2), seed=seed, dtype=dtype).to(self.device) for seed, k in enumerate(size[:2])]
-        eps = 0.05 * max(1.0, float(between(name, *given).abs().max()))
+        self.solves(name, dtype, penalty, size)
+
+    def test_whole_solves_of_batches(self, name, dtype, penalty, batch):
+        self.solves(name, dtype, penalty, (9, 14, 3), batch, max_iter=5)
+
+    def solves(self, name, dtype, penalty, size, batch=((), ()), max_iter=41):
+        """Value, potentials, plan, and the gradients in the points and the weights, with empty atoms on both sides."""
+        given = [z.to(self.device) for z in clouds(*size, batch[0], dtype=dtype)]
+        held = [weights(k, batch[1], empty=int(k > 2), seed=seed, dtype=dtype).to(self.device) for seed, k in enumerate(size[:2])]
+        unit = max(1.0, float(between(name, *given).abs().max()))
 
         def run(solve, bind, dtype):
             x, y, a, b = asked = leaves(*(z.to(dtype) for z in given), *held)
-            s = solve(Problem(bind(x, y), eps, a, b, scaled(penalty, 20 * eps)), tol=0.0, max_iter=41, check_every=20, accelerate="none")
+            problem = Problem(bind(x, y), 0.05 * unit, a, b, scaled(penalty, unit))
+            s = solve(problem, tol=0.0, max_iter=max_iter, check_every=20, accelerate="none")
             P = s.plan.to_dense()
             found = dict(value=s.value, f=s.f, g=s.g, plan=P, products=s.plan @ torch.ones(size[1], 4, dtype=P.dtype, device=P.device))
-            return found | dict(zip(("dx", "dy", "da", "db"), torch.autograd.grad(s.value, asked), strict=True))
+            grads = torch.autograd.grad((s.value * rand(*s.value.shape, seed=7).to(s.value)).sum(), asked)
+            return {what: z.detach() for what, z in [*found.items(), *zip(("dx", "dy", "da", "db"), grads, strict=True)]}
 
         def readable(problem, **options):
             return gpu_ot.solve(problem, backend="softmin", **options)
@@ -334,4 +342,4 @@ class Conformance:
         ours = run(self.solve, COSTS[name][0], dtype)
         peer, truth = (run(readable, lambda x, y: Matrix(between(name, x, y)), kind) for kind in (dtype, torch.float64))
         for what, right in truth.items():
-            self.close(dtype, ours[what].detach().double(), peer[what].detach().to(dtype), right.detach().double(), what)
+            self.close(dtype, ours[what].double(), peer[what].to(dtype), right.double(), what)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import gpu_ot
-from conformance import COSTS, Conformance
-from gpu_ot import KL, Problem
+from conformance import COSTS, Conformance, iterations
+from gpu_ot import KL, TV, Problem
 from gpu_ot.geometry import chunked, keops
+from problems import rand, weights
 
 FOLDING = ("squared", "dot", "cosine", "folding sum")
 POINTS = tuple(name for name in COSTS if name != "matrix")
@@ -105,13 +106,35 @@ on_a_gpu = [] if torch.cuda.is_available() else [pytest.mark.interpreted, pytest
 class TestResident(Kernels):
     pytestmark = on_a_gpu
     backend = "resident"
+    costs = ("squared", "euclidean", "matrix")  # it forms the matrix of any
     sizes = ((1, 1, 1), (1, 7, 2), (7, 1, 2), (63, 40, 3), (40, 131, 3))
     penalties = (KL(), KL(0.3), (KL(0.05), KL(2.0)), (KL(), KL(1e-3)), (KL(10.0), KL()))
+
+    @pytest.mark.parametrize("penalty", [KL(), (KL(0.3), KL(2.0))], ids=str)
+    @pytest.mark.parametrize("decades", [0.0, 12.0])
+    @pytest.mark.parametrize("eps", [1e-3, 0.1])
+    def test_digits_beyond_float32(self, eps, decades, penalty):
+        """Potentials of 1e4 eps and more: what fp32 would keep of them is three digits of the plan. And weights of 1e-12."""
+        C = 10 + rand(30, 45, dtype=torch.float32).to(self.device)
+        a, b = (weights(k, decades=decades, dtype=torch.float32).to(self.device) for k in C.shape)
+        problem = Problem(C, eps, a, b, penalty)
+        geometry, g = self.build(problem), torch.linspace(-40, 60, 45, dtype=torch.float64, device=self.device)  # far from any solution
+        self.compare(geometry, problem, C.double(), C, g, eps, 1)
+        g = iterations(C.double(), problem, torch.full_like(g, 123.456), eps, 200)[2]  # near the end
+        for k in (1, 7):
+            g = self.compare(geometry, problem, C.double(), C, g, eps, k)
+
+    def test_as_many_columns_as_fit(self):
+        C = rand(3, 1024, dtype=torch.float32).to(self.device)
+        problem = Problem(C, 0.05)
+        self.compare(self.build(problem), problem, C.double(), C, torch.zeros_like(problem.b), 0.05, 2)
 
 
 class TestTriton(Kernels):
     pytestmark = on_a_gpu
     backend = "triton"
     costs = FOLDING
+    penalties = (KL(), (KL(0.3), TV(0.3)))  # it leaves them to torch
+    batches = (((3,), (3,)), ((), (4,)), ((2, 1), (2, 3)))
     sizes = ((1, 1, 1), (63, 70, 3), (40, 33, 17), (20, 30, 16), (10, 12, 300))
     folds = True

@@ -1,16 +1,10 @@
-"""Every kernel against its naive twin in float64, in Triton's interpreter. Budgets are torch's own error in fp32.
+"""Every kernel against its naive twin in float64, in Triton's interpreter. Budgets are torch's own error in fp32."""
 
-Triton decides once, when it is imported, whether it interprets: test_kernels_static.py runs this module in a process of its own.
-"""
-
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs with TRITON_INTERPRET=1, see test_kernels_static.py", allow_module_level=True)
 pytest.importorskip("triton")
 
 from gpu_ot.kernels import scaling, tuning
@@ -23,7 +17,7 @@ from gpu_ot import KL, Problem, solve
 from gpu_ot.geometry.products import Power, Products
 
 # Overflow is what a bad shift is for; the interpreter says so, a GPU does not.
-pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned")]
+pytestmark = [pytest.mark.interpreted, pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned")]
 
 SIZES = [(1, 1, 1), (63, 257, 3), (128, 100, 17), (70, 140, 8), (33, 50, 64), (20, 140, 130), (10, 30, 300)]
 INF = float("inf")
