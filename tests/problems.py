@@ -53,9 +53,20 @@ def random_problem(n, m, d=2, seed=0, dtype=torch.float64):
     return (a / a.sum()).to(dtype), (b / b.sum()).to(dtype), (M / M.max()).to(dtype)
 
 
+#: One small problem: 6 and 5 points in the plane, and weights of mass 1.
+X, Y = rand(6, 2, seed=1), rand(5, 2, seed=2) + 0.2
+A, B = ((w + 0.2) / (w + 0.2).sum() for w in (rand(6, seed=3), rand(5, seed=4)))
+
+
 def leaves(*tensors):
     """Copies that gradients are asked in."""
     return [z.detach().clone().requires_grad_() for z in tensors]
+
+
+def differences(function, at, step):
+    """Central differences of fourth order of numbers of tensors `function([z])`, for z along d, of all (z, d) in `at`."""
+    far, near, on, beyond = (function([z + t * step * d for z, d in at]) for t in (-2, -1, 1, 2))
+    return [(p - 8 * q + 8 * r - s) / (12 * step) for p, q, r, s in zip(far, near, on, beyond, strict=True)]
 
 
 def pairwise(*axes):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import math
-import warnings
 from pathlib import Path
 
 import pytest
@@ -218,21 +216,6 @@ def test_halves_are_computed_in_float32(dtype):
         assert g.dtype == dtype and (g.double() - e).norm() <= 3 * torch.finfo(dtype).eps * e.norm()
 
 
-def test_autocast_changes_nothing():
-    """Products of float32 would be rounded to bfloat16, and a divergence is a difference of such."""
-    _, x, _, y = samples(dtype=torch.float32)
-    layer = torch.nn.Linear(3, 3)
-    for loss in (SamplesLoss(blur=0.1), SamplesLoss(blur=0.1, debias=False), SinkhornLoss(0.05)):
-        plain = loss(x, y)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            torch.testing.assert_close(loss(x, y), plain, rtol=0, atol=0)
-            half = layer(x)
-            found = loss(half, y.bfloat16())
-        assert half.dtype == found.dtype == torch.bfloat16
-        found.backward()
-    assert layer.weight.grad is not None and layer.weight.grad.isfinite().all()
-
-
 def test_precision():
     tensors = samples(dtype=torch.float32)
     exact = SamplesLoss(blur=0.05, tol=1e-9)(*(z.double() for z in tensors))
@@ -364,19 +347,6 @@ def test_implicit_gradients(debias):
     assert torch.autograd.gradgradcheck(lambda x: loss(x, y), leaves([x]), atol=1e-7, nondet_tol=1e-9, fast_mode=True)
 
 
-def test_deterministic_algorithms():
-    tensors = leaves(samples(200, 150))
-    torch.use_deterministic_algorithms(True)
-    try:
-        grads = []
-        for _ in range(2):
-            loss = SamplesLoss(blur=0.1)(*tensors) + SinkhornLoss(0.1, detach_plan=True)(tensors[1], tensors[3])
-            grads.append(torch.autograd.grad(loss, tensors))
-        assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("tau", [None, 0.5, (math.inf, 0.2)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_sinkhorn_loss(tau, reduction):
@@ -446,51 +416,3 @@ def second(value, x, leaves, v):
     """The derivative in the leaves of that in x along v."""
     (first,) = torch.autograd.grad(value, x, create_graph=True)
     return torch.autograd.grad((first * v).sum(), leaves)
-
-
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_gradient_flow_arrives(tmp_path):
-    flow = example("gradient_flow")
-    gen = torch.Generator().manual_seed(0)
-    x, y = flow.disc(40, gen), flow.spiral(40, gen)
-    clouds, values = flow.flow(x, y, steps=15)
-    assert values[-1] <= values[0] / 100 and min(values) >= 0
-    nearest = torch.cdist(clouds[-1], y).amin(0)  # every target has a point near it: a biased loss leaves the ends bare
-    assert nearest.mean() <= 0.1 * torch.cdist(x, y).amin(0).mean()
-    pytest.importorskip("matplotlib")
-    flow.picture(clouds, values, y, tmp_path / "flow.png")
-    assert (tmp_path / "flow.png").stat().st_size > 10_000
-
-
-def test_barycentre_of_two_diracs_is_their_midpoint():
-    module = example("barycentre")
-    points = module.grid(5)
-    ends = torch.eye(25, dtype=torch.float64)[[0, 24]]
-    w, objectives = module.barycentre(ends, torch.tensor([0.5, 0.5]), points, steps=60)
-    assert abs(float(w.sum()) - 1) <= 1e-12 and int(w.argmax()) == 12 and float(w[12]) >= 0.95
-    # Half the squared half-diagonal, to each end.
-    assert objectives[-1] == pytest.approx(float((points[0] - points[12]).square().sum()) / 2, rel=0.02)
-
-
-def test_barycentre_of_digits_lies_between():
-    pytest.importorskip("sklearn")
-    module = example("barycentre")
-    ends, points = module.digits(0, 1), module.grid(8)
-    w, objectives = module.barycentre(ends, torch.tensor([0.5, 0.5]), points, steps=30)
-    assert abs(float(w.sum()) - 1) <= 1e-12 and objectives[-1] < objectives[0] / 4
-    mean = lambda v: v @ points  # noqa: E731 - the barycentre's mean is the mean of the means
-    torch.testing.assert_close(mean(w), (mean(ends[0]) + mean(ends[1])) / 2, rtol=0, atol=0.01)
-
-
-def test_nothing_warns_in_ordinary_use():
-    _, x, _, y = samples()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        SamplesLoss()(x, y)
-        SinkhornLoss(0.1)(x, y)
