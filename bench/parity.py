@@ -237,10 +237,9 @@ def parity_of_advance(report: Any) -> None:
 
 def parity_of_geometry(report: Any) -> None:
     """The backend as `solve` uses it: a softmin, and the gradient of a value in the points. Far from the origin, too."""
-    from gpu_ot import Problem, SqEuclidean
+    from gpu_ot import Problem, SqEuclidean, gradients
     from gpu_ot.geometry.dense import Dense
     from gpu_ot.geometry.triton import Streaming
-    from gpu_ot.gradients import operators as gradients
 
     for d, centre in ((3, 0.0), (3, 1e3), (17, 0.0), (64, 0.0), (128, 0.0)):
         torch.manual_seed(d)

@@ -1,6 +1,7 @@
-"""Differentiable optimal transport that stays on the device: log-domain Sinkhorn, and a drop-in for POT's."""
+"""Differentiable optimal transport that stays on the device: log-domain Sinkhorn, and in `gpu_ot.pot` a drop-in for POT."""
 
-from .costs.base import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
+from . import pot
+from .costs import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
 from .distributed.checkpoint import Checkpoint
 from .distributed.costs import Sharded
 from .errors import BackendError, NotConverged, ProblemError, RankFailed
@@ -9,7 +10,6 @@ from .initial import gaussian_potentials, sorted_potentials
 from .losses.divergence import Divergence, SelfTerm, divergence, self_term
 from .losses.samples import SamplesLoss, SinkhornLoss
 from .penalties import KL, TV
-from .pot import bregman, unbalanced
 from .pot.batch import (
     bregman_log_projection_batch,
     bregman_projection_batch,
@@ -32,8 +32,9 @@ from .pot.bregman import (
     sinkhorn_log,
     sinkhorn_stabilized,
 )
+from .pot.forwarding import Ours, missing
 from .pot.patching import patch
-from .pot.solvers import OTResult, dist, solve, solve_sample
+from .pot.solvers import OTResult, dist, solve_sample
 from .pot.unbalanced import (
     sinkhorn_knopp_unbalanced,
     sinkhorn_stabilized_unbalanced,
@@ -42,11 +43,16 @@ from .pot.unbalanced import (
     sinkhorn_unbalanced_translation_invariant,
 )
 from .problem import Problem
-from .solution.solution import Plan, Solution
+from .solution.plan import Plan
+from .solution.solution import Solution
+from .solve import solve
 from .solver.annealing import Anneal, Constant
 from .solver.status import Status
 
 __version__ = "0.1.0"
+
+bregman, unbalanced = Ours("gpu_ot.bregman", pot.bregman), Ours("gpu_ot.unbalanced", pot.unbalanced)
+__getattr__ = missing("gpu_ot", "gpu_ot.pot")
 
 __all__ = [
     "KL",
@@ -92,6 +98,7 @@ __all__ = [
     "loss_linear_batch",
     "loss_linear_samples_batch",
     "patch",
+    "pot",
     "screenkhorn",
     "self_term",
     "sinkhorn",

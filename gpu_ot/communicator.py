@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+from . import errors
 
 T = TypeVar("T")
 
@@ -60,3 +63,34 @@ class Alone:
 
 
 ALONE = Alone()
+
+#: What makes a cost of DTensors one that ranks share; distributed/costs.py, which knows ranks, puts it here.
+SHARE: list[Callable[[Any], Any]] = []
+
+
+def shared(cost: Any) -> Any:
+    """The cost, shared where its inputs are DTensors."""
+    return SHARE[0](cost) if SHARE and any(is_dtensor(z) for z in cost.inputs.values()) else cost
+
+
+def is_dtensor(z: object) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(z, module.DTensor)
+
+
+def local(name: str, z: Any, dim: int = -2) -> Tensor:
+    """This rank's share of a DTensor that is sharded along `dim`; any other tensor as it is."""
+    if not is_dtensor(z):
+        return z
+    placement = z.placements[0]
+    if len(z.placements) != 1 or not placement.is_shard() or placement.dim % z.ndim != dim % z.ndim:
+        raise errors.ProblemError(
+            f"{name} is a DTensor placed as {z.placements}, and points are shared one dimension of a mesh along axis {dim % z.ndim}: "
+            f"redistribute it to (Shard({dim % z.ndim}),)."
+        )
+    return z.to_local()
+
+
+def form(w: Tensor | None) -> tuple[Any, ...]:
+    """What must be the same of the weights on all ranks."""
+    return (tuple(w.shape[:-1]), w.dtype, w.requires_grad) if isinstance(w, Tensor) else (type(w).__name__,)

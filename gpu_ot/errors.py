@@ -43,6 +43,13 @@ def not_a_tensor(name: str, found: object) -> ProblemError:
     return ProblemError(f"{name} must be a tensor of numbers, found {type(found).__name__}.")
 
 
+def not_a_problem(found: object) -> ProblemError:
+    return ProblemError(
+        f"gpu_ot.solve takes a gpu_ot.Problem, found {type(found).__name__}. Pose it, gpu_ot.solve(gpu_ot.Problem(M, eps, a, b)), or for "
+        "POT's call and its result write gpu_ot.pot.solve(M, a, b, reg)."
+    )
+
+
 def unusable_tensor(name: str, kind: str, remedy: str) -> ProblemError:
     return ProblemError(f"{name} is {kind}; transport needs dense, real numbers. {remedy}")
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from .errors import ProblemError
-from .vectors import log
+from .vectors import exp, log
+
+if TYPE_CHECKING:
+    from .problem import Problem
 
 
 class Penalty(Protocol):
@@ -84,17 +87,40 @@ class TV:
         return f.clamp(max=self.tau)
 
 
-def shift(penalties: tuple[Penalty, Penalty], a: Tensor, b: Tensor, f: Tensor, g: Tensor) -> Tensor | float:
+def best_shift(penalties: tuple[Penalty, Penalty], a: Tensor, b: Tensor, f: Tensor, g: Tensor) -> Tensor | float:
     """(*batch, 1): the lam at which the dual of (f + lam, g - lam) is largest; 0 for hard marginals, where it is the same for all.
 
     <a, exp(-(f + lam) / tau_a)> = <b, exp(-(g - lam) / tau_b)>: the plan's mass counted from either side. Large tau makes this the slowest
     direction of the iterations. Séjourné et al. 2022, arXiv:2201.00730, Proposition 3. In closed form for KL alone.
     """
     rows, columns = penalties
-    if not (isinstance(rows, KL) and isinstance(columns, KL)) or (rows.balanced and columns.balanced):
+    if (rows.balanced and columns.balanced) or not (isinstance(rows, KL) and isinstance(columns, KL)):
         return 0.0
-    mass = [
-        torch.where(w > 0, log(w) - z / penalty.tau, -math.inf).logsumexp(-1, keepdim=True)
-        for w, z, penalty in ((a, f, rows), (b, g, columns))
-    ]
-    return (mass[0] - mass[1]) / (1 / rows.tau + 1 / columns.tau)
+    return (_log_mass(a, -f / rows.tau) - _log_mass(b, -g / columns.tau)) / (1 / rows.tau + 1 / columns.tau)
+
+
+def translate(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """g + p and its update f + q, for the constant p that is best in the dual; f must be the update of g. KL penalties.
+
+    Shifting g by p shifts f by q = -p tau_a / (tau_a + eps) and leaves the rows' mass at sum a exp(-(f + q) / tau_a); the dual is largest
+    in p where sum b exp(-(g + p) / tau_b) is the same:
+
+        p = log(sum b exp(-g / tau_b) / sum a exp(-f / tau_a)) / (1 / tau_b + 1 / (tau_a + eps)).
+
+    With tau = inf the sum is |a| or |b|. Shifted potentials have shifted updates, so iterations between two translations move (f, g)
+    as if each had been translated: an iterate of the translation-invariant Sinkhorn of Séjourné, Vialard and Peyré 2022,
+    arXiv:2201.00730, is the plain one, translated.
+    """
+    (tau_a, tau_b), eps = (cast(KL, penalty).tau for penalty in problem.penalties), problem.eps
+    rate = 1 / tau_b + 1 / (tau_a + eps)
+    if not rate > 0:  # both hard: the dual does not depend on p
+        return f, g
+    p = (_log_mass(problem.b, -g / tau_b) - _log_mass(problem.a, -f / tau_a)) / rate
+    return f - p / (1 + eps / tau_a), g + p
+
+
+def _log_mass(w: Tensor, z: Tensor) -> Tensor:
+    """log sum w exp(z), (*batch, 1), with a derivative at w = 0."""
+    top = torch.where(w > 0, z, -math.inf).amax(-1, keepdim=True).detach()
+    z = torch.where(w > 0, z, torch.where(z < top, z, top))  # an empty atom may lie anywhere
+    return log((w * exp(z - top)).sum(-1, keepdim=True)) + top

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from . import errors, transforms
-from .communicator import ALONE, COLUMNS, ROWS
-from .costs.base import Cost, Matrix
-from .distributed.costs import form, local, shared
+from .communicator import ALONE, COLUMNS, ROWS, form, local, shared
+from .costs import Cost, Matrix
 from .penalties import BALANCED, KL, TV, Penalty
 
 #: Largest relative difference between two masses that is taken for rounding: of halves, and of longer numbers.
@@ -56,8 +55,8 @@ class Problem:
 
     eps, and tau of KL, may be tensors of one number, which then get derivatives of the value: grad="envelope".
 
-    After validation `a` and `b` are (*batch, n) and (*batch, m) in the type of the potentials, and the cost is in
-    `dtype`, the type the sweeps run in: the inputs' own, float32 for halves.
+    After validation `a` and `b` are (*batch, n) and (*batch, m) in the type of the potentials, and the cost is in `dtype`, the type the
+    sweeps run in: that of the cost's inputs, float32 for halves, whatever the type of the weights.
 
     Raises ProblemError naming the argument, what was found and the way out.
     """
@@ -109,7 +108,8 @@ class Problem:
         if not 0 < number < math.inf:
             raise errors.bad_eps("eps", eps)
 
-        given = float_type(*tensors.values())
+        given = float_type(*bound.inputs.values())
+        exact = float_type(*tensors.values()).itemsize >= 4
         dtype = given if given.itemsize >= 4 else torch.float32
         bound = bound.to(dtype)
         *cost_batch, n, m = _checked_shape(bound)
@@ -137,17 +137,27 @@ class Problem:
                 )
 
         balanced = pair[0].balanced and pair[1].balanced
-        bound, forbids = _check_values(bound, wa, wb, balanced, MASS_RTOL if given.itemsize >= 4 else MASS_RTOL_HALF)
+        bound, forbids = _check_values(bound, wa, wb, balanced, MASS_RTOL if exact else MASS_RTOL_HALF)
         if balanced:
             wb = matched(wa, wb)
         return dict(cost=bound, eps=number, a=wa, b=wb, penalties=pair, given_dtype=given, forbids=forbids, learnt=learnt)
 
     def between(self, cost: Cost, a: Tensor, b: Tensor, penalties: tuple[Penalty, Penalty] | None = None) -> Problem:
         """The same problem of a part of its points, whose numbers are checked already."""
-        part = copy.copy(self)
-        for field, value in dict(cost=cost, a=a, b=b, penalties=penalties or self.penalties).items():
-            object.__setattr__(part, field, value)
-        return part
+        return self._with(cost=cost, a=a, b=b, penalties=penalties or self.penalties)
+
+    @property
+    def T(self) -> Problem:
+        """Rows for columns; not checked again."""
+        eps, rows, columns = self.learnt
+        learnt = Learnt(eps, columns, rows)
+        return self._with(cost=self.cost.T, a=self.b, b=self.a, penalties=self.penalties[::-1], learnt=learnt)
+
+    def _with(self, **fields: Any) -> Problem:
+        other = copy.copy(self)
+        for field, value in fields.items():
+            object.__setattr__(other, field, value)
+        return other
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,17 +165,14 @@ class Problem:
 
     def plain(self) -> Problem:
         """The same problem of the numbers inside what torch.func makes of its tensors; not checked again."""
-        other = copy.copy(self)
         cost = self.cost.of(transforms.plain(z) for z in self.cost.inputs.values())
-        for field, value in dict(cost=cost, a=transforms.plain(self.a), b=transforms.plain(self.b)).items():
-            object.__setattr__(other, field, value)
-        return other
+        return self._with(cost=cost, a=transforms.plain(self.a), b=transforms.plain(self.b))
 
     @property
     def asked(self) -> tuple[float | Tensor, tuple[Penalty, Penalty]]:
         """eps and the penalties with the tensors in them that derivatives are asked of."""
         eps, *taus = self.learnt
-        rows, columns = (p if tau is None else KL(tau) for p, tau in zip(self.penalties, taus, strict=True))  # type: ignore[arg-type]
+        rows, columns = (p if tau is None else type(p)(tau) for p, tau in zip(self.penalties, taus, strict=True))  # type: ignore[arg-type]
         return self.eps if eps is None else eps, (rows, columns)
 
     @property
@@ -186,8 +193,6 @@ def _learnt(
     taus = [penalty.tau if isinstance(penalty, (KL, TV)) else None for penalty in penalties]
     found = [z if isinstance(z, Tensor) and transforms.asks(z) and torch.is_grad_enabled() else None for z in (eps, *taus)]
     plain = [type(p)(float(tau.detach())) if isinstance(tau, Tensor) else p for p, tau in zip(penalties, taus, strict=True)]  # type: ignore[call-arg]
-    if any(z is not None and isinstance(p, TV) for z, p in zip(found[1:], penalties, strict=True)):
-        raise errors.ProblemError("tau of TV is a tensor that requires a gradient: its derivatives are not known, those of KL(tau) are.")
     if any(z is not None for z in found) and cost.ranks is not ALONE:
         raise errors.ProblemError("eps or tau requires a gradient, which is not known where ranks share the points: pass numbers.")
     return Learnt(*found), (plain[0], plain[1])
@@ -245,34 +250,45 @@ def _check_values(cost: Cost, a: Tensor, b: Tensor, balanced: bool, mass_rtol: f
             raise errors.no_mass(name)
     (uneven, heavier, lighter), (broken, closed_rows, closed_columns, forbids) = host[10:13], host[13:]
     if broken:
-        raise errors.broken_cost(" or ".join(cost.inputs), int(broken), "rows" if isinstance(cost, Matrix) else "entries")
+        raise _broken(cost, int(broken))
     if balanced and uneven > mass_rtol:
         raise errors.unequal_masses(heavier, lighter)
-    if isinstance(cost, Matrix) and forbids and (closed_rows or closed_columns or looks["a"].zero or looks["b"].zero):
+    if cost.stored and forbids and (closed_rows or closed_columns or looks["a"].zero or looks["b"].zero):
         cost = _check_reach(cost, wa, wb, bool(closed_rows or closed_columns))
     return cost, bool(forbids)
 
 
+def check_cost(cost: Cost) -> None:
+    """Raises ProblemError for a cost with NaN, or infinities where they mean nothing."""
+    if broken := int(_flaws(cost)[0]):
+        raise _broken(cost, broken)
+
+
+def _broken(cost: Cost, count: int) -> errors.ProblemError:
+    return errors.broken_cost(" or ".join(cost.inputs), count, "rows" if cost.stored else "entries")
+
+
 def _flaws(cost: Cost) -> Tensor:
-    """(4,): rows with NaN or -inf, rows and columns with +inf alone, whether there is a +inf. For clouds, which forbid nothing, entries
-    that are not finite."""
-    if isinstance(cost, Matrix):
-        rows, columns = cost.M.detach().amin(-1), cost.M.detach().amin(-2)  # NaN is the minimum of whatever holds it
+    """(4,): rows with NaN or -inf, rows and columns with +inf alone, whether there is a +inf. For costs that are not stored, which forbid
+    nothing, entries of the inputs that are not finite."""
+    if cost.stored:
+        C = cost.dense().detach()
+        rows, columns = C.amin(-1), C.amin(-2)  # NaN is the minimum of whatever holds it
         bad = (rows.isnan() | rows.isneginf()).sum()
-        return torch.stack([bad, rows.isposinf().sum(), columns.isposinf().sum(), cost.M.detach().amax().isposinf().long()])
+        return torch.stack([bad, rows.isposinf().sum(), columns.isposinf().sum(), C.amax().isposinf().long()])
     points = [(~z.detach().isfinite()).sum() for z in cost.inputs.values()]
     return torch.stack([sum(points, start=torch.zeros_like(points[0])), *[torch.zeros_like(points[0])] * 3])
 
 
-def _check_reach(cost: Matrix, a: Tensor, b: Tensor, closed: bool) -> Matrix:
+def _check_reach(cost: Cost, a: Tensor, b: Tensor, closed: bool) -> Cost:
     """Refuse mass that may go nowhere; lines without weight that forbid everything are padding, and get cost 0."""
-    M = cost.M.detach()
-    open_rows = M.masked_fill((b == 0).unsqueeze(-2), math.inf).amin(-1).isfinite()
-    open_columns = M.masked_fill((a == 0).unsqueeze(-1), math.inf).amin(-2).isfinite()
+    C = cost.dense().detach()
+    open_rows = C.masked_fill((b == 0).unsqueeze(-2), math.inf).amin(-1).isfinite()
+    open_columns = C.masked_fill((a == 0).unsqueeze(-1), math.inf).amin(-2).isfinite()
     for line, is_open, w, name in (("row", open_rows, a, "a"), ("column", open_columns, b, "b")):
         if stuck := int((~is_open & (w > 0)).sum()):
             raise errors.forbidden_lines(next(iter(cost.inputs)), line, stuck, name)
     if not closed:
         return cost
-    padding = M.amin(-1).isposinf().unsqueeze(-1) | M.amin(-2).isposinf().unsqueeze(-2)
-    return Matrix(torch.where(padding, 0.0, cost.M))
+    padding = C.amin(-1).isposinf().unsqueeze(-1) | C.amin(-2).isposinf().unsqueeze(-2)
+    return Matrix(torch.where(padding, 0.0, cost.dense()))

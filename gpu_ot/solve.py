@@ -1,29 +1,57 @@
-"""Validate, bind, loop, attach the gradient."""
+"""Bind, iterate, attach the gradient: the only caller of the loop."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-from . import errors, transforms
-from .distributed.checkpoint import Checkpoint
-from .distributed.costs import Sharded
-from .geometry.protocol import Geometry, weigh
+from . import errors, gradients, transforms
+from .communicator import ALONE
+from .geometry.protocol import Geometry
 from .geometry.select import bind
 from .gradients import implicit
-from .gradients import operators as gradients
-from .problem import Problem
-from .solution.solution import Solution
+from .problem import Problem, check_cost
+from .solution import Solution
+from .solver.acceleration import Anderson
 from .solver.annealing import Anneal, Constant
-from .solver.loop import Outcome, Stop, iterate
+from .solver.criterion import Criterion, Marginal
+from .solver.loop import iterations, sinkhorn
+from .solver.monitor import Outcome
 from .solver.status import CONVERGED, DIVERGED, STALLED
+from .solver.step import Alternating, Start, Symmetric
+
+if TYPE_CHECKING:
+    from .distributed.checkpoint import Checkpoint
 
 GRADS = ("envelope", "implicit", "unroll")
+ACCELERATORS = ("auto", "mixing", "none")
+ORDERS = ("rows", "columns", "symmetric")
+
+Options = ParamSpec("Options")
 
 
+def _of_a_problem(function: Callable[Options, Solution]) -> Callable[Options, Solution]:
+    """The function, and for calls that are POT's an error that names the way out."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Solution:
+        found = args[0] if args else options.get("problem", options.get("M"))
+        if not isinstance(found, Problem):
+            raise errors.not_a_problem(found)
+        if len(args) > 1:
+            raise errors.ProblemError(
+                "a Problem holds its weights, eps and penalties already: pass them to Problem(cost, eps, a, b, penalties)."
+            )
+        return function(*args, **options)  # pyright: ignore[reportCallIssue]
+
+    return call
+
+
+@_of_a_problem
 def solve(
     problem: Problem,
     *,
@@ -34,7 +62,7 @@ def solve(
     max_iter: int = 10_000,
     check_every: int | None = None,
     accelerate: str = "auto",
-    start: Tensor | Solution | Scaled | None = None,
+    start: Tensor | Solution | None = None,
     schedule: Constant | Anneal | None = None,
     on_check: Callable[[int, Tensor], None] | None = None,
     checkpoint: Checkpoint | None = None,
@@ -51,15 +79,15 @@ def solve(
                  as small as the derivatives should be exact), and again: second derivatives of `value` in all of its inputs;
                  "unroll" differentiates f, g and `value` through every iteration that was run, any number of times.
                  All of this holds inside torch.func.grad, vjp and jacrev, nested too; in place of vmap pass the batch itself.
-    tol, norm    when to stop: L1 marginal error as a fraction of the mass, or see `gpu_ot.solver.loop.Stop`.
+    tol, norm    when to stop: L1 marginal error as a fraction of the mass, or see `gpu_ot.solver.criterion.Marginal`.
     max_iter     iterations at most; a status says so when they run out.
-    check_every  iterations between looks at the error; when left out, every one on a CPU, where a look is free, and 10 otherwise.
-    accelerate   "auto": a few plain iterations, then eps annealed where they show that this pays, then "mixing"; or by name,
-                 "mixing", "relaxation" (see gpu_ot.solver.acceleration) or "none", Sinkhorn's own iterations.
+    check_every  iterations between checks of the error; when left out, 1 on a CPU, where a check is free, and 10 otherwise.
+    accelerate   "auto": a few plain iterations, then eps annealed where they show that this pays, then Anderson mixing; or by name:
+                 "mixing" alone, or "none", Sinkhorn's own iterations.
     start        where to start: row potentials f (*batch, n) in units of the cost, or a Solution, also of other points or another
                  eps; zeros when left out.
     schedule     how eps reaches its target, `Constant` or `Anneal`; when left out, `accelerate` decides.
-    on_check     called with (iterations, errors) at each look.
+    on_check     called with (iterations, errors) at each check.
     checkpoint   where the potentials are written every so many minutes, see `Checkpoint`.
     precision    what "triton" may round float32 points to on the way: "tf32", "bf16" or "fp16" sweeps are faster, and their
                  potentials are then corrected in "fp32", the default. Other backends compute in the type they are given.
@@ -77,79 +105,141 @@ def solve(
         backend=backend, grad=grad, tol=tol, norm=norm, max_iter=max_iter, check_every=check_every, accelerate=accelerate,
         schedule=schedule, precision=precision, strict=strict, start=type(start).__name__, gradients=torch.is_grad_enabled(),
     )  # fmt: skip
-    if grad not in GRADS:
-        raise errors.unknown("grad", grad, GRADS)
-    if max_iter < 1:
-        raise errors.ProblemError(f"max_iter must be at least 1, found {max_iter}.")
-    with ranks.watch(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
-        rows, weight = _rows(start, problem)
+    keep = checkpoint.offer if checkpoint is not None and ranks.leads else None
+    with ranks.watch():
+        rows = start_rows(start, problem)
         if start is not None:
             ranks.agree(start=rows)
-        replayed = grad == "unroll" and needs_gradient(problem)
-        if replayed and isinstance(schedule, Anneal):
-            raise errors.ProblemError('grad="unroll" replays iterations at one eps: leave `schedule` out, or use grad="envelope".')
-        if replayed and accelerate not in ("auto", "none"):
-            raise errors.ProblemError('grad="unroll" replays plain iterations: leave `accelerate` out, or use grad="envelope".')
-        stop, first = Stop(tol, norm), weigh(rows, weight, problem.eps).detach()
-        keep = checkpoint.offer if checkpoint is not None and ranks.leads else None
+        solution = find(
+            problem, backend=backend, precision=precision, grad=grad, criterion=Marginal(tol, norm), start=Start(rows, problem.a),
+            max_iter=max_iter, check_every=check_every, accelerate=accelerate if start is None or accelerate != "auto" else "mixing",
+            schedule=schedule, on_check=on_check, keep=keep,
+        )  # fmt: skip
+        _ = solution.value  # now, and not when somebody looks at it: inputs may change in place
+        if solution.status is DIVERGED and ranks is not ALONE:  # points that changed since they were checked, on some rank
+            ranks.together(lambda: check_cost(problem.cost))
+    return solution.raise_unless_converged() if strict else solution
 
-        def search(problem: Problem) -> tuple[Geometry, Outcome]:
-            geometry = bind(problem, backend, precision)
-            mixed = "auto" if start is None and schedule is None else "mixing"
-            how = ("none" if replayed or not geometry.accelerates else mixed) if accelerate == "auto" else accelerate
-            every = check_every or (1 if how != "none" and problem.a.device.type == "cpu" else 10)
-            at = schedule or Constant(problem.eps)
-            with torch.no_grad():
-                outcome = iterate(geometry, problem, at, transforms.numbers(first), stop, max_iter, every, on_check, how, keep)
+
+def find(
+    problem: Problem,
+    *,
+    order: str = "rows",
+    backend: str = "auto",
+    precision: str = "fp32",
+    grad: str = "envelope",
+    criterion: Criterion | None = None,
+    start: Start | None = None,
+    max_iter: int = 10_000,
+    check_every: int | None = None,
+    accelerate: str = "auto",
+    after: float = 0,
+    leap: bool = False,
+    schedule: Constant | Anneal | None = None,
+    on_check: Callable[[int, Tensor], None] | None = None,
+    keep: Callable[[int, float, Tensor, Tensor], None] | None = None,
+) -> Solution:
+    """`solve` with everything that the front doors set: what other packages' functions differ in.
+
+    order       which marginal is exact, "rows" or "columns"; "symmetric" where both sides are one measure, see `Symmetric`.
+    criterion   when to stop; Marginal() when left out.
+    start       row potentials, for order="columns" those of the columns.
+    after       plain iterations before acceleration sets in.
+    leap        see `gpu_ot.solver.annealing.blocks`.
+
+    The result's `errors` are in the unit of the criterion. Settings as in `solve` otherwise; they are checked here.
+    """
+    for name, given, known in (("grad", grad, GRADS), ("accelerate", accelerate, ACCELERATORS), ("order", order, ORDERS)):
+        if given not in known:
+            raise errors.unknown(name, given, known)
+    if max_iter < 1:
+        raise errors.ProblemError(f"max_iter must be at least 1, found {max_iter}.")
+    grad = grad if grad == "implicit" or needs_gradient(problem) else "envelope"
+    unrolled = grad == "unroll"
+    if unrolled and (isinstance(schedule, Anneal) or accelerate == "mixing"):
+        raise errors.ProblemError(
+            'grad="unroll" differentiates plain iterations at one eps: leave `schedule` and `accelerate` out, or use grad="envelope".'
+        )
+    accelerate = "none" if unrolled or after >= max_iter else accelerate
+    posed, criterion = problem.T if order == "columns" else problem, criterion or Marginal()
+    start = start or Start(torch.zeros_like(posed.a), posed.a)
+    every = check_every or (1 if accelerate != "none" and problem.a.device.type == "cpu" else 10)
+
+    def search(problem: Problem) -> tuple[Geometry, Outcome]:
+        geometry, at = bind(problem, backend, precision), Start(*(None if z is None else transforms.numbers(z).detach() for z in start))
+        run: dict[str, Any] = dict(check_every=every, on_check=on_check, keep=keep, leap=leap)
+        auto = accelerate == "auto" and schedule is None and order != "symmetric" and not geometry.single_launch
+        step = _step(problem, order, accelerate, after)
+        with torch.no_grad():
+            outcome = sinkhorn(geometry, step, criterion, at, max_iter=max_iter, schedule=schedule, auto=auto, **run)
             exact = geometry.exact  # where gradients are asked for, they reach the cost through this
             if exact is geometry:
                 return geometry, outcome
-            left = max(max_iter - outcome.n_iter, 1)
-            with torch.no_grad():
-                again = weigh(outcome.f, problem.a, problem.eps)
-                corrected = iterate(exact, problem, Constant(problem.eps), again, stop, left, every, on_check, how, keep)
-            return exact, outcome.then(corrected)
+            left, again = max(max_iter - outcome.n_iter, 1), Start(outcome.f, problem.a.detach())
+            corrected = sinkhorn(exact, step, criterion, again, max_iter=left, **run)
+        corrected.n_iter += outcome.n_iter
+        corrected.n_sweeps += outcome.n_sweeps
+        corrected.errors = outcome.errors + corrected.errors
+        return exact, corrected
 
-        geometry, outcome = gradients.apart(problem, search)
-        if outcome.status is DIVERGED and isinstance(problem.cost, Sharded):  # points that changed since they were checked, on some rank
-            ranks.together(problem.cost.check_points)
-        f, g = outcome.f, outcome.g
-        if replayed:
-            f, g = gradients.unroll(problem, geometry, rows, outcome.n_iter, weight)
+    with torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
+        geometry, end = gradients.apart(posed, search)
+        f, g = end.f, end.g
+        if unrolled:
+            f, g = _unroll(posed, geometry, start, end, criterion)
         if grad == "implicit":
-            f, g = implicit.potentials(problem, geometry, f, g, caution=_caution(outcome))
-        value = (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g).to(problem.given_dtype)
-        history = torch.stack(outcome.errors)
-        solution = Solution(problem, geometry, value, f, g, outcome.status, outcome.converged, outcome.n_iter, outcome.n_passes, history)
-        return solution.raise_unless_converged() if strict else solution
+            f, g = implicit.potentials(posed, geometry, f, g, caution=_caution(end))
+        if order == "columns":
+            f, g, geometry = g, f, geometry.T
+        history = torch.stack(end.errors) if end.errors else end.f.new_zeros(0, *end.f.shape[:-1])
+    recorded = torch.is_grad_enabled()
+
+    def value() -> Tensor:
+        with torch.set_grad_enabled(recorded), torch.autocast(problem.a.device.type, enabled=False):
+            return (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g)
+
+    return Solution(problem, geometry, value, f, g, end.status, end.converged, end.n_iter, end.n_sweeps, history)
 
 
-def _caution(outcome: Outcome) -> str:
+def _step(problem: Problem, order: str, accelerate: str, after: float = 0) -> Alternating:
+    if order == "symmetric":  # (f + c, f + c) is another plan, unlike (f + c, g - c)
+        return Symmetric(problem, problem.eps, Anderson(gauge=False))
+    if accelerate == "none":
+        return Alternating(problem, problem.eps)
+    hard = all(penalty.balanced for penalty in problem.penalties)
+    return Alternating(problem, problem.eps, Anderson(gauge=hard), plain_until=int(after))
+
+
+def _unroll(problem: Problem, geometry: Geometry, start: Start, end: Outcome, criterion: Criterion) -> tuple[Tensor, Tensor]:
+    """The potentials again, as a function of the start, the cost and the weights: exact for whatever was computed, converged or not.
+
+    O((n + m) k) memory for k iterations beside the cost, and their time in the readable form, forward and again backward.
+    """
+    gradients.refuse_learnable(problem, "unroll")
+    learnable = problem.between(problem.cost, problem.a, problem.b, problem.asked[1])
+    step = Alternating(learnable, problem.eps)
+    state = iterations(gradients.Differentiable(geometry.entrywise), step, start, end.n_iter)
+    return criterion.seen(step, state)
+
+
+def _caution(end: Outcome) -> str:
     """What to say where implicit derivatives of these potentials are asked for; nothing where they are as good as the type allows."""
-    if outcome.status in (CONVERGED, STALLED):
+    if end.status in (CONVERGED, STALLED):
         return ""
     return (
         f"implicit derivatives are exact at convergence, and these potentials are not there: marginal error "
-        f"{float(outcome.errors[-1].amax()):.3g}. {outcome.status}"
+        f"{float(end.errors[-1].amax()):.3g}. {end.status}"
     )
 
 
-class Scaled(NamedTuple):
-    """Rows to start from with their weights, f + eps log a = eps log u: for conventions that have u where ours has f."""
-
-    rows: Tensor
-
-
-def _rows(start: Tensor | Solution | Scaled | None, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Row potentials to start from and the weights that belong to them, (*batch, n) each."""
-    if isinstance(start, Scaled):
-        return start.rows.to(problem.a).expand_as(problem.a), torch.ones_like(problem.a)
+def start_rows(start: Tensor | Solution | None, problem: Problem) -> Tensor:
+    """Row potentials to start from, (*batch, n)."""
     f = torch.zeros_like(problem.a) if start is None else start
     if isinstance(f, Solution):
         f = f.potential_a(problem.cost)
     if f.ndim == 0 or f.shape[-1] != problem.a.shape[-1]:
         raise errors.wrong_shape("start", f.shape, f"(*batch, {problem.a.shape[-1]}), a potential for each row")
-    return torch.where(f.isfinite(), f, 0.0).to(problem.a).expand_as(problem.a), problem.a
+    return torch.where(f.isfinite(), f, 0.0).to(problem.a).expand_as(problem.a)
 
 
 def needs_gradient(problem: Problem) -> bool:

@@ -23,6 +23,7 @@ import gpu_ot
 from gpu_ot import KL, TV, Cosine, Dot, Euclidean, Formula, Matrix, Problem, SqEuclidean
 from gpu_ot.geometry.select import bind
 from gpu_ot.penalties import BALANCED
+from gpu_ot.solver.step import Alternating, State
 from problems import INF, clouds, leaves, pairwise, rand, randn, weights
 
 
@@ -88,7 +89,8 @@ def iterations(C, problem, g, eps, k):
 
 def iterate(geometry, problem, g, eps, k):
     """The same by a backend."""
-    return geometry.advance(problem, g, eps, k)
+    state = geometry.run(Alternating(problem, eps), State(g, g, g), k)
+    return state.f, state.g, state.g_next
 
 
 def scaled(penalty, unit):

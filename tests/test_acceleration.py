@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 import gpu_ot
 from gpu_ot import KL, TV, Problem
-from gpu_ot.penalties import shift
-from gpu_ot.solver.acceleration import Mixing, Relaxed
+from gpu_ot.penalties import best_shift
+from gpu_ot.solver.acceleration import Anderson
+from gpu_ot.solver.step import Alternating
 
-WAYS = ["auto", "mixing", "relaxation"]
+WAYS = ["auto", "mixing"]
 
 
 def cube(n, m, seed=0, d=3):
@@ -75,7 +76,7 @@ def test_every_way_ends_at_the_same_plan(accelerate, backend, penalties):
     torch.testing.assert_close(ours.value, plain.value, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("accelerate, fewer", [("auto", 5.0), ("mixing", 3.0), ("relaxation", 1.5)])
+@pytest.mark.parametrize("accelerate, fewer", [("auto", 5.0), ("mixing", 3.0)])
 def test_sharp_problems_take_far_fewer_passes(accelerate, fewer):
     x, y = cube(300, 250)
     problem = Problem(gpu_ot.SqEuclidean(x, y), ("std", 0.01))
@@ -103,11 +104,20 @@ def test_the_errors_reported_are_those_of_the_best_so_far():
     torch.testing.assert_close((done.plan.marginals[1] - b).abs().sum(), done.errors[-1], rtol=1e-6, atol=1e-12)
 
 
-class TestMixing:
-    """The accelerator alone, on fixed-point maps whose answers are known."""
+class Mixing:
+    """The accelerator alone, on a map of m numbers."""
 
-    def problem(self, m):
-        return Problem(torch.zeros(m, m, dtype=torch.float64), 1.0)
+    def __init__(self, m, eps, memory=3):
+        self.step = Alternating(Problem(torch.zeros(m, m, dtype=torch.float64), 1.0), eps)
+        self.accelerator, self.memory = Anderson(gauge=True, memory=memory), None
+
+    def next(self, g, g_next):
+        g, self.memory = self.accelerator.next(self.step, self.memory, g, g_next)
+        return g
+
+
+class TestMixing:
+    """On fixed-point maps whose answers are known."""
 
     @pytest.mark.parametrize("memory", [3, 6])
     def test_a_linear_self_adjoint_map_takes_as_many_steps_as_it_has_rates(self, memory):
@@ -120,7 +130,7 @@ class TestMixing:
         end -= end.mean()
         J -= J.mean(0, keepdim=True)  # the gauge is not the accelerator's to find
         J = (J + J.T) / 2
-        mixing, g = Mixing(self.problem(m), 1.0, memory), torch.zeros(m, dtype=torch.float64)
+        mixing, g = Mixing(m, 1.0, memory), torch.zeros(m, dtype=torch.float64)
         distances = []
         for _ in range(10):
             g = mixing.next(g, end + J @ (g - end))
@@ -129,7 +139,7 @@ class TestMixing:
 
     def test_an_overshooting_step_is_shortened(self):
         """An update that hardly changes sends the model far past the top; the slope there says so."""
-        mixing = Mixing(self.problem(2), 0.01)
+        mixing = Mixing(2, 0.01)
         target, g, visited = 0.37, torch.zeros(2, dtype=torch.float64), []
         for _ in range(40):
             step = 0.01 * torch.tanh((target - g[0]) / 0.01)
@@ -139,22 +149,12 @@ class TestMixing:
 
     def test_nan_and_infinity_are_steps_too_far(self):
         """A trial that left the range of numbers is taken back, not kept."""
-        mixing, g = Mixing(self.problem(3), 1.0), torch.zeros(3, dtype=torch.float64)
+        mixing, g = Mixing(3, 1.0), torch.zeros(3, dtype=torch.float64)
         end = torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64)
         for k in range(30):
             fresh = end + 0.9 * (g - end) if k != 4 else torch.full_like(g, math.nan)
             g = mixing.next(g, fresh)
         assert (g - end).abs().max() < 1e-6
-
-
-def test_relaxation_observes_the_rate():
-    """One slow rate r: omega = 2 / (1 + sqrt(1 - r)) makes 30 steps do what plain ones would not in 100."""
-    problem = Problem(torch.zeros(4, 4, dtype=torch.float64), 1.0)
-    end = torch.tensor([1.0, -1.0, 2.0, -2.0], dtype=torch.float64)
-    relaxed, g = Relaxed(problem, 1.0), torch.zeros(4, dtype=torch.float64)
-    for _ in range(40):
-        g = relaxed.next(g, end + 0.97 * (g - end))
-    assert (g - end).abs().max() <= 0.97**100 * 2
 
 
 @pytest.mark.parametrize("taus", [(0.5, 2.0), (math.inf, 3.0), (40.0, math.inf)])
@@ -168,9 +168,9 @@ def test_the_shift_is_where_the_dual_is_largest(taus):
     def dual(lam):
         return (torch.where(a > 0, a * rows.reward(f + lam), 0.0)).sum() + (b * columns.reward(g - lam)).sum()
 
-    best = shift((rows, columns), a, b, f, g)
+    best = best_shift((rows, columns), a, b, f, g)
     assert isinstance(best, torch.Tensor) and all(dual(best) >= dual(best + step) for step in (-1e-3, 1e-3))
-    assert shift((KL(), KL()), a, b, f, g) == 0.0
+    assert best_shift((KL(), KL()), a, b, f, g) == 0.0
 
 
 # What breaks loops. Each with its exact answer, or the float64 one.
@@ -213,6 +213,10 @@ ADVERSARIAL = {
 }
 
 
+#: How far plain iterations are from the plan where 2000 of them are not enough.
+SLOW = {"one forbidden": 1e-3, "weights over twelve decades": 0.05}
+
+
 @pytest.mark.parametrize("accelerate", ["none", *WAYS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("eps", [1.0, 0.05, 1e-3])
@@ -226,10 +230,10 @@ def test_adversarial(name, eps, dtype, accelerate):
         P = gpu_ot.solve(Problem(C.double(), eps, a, b), backend="softmin", tol=1e-12, max_iter=50_000).plan.to_dense()
     solution = gpu_ot.solve(Problem(C.to(dtype), eps, a, b), accelerate=accelerate, tol=1e-6, max_iter=2000)
     assert solution.plan.to_dense().isfinite().all() and solution.value.isfinite()
-    if accelerate in ("none", "relaxation") and solution.status.name == "max_iter":
-        return  # slow is no defect of theirs: of one forbidden pair the only plan is at g = -inf, approached like 1 / k
-    assert solution.status.name in ("converged", "stalled")
-    assert transport_error(solution, P.double()) <= (2e-4 if dtype == torch.float32 else 1e-4)
+    # Slow is no defect of plain iterations: of one forbidden pair the only plan is at g = -inf, approached like 1 / k.
+    slow = accelerate == "none" and solution.status.name == "max_iter"
+    assert slow or solution.status.name in ("converged", "stalled")
+    assert transport_error(solution, P.double()) <= (SLOW[name] if slow else 2e-4 if dtype == torch.float32 else 1e-4)
 
 
 @pytest.mark.parametrize("eps", [1e-2, 1e-4, 1e-8, 1e-30, 1e-300])
@@ -240,17 +244,19 @@ def test_no_nan_at_any_eps(eps, dtype):
     assert solution.f.isfinite().all() and solution.g.isfinite().all() and solution.value.isfinite()
     P = solution.plan.to_dense()
     assert P.isfinite().all()
+    rows = torch.full((40,), 1 / 40, dtype=torch.float64)
     if eps < 1e-14:  # f / eps has no digit behind the point: no plan can be read off, and the status says so
         assert solution.status.name == "stalled" and not solution.converged
-        return
-    torch.testing.assert_close(P.sum(-1).double(), torch.full((40,), 1 / 40, dtype=torch.float64), rtol=1e-4, atol=1e-7)
+    else:
+        torch.testing.assert_close(P.sum(-1).double(), rows, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("accelerate", ["none", "auto"])
 def test_mass_without_a_partner_is_named(accelerate):
     """Two islands of unequal mass: no plan exists, and the dual proves it long before the iterations run out."""
     C = torch.full((6, 6), math.inf)
-    C[:3, :3], C[3:, 3:] = torch.rand(3, 3), torch.rand(3, 3)
+    gen = torch.Generator().manual_seed(0)
+    C[:3, :3], C[3:, 3:] = torch.rand(3, 3, generator=gen), torch.rand(3, 3, generator=gen)
     a = torch.tensor([0.2, 0.2, 0.2, 0.1, 0.1, 0.2])
     found = gpu_ot.solve(Problem(C, 0.1, a), accelerate=accelerate)
     assert found.status.name == "infeasible" and found.n_iter < 1000 and "without a partner" in found.status.explanation

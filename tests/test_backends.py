@@ -74,20 +74,6 @@ def test_auto_compiles_large_formulas_where_it_can(monkeypatch):
     assert isinstance(bind(problem), Chunked) and 'instead of "keops", which was refused' in said and "no C++ compiler" in said
 
 
-class Unknown(Euclidean):
-    """A cost of the user's own."""
-
-
-def test_costs_that_cannot_be_cut_are_refused_by_name(monkeypatch):
-    problem = Problem(0.5 * Unknown(*clouds(5, 6, 2)), 0.1)
-    with pytest.raises(BackendError, match="Unknown has no fold"):
-        bind(problem, "chunked")
-    monkeypatch.setattr(gpu_ot.geometry.select, "DENSE_BYTES", 0)
-    monkeypatch.setattr(keops, "compiler", lambda: None)
-    said = gpu_ot.explain(problem)
-    assert 'auto takes "dense"' in said and 'instead of "chunked"' in said and "no C++ compiler" in said
-
-
 def test_refusals_give_the_reason(monkeypatch):
     x, y = clouds(5, 6, 2)
     with pytest.raises(ProblemError, match=r"'auto', 'dense', .*'chunked', 'keops'"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gpu_ot import Cosine, Cost, Dot, Euclidean, Formula, Matrix, ProblemError, SqEuclidean
+from gpu_ot.costs import Sum
 from gpu_ot.costs import base as costs
 
 
@@ -180,7 +181,7 @@ def test_scales_are_those_of_the_whole_array(name, kind, batch, monkeypatch):
 def test_scales_of_costs_that_fold_never_see_the_pairs(name, kind, monkeypatch):
     cost = COSTS[name](*clouds(200, 300))
     expected = KINDS[kind](cost.dense())
-    for kind_of_cost in (SqEuclidean, Dot, Cosine, costs.Sum):
+    for kind_of_cost in (SqEuclidean, Dot, Cosine, Sum):
         monkeypatch.setattr(kind_of_cost, "dense", lambda self: pytest.fail("formed the array"))
     torch.testing.assert_close(cost.scale(kind), expected, rtol=1e-12, atol=1e-13)
 

@@ -300,5 +300,5 @@ def test_empty_atoms_far_below_the_rest_leave_no_nan(problem):
         assert float(s.f[0] + s.g[0]) / 2e-3 > 710  # exp overflows
         grads = torch.autograd.grad(s.value, (a, b, M), retain_graph=True)
         assert all(grad.isfinite().all() for grad in grads)
-    P = gpu_ot.gradients.operators.plan(s.problem, s.geometry, s.f, s.g)
+    P = gpu_ot.gradients.plan(s.problem, s.geometry, s.f, s.g)
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(P.square().sum(), (a, b, M)))

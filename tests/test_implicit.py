@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import gpu_ot
-from gpu_ot import KL, TV, Formula, SqEuclidean
+from gpu_ot import KL, TV, Formula, SqEuclidean, gradients
 from gpu_ot.errors import NotConverged
 from gpu_ot.geometry.chunked import Chunked
 from gpu_ot.gradients import implicit
-from gpu_ot.gradients import operators as gradients
 from gpu_ot.problem import Problem
 
 N, M, D, EPS = 6, 5, 2, 0.1
@@ -78,9 +77,9 @@ def outputs(s, names=OUTPUTS):
         "f": lambda: (s.f * rand(n, seed=5)).sum(-1),
         "g": lambda: (s.g * rand(m, seed=6)).sum(-1),
         "plan": lambda: (gradients.plan(*at) * rand(n, m, seed=7)).sum((-1, -2)),
-        "plan @ v": lambda: (gradients.transport(*at, v).square() * rand(n, 1, seed=9)).sum((-1, -2)),
-        "map": lambda: gradients.average(p, s.geometry, s.g, v).sin().sum((-1, -2)),
-        "sharp cost": lambda: gradients.sharp_cost(*at),
+        "plan @ v": lambda: (gradients.plan_product(*at, v).square() * rand(n, 1, seed=9)).sum((-1, -2)),
+        "map": lambda: gradients.barycentric(p, s.geometry, s.g, v).sin().sum((-1, -2)),
+        "sharp cost": lambda: gradients.plan_cost(*at),
     }
     return {name: found[name]() for name in names}
 

@@ -15,13 +15,12 @@ import pytest
 import torch
 
 import gpu_ot
-from gpu_ot import BackendError, Matrix, ProblemError, SqEuclidean, unbalanced
-from gpu_ot.costs.base import Lazy
+from gpu_ot import BackendError, Matrix, Plan, ProblemError, SqEuclidean, unbalanced
+from gpu_ot.costs import Lazy
 from gpu_ot.geometry import keops
 from gpu_ot.geometry.dense import Dense
 from gpu_ot.geometry.keops import Keops
 from gpu_ot.geometry.select import bind
-from gpu_ot.pot.lazy import LazyPlan
 from gpu_ot.problem import Problem
 
 pytestmark = pytest.mark.skipif(
@@ -198,7 +197,7 @@ def test_pots_names_take_it_and_return_a_lazy_plan():
     M, C = lazy(*z), stored(*z)
     options: dict[str, Any] = dict(reg=0.1, stopThr=1e-11)
     plan, expected = gpu_ot.sinkhorn(a, b, M, **options), gpu_ot.sinkhorn(a, b, C, **options)
-    assert isinstance(plan, LazyPlan)
+    assert isinstance(plan, Plan)
     torch.testing.assert_close(plan.to_dense(), expected, rtol=1e-7, atol=1e-12)
     torch.testing.assert_close(plan[3:9, ::4], expected[3:9, ::4], rtol=1e-7, atol=1e-12)
     v = torch.ones(63, 2, dtype=torch.float64)
@@ -208,9 +207,9 @@ def test_pots_names_take_it_and_return_a_lazy_plan():
     assert bool((expected[i, j] > 0).all())
     torch.testing.assert_close(gpu_ot.sinkhorn2(a, b, M, **options), gpu_ot.sinkhorn2(a, b, C, **options), rtol=1e-8, atol=0)
     for relaxed in (None, 1.0):
-        ours, truth = (gpu_ot.solve(cost, a, b, reg=0.1, unbalanced=relaxed, tol=1e-11) for cost in (M, C))
+        ours, truth = (gpu_ot.pot.solve(cost, a, b, reg=0.1, unbalanced=relaxed, tol=1e-11) for cost in (M, C))
         torch.testing.assert_close((ours.value, ours.value_linear), (truth.value, truth.value_linear), rtol=1e-6, atol=1e-9)
-        assert ours.plan is None and isinstance(ours.lazy_plan, LazyPlan)
+        assert ours.plan is None and isinstance(ours.lazy_plan, Plan)
     numpys = gpu_ot.sinkhorn(a.numpy(), b.numpy(), M, **options)
     assert (numpys @ v[:57].numpy()).shape == (63, 2)
 

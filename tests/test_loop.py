@@ -10,8 +10,11 @@ import torch
 from gpu_ot.geometry.dense import Dense
 from gpu_ot.geometry.protocol import Geometry
 from gpu_ot.problem import Problem
-from gpu_ot.solver.annealing import Anneal, Constant
-from gpu_ot.solver.loop import Outcome, Stop, iterate
+from gpu_ot.solver.acceleration import Anderson
+from gpu_ot.solver.annealing import Anneal
+from gpu_ot.solver.criterion import Marginal
+from gpu_ot.solver.loop import sinkhorn
+from gpu_ot.solver.step import Alternating, Start
 
 
 class Halving(Geometry):
@@ -35,7 +38,7 @@ class Halving(Geometry):
 
     plan = pull_back = apply
 
-    def advance(self, problem, g, eps, k):
+    def iterate(self, problem, g, eps, k):
         self.calls.append((eps, k))
         for _ in range(k):
             g, last = (g / 2).clamp(min=self.floor), g
@@ -47,9 +50,10 @@ def square():
     return Problem(torch.zeros(4, 4, dtype=torch.float64), 1.0)
 
 
-def run(geometry, problem, tol=1e-6, max_iter=1000, check_every=10, schedule=None, norm="l1") -> Outcome:
-    start = torch.zeros_like(problem.a)
-    return iterate(geometry, problem, schedule or Constant(problem.eps), start, Stop(tol, norm), max_iter, check_every)
+def run(geometry, problem, tol=1e-6, norm="l1", max_iter=1000, accelerator=None, **settings):
+    step = Alternating(problem, problem.eps, *([accelerator] if accelerator else []))
+    start = Start(torch.zeros_like(problem.a), torch.ones_like(problem.a))
+    return sinkhorn(geometry, step, Marginal(tol, norm), start, max_iter=max_iter, **settings)
 
 
 def test_looks_after_1_11_21(square):
@@ -73,8 +77,27 @@ def test_a_tolerance_below_rounding_ends_as_stalled(square):
     assert outcome.status.name == "stalled" and outcome.n_iter < 100
 
 
+class OneLaunch(Halving):
+    """Like a kernel that runs a block in one launch: it asks the accelerator once a block."""
+
+    single_launch = True
+
+    def run(self, step, state, k):
+        return step.advance(self, state, k)
+
+
+@pytest.mark.parametrize("accelerator", [None, Anderson(gauge=False)], ids=["plain", "mixing"])
+def test_a_backend_is_asked_for_blocks(square, accelerator):
+    """1, 10, 10, ... whatever the accelerator, where one launch runs a block; and the host proposes every g where none does."""
+    for kind, asked in ((OneLaunch, [1, 10, 4]), (Halving, [1, 10, 4] if accelerator is None else [1] * 15)):
+        geometry = kind()
+        outcome = run(geometry, square, tol=0.0, max_iter=15, accelerator=accelerator)
+        assert [k for _, k in geometry.calls] == asked[: len(geometry.calls)]
+        assert outcome.n_iter == sum(k for _, k in geometry.calls) and len(geometry.calls) >= 2
+
+
 class Noisy(Halving):
-    def advance(self, problem, g, eps, k):
+    def iterate(self, problem, g, eps, k):
         self.calls.append((eps, k))
         wobble = 1e-13 * (1.5 + math.sin(7 * len(self.calls)))
         return g, g, g + wobble
@@ -85,7 +108,7 @@ def test_noise_near_the_floor_ends_as_stalled(square):
 
 
 class Exploding(Halving):
-    def advance(self, problem, g, eps, k):
+    def iterate(self, problem, g, eps, k):
         return g, g, g * math.nan
 
 
@@ -101,7 +124,7 @@ def test_the_schedule_comes_first_one_iteration_each(square):
 
 
 def test_the_error_is_the_marginal_error(problem):
-    """b expm1((g - fresh) / eps) is the excess of the column marginal: the stopping test needs no pass over the costs."""
+    """b expm1((g - g_next) / eps) is the excess of the column marginal: the stopping test needs no sweep over the costs."""
     a, b, M = problem(8, 9)
     bound = Problem(M, 0.05, a, b)
     geometry = Dense(M)

@@ -8,7 +8,7 @@ import torch
 import gpu_ot
 from gpu_ot import KL, TV, Euclidean, Problem, SqEuclidean, errors, solve
 from gpu_ot.geometry import select as backends
-from gpu_ot.geometry.resident import Resident, resident_advance
+from gpu_ot.geometry.resident import Resident, resident_iterate
 from gpu_ot.geometry.select import bind
 from problems import rand, weights
 
@@ -33,7 +33,7 @@ def test_it_converges_in_as_many_iterations_as_in_float64():
 def test_the_operator_is_fit_for_torch_compile():
     C, a, b = matrices(6, 5, 2), weights(6, (2,)), weights(5, (2,))
     given = C, a, b, torch.zeros(2, 5, dtype=torch.float64), 0.1, float("inf"), 1.0, 2
-    torch.library.opcheck(resident_advance, given, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(resident_iterate, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_it_refuses_and_why():

@@ -11,6 +11,7 @@ from scipy import stats
 import gpu_ot
 from gpu_ot import KL, TV, Dot, Euclidean, Formula, Matrix, Problem, ProblemError, SqEuclidean
 from gpu_ot.costs import base as costs
+from gpu_ot.solution import plan as plans
 from gpu_ot.solution import solution
 
 EPS = 0.05
@@ -246,8 +247,8 @@ def chi_square(pairs, P):
 @pytest.mark.parametrize("penalty", ["balanced", "kl"])
 @pytest.mark.parametrize("flipped", [False, True])
 def test_pairs_are_drawn_in_proportion_to_the_plan(name, penalty, flipped, monkeypatch):
-    monkeypatch.setattr(solution, "BLOCK", 2**15)  # blocks of draws
-    monkeypatch.setattr(solution, "WIDTH", 7)  # and of columns
+    monkeypatch.setattr(plans, "BLOCK", 2**15)  # blocks of draws
+    monkeypatch.setattr(plans, "WIDTH", 7)  # and of columns
     found = solved(name, penalty)
     plan, P = (found.plan.T, dense_plan(found).mT) if flipped else (found.plan, dense_plan(found))
     pairs = plan.sample(40_000, torch.Generator().manual_seed(3))

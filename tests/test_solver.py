@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpu_ot
-from gpu_ot.geometry.dense import Absorbed, Dense
+from gpu_ot.geometry.absorbed import Absorbed
+from gpu_ot.geometry.dense import Dense
 from gpu_ot.problem import Problem
 
 TIGHT = dict(tol=1e-12, norm="l2", max_iter=5000)

@@ -12,9 +12,8 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from gpu_ot import KL, Cosine, Euclidean, Formula, Problem, ProblemError, SqEuclidean, divergence
+from gpu_ot import KL, Cosine, Euclidean, Formula, Problem, ProblemError, SqEuclidean, divergence, gradients
 from gpu_ot import solve as front_door
-from gpu_ot.gradients import operators as gradients
 from gpu_ot.losses.samples import SamplesLoss, SinkhornLoss
 from gpu_ot.penalties import BALANCED
 from gpu_ot.solve import solve
@@ -54,9 +53,9 @@ def outputs(s):
         "f": (s.f * rand(N, seed=5)).sum(),
         "g": (s.g * rand(M, seed=6)).sum(),
         "plan": (gradients.plan(*at) * rand(N, M, seed=7)).sum(),
-        "plan @ v": gradients.transport(*at, v).square().sum(),
-        "map": gradients.average(s.problem, s.geometry, s.g, v).sin().sum(),
-        "sharp cost": gradients.sharp_cost(*at),
+        "plan @ v": gradients.plan_product(*at, v).square().sum(),
+        "map": gradients.barycentric(s.problem, s.geometry, s.g, v).sin().sum(),
+        "sharp cost": gradients.plan_cost(*at),
     }
 
 

@@ -13,11 +13,10 @@ from problems import weights
 
 pytest.importorskip("triton")
 
-from gpu_ot import Euclidean, Matrix, Problem, SqEuclidean, errors
+from gpu_ot import Euclidean, Matrix, Problem, SqEuclidean, errors, gradients
 from gpu_ot.geometry.dense import Dense
 from gpu_ot.geometry.protocol import weigh
 from gpu_ot.geometry.triton import Streaming, _Captured, streamed_apply, streamed_softmin
-from gpu_ot.gradients import operators as gradients
 from gpu_ot.solve import solve
 
 # A first shift may overflow, which is noticed; the interpreter says so, a GPU does not.

@@ -29,7 +29,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_ot
-from gpu_ot.geometry.dense import SURE, Absorbed
+from gpu_ot.geometry.absorbed import SURE, Absorbed
 
 #: Whatever hands a tensor's numbers to Python, and what moves them to the host.
 READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__complex__")

@@ -1,0 +1,25 @@
+"""What it costs to move a unit of mass from x_i to y_j: the protocol, and the kinds of cost that come with it."""
+
+from .base import Axis, Cost, Folded, Index, Points
+from .clouds import Cosine, Dot, Euclidean, Formula, SqEuclidean
+from .lazy_tensor import Lazy
+from .matrix import Matrix
+from .scale import SCALES
+from .sum import Sum
+
+__all__ = [
+    "SCALES",
+    "Axis",
+    "Cosine",
+    "Cost",
+    "Dot",
+    "Euclidean",
+    "Folded",
+    "Formula",
+    "Index",
+    "Lazy",
+    "Matrix",
+    "Points",
+    "SqEuclidean",
+    "Sum",
+]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..communicator import COLUMNS, ROWS
-from ..costs.base import Cost, Index, Matrix, Points, Sum
+from ..communicator import COLUMNS, ROWS, SHARE, is_dtensor, local
+from ..costs import Cost, Index, Points, Sum
+from ..problem import check_cost
 from .ranks import Ranks, Shares
 
 LAYOUTS = ("auto", "replicated", "ring")
@@ -58,7 +58,7 @@ class Sharded(Cost):
                 raise errors.unknown("layout", layout, LAYOUTS)
             if layout == "ring" and COLUMNS not in sides:
                 raise errors.ProblemError('layout = "ring" passes points on, and a matrix has none: use layout="replicated".')
-            if isinstance(cost, Matrix) and bool(cost.M.isposinf().any()):
+            if cost.stored and bool(cost.dense().isposinf().any()):
                 raise errors.ProblemError(
                     "M holds +inf: forbidden pairs are not known of a matrix that ranks share. Write a large cost instead."
                 )
@@ -71,7 +71,7 @@ class Sharded(Cost):
         if COLUMNS not in sides and len(set(columns)) > 1:
             raise errors.ranks_differ("the number of columns of a matrix", 0, f"{columns[0]}", *_odd(columns))
         self._shares = Shares(ranks, (rows, columns if COLUMNS in sides else None))
-        self._sides = sides
+        self._sides, self.symmetric = sides, cost.symmetric
         size = sum(z.numel() * z.itemsize // max(1, z.shape[-2]) for z, side in self.sided if side == COLUMNS)
         self.layout = layout if layout != "auto" else "ring" if size * self.shape[-1] > REPLICATED_BYTES else "replicated"
 
@@ -97,6 +97,28 @@ class Sharded(Cost):
     @property
     def depth(self) -> int:
         return self.cost.depth
+
+    @property
+    def T(self) -> Cost:
+        raise errors.ProblemError("a cost that ranks share is not turned: swap x and y.")
+
+    def within(self, side: int) -> Sharded:
+        return Sharded(self.cost.within(side), self.ranks.ranks.group, self.layout)
+
+    def typical(self, problem: Any) -> Any:
+        from .geometry import largest
+
+        return largest(problem)
+
+    def geometry(self, problem: Any, bind: Any) -> Any:
+        from .geometry import share_out
+
+        return share_out(problem, bind)
+
+    def describe(self) -> str:
+        rows, columns = (size if size is None else "+".join(map(str, size)) for size in self.ranks.sizes)
+        about = "each holds its rows and all columns" if self.layout == "replicated" else "shares of points go round"
+        return f'rows {rows}, columns {columns or "whole"} on the ranks, layout "{self.layout}": {about}'
 
     def dense(self) -> Tensor:
         raise NotImplementedError(
@@ -169,7 +191,7 @@ class Sharded(Cost):
         if kind == "median":
             raise errors.ProblemError('the "median" of a cost that ranks share is not known: eps=("std", ...), or another scale.')
         found = (0.0, 0.0, 0.0, -math.inf)
-        self.check_points()
+        check_cost(self)  # before points travel
         self.ranks.ranks.exchange(None)  # whoever has just failed is met here, before points travel
         with torch.no_grad():
             for _, piece in self.visits(ROWS):
@@ -206,11 +228,6 @@ class Sharded(Cost):
         given = iter(points)
         return self.cost.of(next(given) if own == side else z.detach() for z, own in self.sided)
 
-    def check_points(self) -> None:
-        """Raises ProblemError for points of this rank that are not finite."""
-        if count := sum(int((~z.isfinite()).sum()) for z in self.inputs.values()):
-            raise errors.broken_cost(" or ".join(self.inputs), count, "entries")
-
     @property
     def sided(self) -> list[tuple[Tensor, int | None]]:
         """The inputs, each with the side that it belongs to."""
@@ -220,9 +237,7 @@ class Sharded(Cost):
         return self.ranks.ranks.gather(z.detach(), self.ranks.sizes[side] or (), dim)
 
 
-def shared(cost: Cost) -> Cost:
-    """The cost, shared where its inputs are DTensors."""
-    return Sharded(cost) if any(is_dtensor(z) for z in cost.inputs.values()) else cost
+SHARE[:] = [Sharded]
 
 
 def localized(cost: Cost) -> Cost:
@@ -232,24 +247,6 @@ def localized(cost: Cost) -> Cost:
     return cost.of(local(name, z) for name, z in cost.inputs.items())
 
 
-def local(name: str, z: Any, dim: int = -2) -> Tensor:
-    """This rank's share of a DTensor that is sharded along `dim`; any other tensor as it is."""
-    if not is_dtensor(z):
-        return z
-    placement = z.placements[0]
-    if len(z.placements) != 1 or not placement.is_shard() or placement.dim % z.ndim != dim % z.ndim:
-        raise errors.ProblemError(
-            f"{name} is a DTensor placed as {z.placements}, and points are shared one dimension of a mesh along axis {dim % z.ndim}: "
-            f"redistribute it to (Shard({dim % z.ndim}),)."
-        )
-    return z.to_local()
-
-
-def is_dtensor(z: object) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(z, module.DTensor)
-
-
 def _group_of(cost: Cost, group: Any) -> Any:
     meshes = [z.device_mesh for z in cost.inputs.values() if is_dtensor(z)]  # type: ignore[attr-defined]
     return meshes[0] if group is None and meshes else group
@@ -257,23 +254,16 @@ def _group_of(cost: Cost, group: Any) -> Any:
 
 def _sides(cost: Cost) -> list[int | None]:
     """The side that each input belongs to: points x or y, or the rows of a matrix."""
-    known = {"x": ROWS, "y": COLUMNS, "M": ROWS}
-    names = [name.split(" of term ")[0] for name in cost.inputs]
-    if isinstance(cost, Sharded) or any(name not in known for name in names) or ("M" in names and len(names) > 1):
+    if cost.sides is None or None in cost.sides:
         raise errors.ProblemError(
             f"a cost of kind {type(cost).__name__} with inputs {', '.join(cost.inputs)} cannot be shared over ranks: known are costs "
             "between clouds x and y, sums of them, and a matrix."
         )
-    return [known[name] for name in names]
+    return list(cost.sides)
 
 
 def _kind(cost: Cost) -> str:
     return " + ".join(f"{weight} {_kind(term)}" for weight, term in cost.terms) if isinstance(cost, Sum) else type(cost).__name__
-
-
-def form(w: Tensor | None) -> tuple[Any, ...]:
-    """What must be the same of the weights on all ranks."""
-    return (tuple(w.shape[:-1]), w.dtype, w.requires_grad) if isinstance(w, Tensor) else (type(w).__name__,)
 
 
 def _form(z: Tensor) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..communicator import COLUMNS, ROWS
-from ..costs.base import Cost
+from ..costs import Cost
 from ..geometry.protocol import Geometry
 from ..penalties import BALANCED, Penalty
 from ..problem import Problem
@@ -74,7 +74,7 @@ class _Spread(Geometry):
         self.inputs = tuple(self.cost.inputs.values())
         self.shares, self.ranks = self.cost.ranks, self.cost.ranks.ranks
         one = machine(_blank(problem, 1, 1))  # what kind of machine it is, also where a rank holds no points
-        self.dtype, self.accelerates, self.rounds = one.dtype, one.accelerates, one.exact is not one
+        self.dtype, self.rounds = one.dtype, one.exact is not one
 
     def share(self, z: Tensor, side: int, dim: int = -1) -> Tensor:
         mine = self.shares.slice(side)
@@ -125,7 +125,6 @@ class Replicated(_Spread):
         with torch.no_grad():
             self.local = self.bound(self.cost.piece(COLUMNS), self.rows, self.columns, penalties)
         self.piece = problem.between(self.cost, problem.a.detach()[..., self.rows], problem.b.detach(), penalties)
-        self.extra = 0
 
     @property
     def exact(self) -> Geometry:
@@ -154,20 +153,21 @@ class Replicated(_Spread):
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
         return self.home(self.pulled(self.all_columns, self.rows, self.columns, False, self.share(k, ROWS), h, eps, self.share(w, ROWS)))
 
-    def first(self, h: Tensor, eps: float) -> Tensor:
-        return self.joined(None if self.local is None else self.local.first(self.share(h, ROWS), eps), h, eps)
+    def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:
+        return self.joined(None if self.local is None else self.local.first(self.share(f, ROWS), self.share(a, ROWS), eps), f, eps)
 
-    def advance(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The pieces advance with both half-steps at once, as fast as their machine can; between them only the columns' softmins travel."""
         f, fresh = self._none(g), g
         for _ in range(k):
             g, part = fresh, None
             if self.local is not None:
-                f, _, part = self.local.advance(self.piece, g, eps, 1)
+                f, _, part = self.local.iterate(self.piece, g, eps, 1)
             fresh = self.penalty.damp(self.joined(part, g, eps), eps)
-        if self.local is not None:
-            self.extra = self.local.extra
         return self.whole(f, ROWS), g, fresh
+
+    def extra_sweeps(self) -> int:
+        return 0 if self.local is None else self.local.extra_sweeps()
 
     def joined(self, s: Tensor | None, like: Tensor, eps: float) -> Tensor:
         """The softmin of the ranks' softmins of the columns."""
@@ -202,7 +202,7 @@ class _Columns(Geometry):
     """`Replicated` seen from its columns: every rank has a part of each sum."""
 
     def __init__(self, upright: Replicated) -> None:
-        self.upright, self.inputs, self.dtype, self.accelerates = upright, upright.inputs, upright.dtype, upright.accelerates
+        self.upright, self.inputs, self.dtype = upright, upright.inputs, upright.dtype
 
     @property
     def T(self) -> Geometry:

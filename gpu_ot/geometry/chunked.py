@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..costs.base import Cosine, Cost, Dot, Euclidean, Folded, Formula, Lazy, Matrix, SqEuclidean, Sum
+from ..costs import Cost, Folded
 from ..problem import Problem, vector_dtype
 from ..vectors import exp, log
 from .products import by_rows
@@ -27,20 +27,22 @@ GPU_ENTRIES = 2**24
 #: Rows that a block spanning all columns must have for both directions to be worth taking from it, and the entries it may grow to.
 FUSED_ROWS, FUSED_ENTRIES = 8, 2**22
 
-_CLOUDS = (SqEuclidean, Euclidean, Dot, Cosine)
-
 #: (rows, cols) -> the exponents of that block, (*batch, rows, cols), for the caller to overwrite
 Exponents = Callable[[slice, slice], Tensor]
 
 
 def refuse(problem: Problem) -> str | None:
     """Why this problem cannot be taken in blocks, or None."""
-    if isinstance(problem.cost, Matrix):
-        return "the cost is a matrix that is already in memory; there is nothing to save"
-    if isinstance(problem.cost, Lazy):
-        return "the cost is a LazyTensor, which KeOps runs without blocks"
-    if problem.cost.fold() is None and (strange := _strangers(problem.cost)):
-        return f"{', '.join(strange)} has no fold(), and how to take rows and columns of it is not known"
+    cost = problem.cost
+    if cost.stored:
+        return f"the cost is {cost.describe()} that is already in memory; there is nothing to save"
+    if cost.backend not in (None, "chunked"):
+        return f'the cost is {cost.describe()}, which "{cost.backend}" runs without blocks'
+    if cost.fold() is None:
+        try:
+            cost.part(slice(0, 1), slice(0, 1))
+        except NotImplementedError as why:
+            return f"it has no fold(), and {why}"
     return None
 
 
@@ -119,7 +121,7 @@ class Chunked(Geometry):
                     on_columns[..., cols] += left[..., rows] @ E
         return on_rows, on_columns
 
-    def advance(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Both half-steps of an iteration from one exponential of each pair.
 
         The last softmin stands in for the rows' maximum, so that a block of rows knows its own update at once, and gives
@@ -220,8 +222,7 @@ class _Folding(_Pairs):
 
     @property
     def T(self) -> _Folding:
-        alpha, beta, u, v = self.inputs
-        return _Folding(Folded(beta, alpha, v, u))
+        return _Folding(Folded(*self.inputs).T)
 
     def exponents(self, k: Tensor, h: Tensor, eps: float) -> Exponents:
         alpha, beta, u, v = self.wide
@@ -265,12 +266,14 @@ class _Sliced(_Pairs):
         """Adds to `grads` what the derivative G (*batch, rows, cols) in this block of C means for the inputs that ask, or for each."""
         part, asked = self._part(self.cost, rows, cols), [z.requires_grad for z in self.inputs]
         asked = asked if any(asked) else [True] * len(asked)
-        leaves = [z.detach().to(G.dtype).requires_grad_(wanted) for z, wanted in zip(part.inputs.values(), asked, strict=True)]
+        into = list(self._part(self.cost.of(grads), rows, cols).inputs.values())
+        windows = len(into) == len(grads) and all(map(_shares_memory, into, grads))  # the part's inputs are views of the whole's
+        inputs, into = (part.inputs.values(), into) if windows else (self.inputs, grads)
+        leaves = [z.detach().to(G.dtype).requires_grad_(wanted) for z, wanted in zip(inputs, asked, strict=True)]
         with torch.enable_grad():
-            C = self._seen(part.of(leaves))
+            C = self._seen(part.of(leaves) if windows else self._part(self.cost.of(leaves), rows, cols))
         found = iter(torch.autograd.grad(C, [z for z in leaves if z.requires_grad], G, allow_unused=True))
-        windows = self._part(self.cost.of(grads), rows, cols).inputs.values()  # views of the gradients
-        for window, wanted in zip(windows, asked, strict=True):
+        for window, wanted in zip(into, asked, strict=True):
             if wanted and (grad := next(found)) is not None:
                 window += grad
 
@@ -281,13 +284,10 @@ class _Sliced(_Pairs):
         return cost.dense().mT if self.transposed else cost.dense()
 
 
+def _shares_memory(part: Tensor, whole: Tensor) -> bool:
+    return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
 def _pairs(cost: Cost) -> _Pairs:
     folded = cost.fold()
     return _Sliced(cost) if folded is None else _Folding(folded)
-
-
-def _strangers(cost: Cost) -> list[str]:
-    """The kinds of cost in `cost` that cannot be bound anew to a part of their points."""
-    if isinstance(cost, Sum):
-        return [name for _, term in cost.terms for name in _strangers(term)]
-    return [] if type(cost) in (*_CLOUDS, Formula, Matrix) else [type(cost).__name__]

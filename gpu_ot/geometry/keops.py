@@ -1,7 +1,7 @@
 """Costs between clouds as KeOps formulas: one compiled loop over all pairs, nothing n by m in memory.
 
-The machine for costs that do not fold on a CUDA device, and for users' own formulas, which receive KeOps' lazy tensors. The first
-sweep of every new formula waits 10 to 30 s for a compiler; the result is kept on disk.
+The backend for costs that do not fold on a CUDA device, and for users' own formulas: any cost that says its `formula` in lazy tensors.
+The first sweep of every new formula waits 10 to 30 s for a compiler; the result is kept on disk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..costs.base import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
+from ..costs import Axis, Cost
 from ..problem import Problem, vector_dtype
 from .chunked import Chunked
 from .protocol import Geometry
@@ -35,8 +35,8 @@ def compiler() -> str | None:
 def refuse(problem: Problem) -> str | None:
     """Why KeOps cannot serve this problem, or None. Imports pykeops only where everything else speaks for it."""
     cost = problem.cost
-    if isinstance(cost, Matrix):
-        return "the cost is a matrix; a formula needs the points"
+    if cost.stored:
+        return f"the cost is {cost.describe()}; a formula needs the points"
     if len(problem.shape) > 2:
         return "it takes one problem at a time, and this is a batch"
     if importlib.util.find_spec("pykeops") is None:
@@ -48,9 +48,12 @@ def refuse(problem: Problem) -> str | None:
     if cost.fold() is not None:
         return None
     try:
-        _lazy(_pykeops(), cost, tuple(cost.inputs.values()), False)
-    except Exception as found:  # the user's own function met a lazy tensor: anything may happen
-        return f"the cost cannot be written with lazy tensors: {found or type(found).__name__}"
+        keops = _pykeops()
+        found = cost.formula(Axis(keops.LazyTensor, 0), Axis(keops.LazyTensor, 1))
+        if not isinstance(found, keops.LazyTensor):
+            raise TypeError(f"its formula is {type(found).__name__}")
+    except Exception as why:  # the user's own function met a lazy tensor: anything may happen
+        return f"the cost cannot be written with lazy tensors: {why or type(why).__name__}"
     return None
 
 
@@ -58,7 +61,8 @@ class Keops(Geometry):
     """A Cost between two clouds, without batch axes, as a lazy formula. O((n + m) d) memory, n m exponentials a sweep.
 
     Potentials come and go in float64. Sweeps run in float64 on a CPU, where KeOps takes the same time for both types (measured,
-    n = 10k, d = 3, 2 cores: 0.52 s and 0.55 s), and in the cost's own type on a GPU. A user's own LazyTensor keeps its type on both.
+    n = 10k, d = 3, 2 cores: 0.52 s and 0.55 s), and in the cost's own type on a GPU. A cost that is written for
+    KeOps, a user's own LazyTensor say, keeps its type on both.
     """
 
     def __init__(self, cost: Cost, transposed: bool = False) -> None:
@@ -66,8 +70,9 @@ class Keops(Geometry):
         self.folded = cost.fold()
         self.inputs = tuple(cost.inputs.values() if self.folded is None else self.folded)
         z = self.inputs[0]
-        self.dtype = vector_dtype(z.device) if z.device.type == "cpu" and not isinstance(cost, Lazy) else z.dtype
-        self.keops = _pykeops()
+        self.dtype = vector_dtype(z.device) if z.device.type == "cpu" and cost.backend != "keops" else z.dtype
+        lazy_tensor = _pykeops().LazyTensor
+        self._i, self._j = Axis(lazy_tensor, 0), Axis(lazy_tensor, 1)
 
     @property
     def T(self) -> Keops:
@@ -122,7 +127,8 @@ class Keops(Geometry):
     def _exponent(self, h: Tensor, eps: float, inputs: tuple[Tensor, ...]) -> tuple[Any, Tensor]:
         """The lazy (h_j - C_ij) / eps for h in units of eps, and what of it depends on the row alone (0 or -alpha / eps)."""
         if self.folded is None:
-            C = _lazy(self.keops, self.cost, inputs, self.transposed)
+            sides = (self._j, self._i) if self.transposed else (self._i, self._j)
+            C = self.cost.of(inputs).formula(*sides)
             return self._j(h.unsqueeze(-1)) - C * (1 / eps), h.new_zeros(())
         alpha, beta, u, v = self._seen(inputs)
         return (self._i(u / eps) | self._j(v)) + self._j((h - beta / eps).unsqueeze(-1)), -alpha / eps
@@ -141,12 +147,6 @@ class Keops(Geometry):
         offset = h.amax()
         offset = torch.where(offset > -torch.inf, offset, 0.0)
         return _finite(h - offset, self.dtype), offset
-
-    def _i(self, z: Tensor) -> Any:
-        return self.keops.LazyTensor(z.contiguous().unsqueeze(1))
-
-    def _j(self, z: Tensor) -> Any:
-        return self.keops.LazyTensor(z.contiguous().unsqueeze(0))
 
 
 def _with_ones(v: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,41 +168,6 @@ def _finite(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     it is added to without overflowing, even twice over in k_i + h_j.
     """
     return exponent.clamp(min=_nothing(dtype)).to(dtype)
-
-
-def _lazy(keops: ModuleType, cost: Cost, inputs: tuple[Tensor, ...], transposed: bool) -> Any:
-    """C_ij as a formula over rows i and columns j, of the `inputs` of the cost in their order."""
-    tensors = iter(inputs)
-
-    def term(cost: Cost) -> Any:
-        if isinstance(cost, Sum):
-            first, *rest = (weight * term(part) for weight, part in cost.terms)
-            return sum(rest, start=first)
-        if isinstance(cost, Matrix):
-            raise TypeError("it holds a matrix")
-        if isinstance(cost, Lazy):
-            own = cost.of([next(tensors) for _ in cost.inputs])
-            return (own.T if transposed else own).C
-        x, y = next(tensors), next(tensors)
-        if isinstance(cost, Cosine):
-            x, y = (torch.nn.functional.normalize(z, dim=-1) for z in (x, y))
-        x, y = (keops.LazyTensor(z.contiguous().unsqueeze(axis)) for z, axis in ((x, 1 - transposed), (y, int(transposed))))
-        if isinstance(cost, Formula):
-            C = cost.function(x, y)
-            if not isinstance(C, keops.LazyTensor):
-                raise TypeError(f"its function returned {type(C).__name__}")
-            return C
-        if isinstance(cost, Euclidean):
-            return (x - y).square().sum(-1).sqrt()
-        if isinstance(cost, SqEuclidean):
-            return (x - y).square().sum(-1)
-        if isinstance(cost, Dot):
-            return -(x | y)
-        if isinstance(cost, Cosine):
-            return 1 - (x | y)
-        raise TypeError(f"{type(cost).__name__} has no formula")
-
-    return term(cost)
 
 
 def _pykeops() -> ModuleType:

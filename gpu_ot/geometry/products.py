@@ -27,8 +27,8 @@ CACHED_BYTES = 2**24
 #: in float64 (3.4 as a batch), 1.2, 1.1, 1.2, 1.3 in float32 (1.7 as a batch).
 BLOCK_BYTES = 2**20
 
-#: scaling(sums, rows) -> u for those rows; None is 1 / sums, the hard constraint
-Scaling = Callable[[Tensor, slice], Tensor] | None
+#: scaling(sums, rows) -> u for those rows, all when left out; None is 1 / sums, the hard constraint
+Scaling = Callable[..., Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Power:
     def damped(cls, f0: Tensor, tau: float, eps: float) -> Power:
         return cls(f0.new_full((1,), 1 / (1 + eps / tau)), f0 / -(tau + eps))
 
-    def __call__(self, sums: Tensor, rows: slice) -> Tensor:
+    def __call__(self, sums: Tensor, rows: slice = slice(None)) -> Tensor:
         return exp(self.c[..., rows] - self.p * log(sums.to(self.c.dtype))).to(sums.dtype)
 
 
@@ -61,6 +61,25 @@ class Products:
         self.pool = ThreadPoolExecutor(self.cores - 1) if large else None
         self.whole_rows = K.device.type == "cuda" and _has_kernel(K)
 
+    def iterate(
+        self, w: Tensor, a: Tensor, b: Tensor, rows: Scaling, columns: Scaling, k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """k iterations s = K w, t = K^T (a rows(s)), w = b columns(t): (s, t, w, the t before) of the last."""
+        before, t = None, w
+        if self.lone and self.cores == 1 and w.ndim == 1 and rows is None and columns is None:  # the small problem: nothing but products
+            K, K_T, s = self.K, self.K.T, a
+            for i in range(k):
+                if i:
+                    before, w = t, b / t
+                s = torch.mv(K, w)
+                t = torch.mv(K_T, a / s)
+            return s, t, w, before
+        s, t = self.both(w, a, rows)
+        for _ in range(k - 1):
+            before, w = t, b / t if columns is None else b * columns(t)
+            s, t = self.both(w, a, rows)
+        return s, t, w, before
+
     def both(self, w: Tensor, a: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
         """s = K w (*batch, n) and t = K^T (a u) (*batch, m), where u = scaling(s)."""
         if self.pool is not None and w.ndim == 1:
@@ -69,7 +88,7 @@ class Products:
         if self.whole_rows and w.shape[:-1] == self.K.shape[:-2] and (scaling is None or isinstance(scaling, Power)):
             return self._by_whole_rows(w, a, scaling)
         s = self.rows(w)
-        return s, self.columns(a / s if scaling is None else a * scaling(s, slice(None)))
+        return s, self.columns(a / s if scaling is None else a * scaling(s))
 
     def rows(self, w: Tensor) -> Tensor:
         """K w (*batch, n)."""

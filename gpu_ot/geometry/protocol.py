@@ -1,8 +1,8 @@
-"""What a machine must offer: a cost bound to two sides, with two verbs and a transpose.
+"""What a backend offers: a cost bound to two sides, with two verbs and a transpose.
 
 A softmin of softmins is a softmin: the reduction is associative over blocks of columns, so one verb serves a stored
-matrix, streamed tiles, lazy formulas and rows spread over ranks. Weights enter through h = g + eps log b, so a machine
-knows no weights, and everything else (gradients, marginals, maps) is `apply`.
+matrix, streamed tiles, lazy formulas and rows spread over ranks. Weights enter through h = g + eps log b, and everything else
+(gradients, marginals, maps) is `apply`. A backend may also run iterations in a way of its own: `iterate` and `run`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +21,15 @@ from ..vectors import log
 
 
 class Geometry(ABC):
-    """A cost bound to its two sides on one machine. Vectors have the type of the potentials, see `problem.vector_dtype`."""
+    """A cost bound to its two sides on one backend. Vectors have the type of the potentials, see `problem.vector_dtype`."""
 
-    #: The type the sweeps run in; what they round to bounds what the loop can reach.
+    #: The type the sweeps run in; its rounding bounds what the loop can reach.
     dtype: torch.dtype
-    #: Sweeps over the pairs made beside those that `advance` is known to make, two an iteration: a kernel formed anew, say.
-    extra: int = 0
-    #: Whether fewer iterations are worth more than faster ones: not where a launch runs many at the price of one.
-    accelerates: bool = True
     #: Whether it holds the n-by-m array, so that others of its size are no burden.
     stored: bool = False
-    #: The tensors that gradients flow to, as the machine holds them: (C,) for a matrix; alpha, beta, u and v, in this order, for a cost
+    #: Whether a block of iterations is one launch: what takes one iteration at a time, such as annealing, does not pay then.
+    single_launch: bool = False
+    #: The tensors that gradients flow to, as the backend holds them: (C,) for a matrix; alpha, beta, u and v, in this order, for a cost
     #: that folds.
     inputs: tuple[Tensor, ...]
 
@@ -40,13 +40,13 @@ class Geometry(ABC):
 
     @property
     def entrywise(self) -> Geometry:
-        """The same cost with the matrix itself as its one input, where the machine holds it: through many sweeps the derivatives in
-        its entries are gathered there, and pulled back to the points once. Otherwise itself."""
+        """The same cost with the matrix as its one input, where the backend holds it; otherwise itself. Through many sweeps derivatives
+        are then gathered in the entries, and pulled back to the points once."""
         return self
 
     @property
     def exact(self) -> Geometry:
-        """The same cost without the rounding that this machine was allowed; itself, where it was allowed none."""
+        """The same cost without the rounding that this backend was allowed; itself, where it was allowed none."""
         return self
 
     @abstractmethod
@@ -58,13 +58,12 @@ class Geometry(ABC):
         """(*batch, m, c) -> (*batch, n, c):  sum_j exp((k_i + h_j - C_ij) / eps) v_j, the plan times a matrix."""
 
     def product(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
-        """`apply` for whoever has the rows of v, and wants those of the result, that belong to the points held here: all of them, unless
-        ranks share them. k and h are whole."""
+        """`apply` on this rank's rows of v, giving this rank's rows of the result; k and h are whole. Without ranks it is `apply`."""
         return self.apply(k, h, eps, v)
 
     @abstractmethod
     def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
-        """(*batch, n, m):  exp((k_i + h_j - C_ij) / eps), for whoever needs the array itself: the rows of the points held here."""
+        """(*batch, n, m):  exp((k_i + h_j - C_ij) / eps), as an array: this rank's rows of it."""
 
     @abstractmethod
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
@@ -73,76 +72,79 @@ class Geometry(ABC):
         Where some of them require a gradient, it may be 0 for the others.
         """
 
-    def first(self, h: Tensor, eps: float) -> Tensor:
-        """The column update of the row potentials h = f + eps log a, from which the loop starts: T.softmin(h)."""
-        return self.T.softmin(h, eps)
+    def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:
+        """T.softmin(f + eps log a), with which the iterations begin: a backend may prepare itself for them."""
+        return self.T.softmin(weigh(f, a, eps), eps)
 
-    def advance(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """k >= 1 iterations from g: (f, g, fresh), where f is the update of the g returned and `fresh` the update of f.
-
-        A machine may override this with something that computes the same faster.
-        """
+    def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """k >= 1 plain iterations from g: (f, g, g_next), where f is the update of the g returned and g_next the update of f."""
         penalty_a, penalty_b = problem.penalties
-        f = fresh = g
+        f = g_next = g
         for _ in range(k):
-            g = fresh
+            g = g_next
             f = penalty_a.damp(self.softmin(weigh(g, problem.b, eps), eps), eps)
-            fresh = penalty_b.damp(self.T.softmin(weigh(f, problem.a, eps), eps), eps)
-        return f, g, fresh
+            g_next = penalty_b.damp(self.T.softmin(weigh(f, problem.a, eps), eps), eps)
+        return f, g, g_next
 
-    def attempt(self, problem: Problem, g: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """One iteration as by `advance`, and a doubt (0-d bool) where it would have to wait for the device to know that it is exact.
+    def run(self, step: Any, state: Any, k: int) -> Any:
+        """The state after k iterations of a step (`gpu_ot.solver.step`), acceleration included."""
+        if plain := step.plain_among(state, k):
+            state = step.moved(self, state, state.g_next, None, plain)
+        for _ in range(k - plain):
+            state = step.advance(self, state)
+        return self.counted(state)
 
-        Where the doubt holds nothing has moved: `fresh` is g, and f means nothing. Whoever learns of it calls `renew`. None: exact.
-        """
-        return *self.advance(problem, g, eps, 1), None
+    def counted(self, state: Any) -> Any:
+        """The state, with the sweeps that the backend made beside those of the iterations."""
+        extra = self.extra_sweeps()
+        return replace(state, n_sweeps=state.n_sweeps + extra) if extra else state
 
-    def renew(self) -> None:
-        """An attempt was in doubt: prepare anew for the next."""
-        raise NotImplementedError(f"{type(self).__name__} leaves no doubt")
+    def extra_sweeps(self) -> int:
+        """Sweeps made beside those of the iterations since this was last asked."""
+        return 0
 
 
 class Attached(Geometry):
-    """A machine, and other tensors of the same values in the place of its inputs: those that derivatives are to flow to."""
+    """A backend with other tensors of the same values in the place of its inputs: those that derivatives are to flow to."""
 
-    def __init__(self, machine: Geometry, inputs: Sequence[Tensor]) -> None:
-        self.machine, self.inputs = machine, tuple(inputs)
-        self.dtype, self.stored, self.accelerates = machine.dtype, machine.stored, machine.accelerates
+    def __init__(self, backend: Geometry, inputs: Sequence[Tensor]) -> None:
+        self.backend, self.inputs = backend, tuple(inputs)
+        self.dtype, self.stored = backend.dtype, backend.stored
 
     @property
     def T(self) -> Attached:
         inputs = self.inputs
-        if folds(self.machine):
+        if folds(self.backend):
             alpha, beta, u, v = inputs
             inputs = beta, alpha, v, u
         elif self.stored:
             inputs = (inputs[0].mT,)
-        return Attached(self.machine.T, inputs)
+        return Attached(self.backend.T, inputs)
 
     def softmin(self, h: Tensor, eps: float) -> Tensor:
-        return self.machine.softmin(h, eps)
+        return self.backend.softmin(h, eps)
 
     def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
-        return self.machine.apply(k, h, eps, v)
+        return self.backend.apply(k, h, eps, v)
 
     def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
-        return self.machine.plan(k, h, eps)
+        return self.backend.plan(k, h, eps)
 
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
-        return self.machine.pull_back(k, h, eps, w)
+        return self.backend.pull_back(k, h, eps, w)
 
 
 def attach(geometry: Geometry, inputs: Sequence[Tensor]) -> Geometry:
     """The geometry with these inputs, whose values are those that it has."""
     if len(inputs) == len(geometry.inputs) and all(new is old for new, old in zip(inputs, geometry.inputs, strict=True)):
         return geometry
-    return Attached(geometry.machine if isinstance(geometry, Attached) else geometry, inputs)
+    return Attached(geometry.backend if isinstance(geometry, Attached) else geometry, inputs)
 
 
 def folds(geometry: Geometry) -> bool:
     """Whether the inputs are alpha, beta, u and v as seen from this side, which then turn with it."""
     if isinstance(geometry, Attached):
-        return folds(geometry.machine)
+        return folds(geometry.backend)
     inputs = geometry.inputs
     return len(inputs) == 4 and inputs[0].ndim + 1 == inputs[2].ndim and geometry.T.inputs[0] is inputs[1]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,27 +21,35 @@ from .dense import Dense
 
 
 class Resident(Dense):
-    """`Dense` in all but `advance`, which is one kernel. C is (n, m), shared by the batch, or (*batch, n, m) with batch axes that
+    """`Dense` in all but `iterate`, which is one launch. C is (n, m), shared by the batch, or (*batch, n, m) with batch axes that
     broadcast to the problem's."""
+
+    single_launch = True
 
     def __init__(self, C: Tensor) -> None:
         super().__init__(C)
         self.C = self.C.contiguous()  # once, and not in every launch
 
-    def advance(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
         a, b = problem.a, problem.b
         if g.shape != b.shape:  # more potentials than problems
-            return super().advance(problem, g, eps, k)
+            return super().iterate(problem, g, eps, k)
         (n, m), batch = self.C.shape[-2:], b.shape[:-1]
         C = self.C if self.C.numel() == n * m else self.C.expand(*batch, n, m)
         tau_a, tau_b = (_tau(penalty) for penalty in problem.penalties)
         a, b, g = (z.reshape(-1, z.shape[-1]) for z in (a, b, g))
-        f, g, fresh = resident_advance(C.reshape(-1, n, m), a, b, g, eps, tau_a, tau_b, k)
-        return f.view(*batch, n), g.view(*batch, m), fresh.view(*batch, m)
+        f, g, g_next = resident_iterate(C.reshape(-1, n, m), a, b, g, eps, tau_a, tau_b, k)
+        return f.view(*batch, n), g.view(*batch, m), g_next.view(*batch, m)
+
+    def run(self, step: Any, state: Any, k: int) -> Any:
+        """One launch: the accelerator is asked once a block, and plain iterations follow, k at the price of one."""
+        if step.one_sided or step.plain_among(state, k):
+            return super().run(step, state, k)
+        return step.advance(self, state, k)
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:
-        """Why this machine cannot serve the problem, or None. Looks at no numbers, and waits for no device."""
+        """Why this backend cannot serve the problem, or None. Looks at no numbers, and waits for no device."""
         device, (n, m) = problem.a.device, problem.shape[-2:]
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"its tensors are on {device}, and Triton's kernels run on a GPU."
@@ -76,20 +85,20 @@ def _tau(penalty: Penalty) -> float:
 
 # As an operator, so that torch.compile passes over the launch instead of breaking its graph there.
 @torch.library.custom_op(
-    "gpu_ot::resident_advance",
+    "gpu_ot::resident_iterate",
     mutates_args=(),
     schema="(Tensor C, Tensor a, Tensor b, Tensor g, float eps, float tau_a, float tau_b, int k) -> (Tensor, Tensor, Tensor)",
 )
-def resident_advance(
+def resident_iterate(
     C: Tensor, a: Tensor, b: Tensor, g: Tensor, eps: float, tau_a: float, tau_b: float, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """f (B, n), g and fresh (B, m) after k iterations, from C (B, n, m) or (1, n, m), a (B, n), b and g (B, m): gpu_ot.kernels.resident."""
+    """f (B, n), g and g_next (B, m) after k iterations, from C (B or 1, n, m), a (B, n), b and g (B, m): gpu_ot.kernels.resident."""
     from ..kernels.resident import iterate  # pyright: ignore[reportMissingImports]
 
-    f, g, fresh, *_ = iterate(C, a, b, g, eps, tau_a=tau_a, tau_b=tau_b, max_iter=k)
-    return f, g, fresh
+    f, g, g_next, *_ = iterate(C, a, b, g, eps, tau_a=tau_a, tau_b=tau_b, max_iter=k)
+    return f, g, g_next
 
 
-@resident_advance.register_fake
+@resident_iterate.register_fake
 def _(C, a, b, g, eps, tau_a, tau_b, k):  # type: ignore[no-untyped-def]
     return g.new_empty(a.shape), g.new_empty(g.shape), g.new_empty(g.shape)

@@ -1,4 +1,4 @@
-"""The machines: each binds a problem's cost to hardware as a Geometry. Which one `auto` takes, and why not the others."""
+"""The backends: each binds a problem's cost to hardware as a Geometry. Which one `auto` takes, and why not the others."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from .. import errors
-from ..costs.base import Lazy, Matrix
-from ..distributed import geometry as sharded
-from ..distributed.costs import Sharded
 from ..problem import Problem, vector_dtype
 from . import chunked, keops
-from .dense import Absorbed, Dense
+from .absorbed import Absorbed
+from .dense import Dense
 from .protocol import Geometry
 from .resident import Resident
 
@@ -26,7 +24,7 @@ from .resident import Resident
 DENSE_BYTES = 2**28
 
 #: Up to this many rows and columns a problem is one program's work on a GPU. Not timed, but counted from the compiled kernel: 24 slots
-#: a pair and iteration are 6 us of one multiprocessor at 256 by 256, where the other machines launch ten kernels of 2-5 us each. At
+#: a pair and iteration are 6 us of one multiprocessor at 256 by 256, where the other backends launch ten kernels of 2-5 us each. At
 #: 1024 by 1024 it is 100 us, which only many problems at once would gain from; a measurement may move this.
 RESIDENT = 256
 
@@ -36,10 +34,10 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class Backend:
-    """One machine, as `bind` and `explain` know it.
+    """One backend, as `bind` and `explain` know it.
 
     refuse   why it cannot serve a problem, or None.
-    bind     the problem's cost as a Geometry of this machine; only called when it does not refuse.
+    bind     the problem's cost as its Geometry; only called when it does not refuse.
     memory   bytes that it needs beside the inputs, about: what it stores and its largest temporaries.
     """
 
@@ -71,7 +69,7 @@ def _matrix_bytes(problem: Problem) -> int:
 def _cloud_bytes(problem: Problem) -> int:
     """One copy of both clouds with the two columns that the folded form adds, in the type of the potentials."""
     n, m = problem.shape[-2:]
-    d = sum(z.shape[-1] for z in problem.cost.inputs.values()) // 2 + 2
+    d = sum(z.shape[-1] for z in problem.cost.inputs.values() if z.ndim) // 2 + 2
     copies = problem.shape.numel() // (n * m)
     return copies * (n + m) * d * vector_dtype(problem.a.device).itemsize
 
@@ -120,18 +118,17 @@ def _fits(problem: Problem) -> bool:
 
 
 def _small(problem: Problem) -> bool:
-    return max(problem.shape[-2:]) <= RESIDENT and (_fits(problem) or isinstance(problem.cost, Matrix))
+    return max(problem.shape[-2:]) <= RESIDENT and (_fits(problem) or problem.cost.stored)
 
 
 #: The first that holds and is not refused. "dense" serves everything, so the last is never out of answers.
 RULES = (
-    Rule(lambda p: isinstance(p.cost, Lazy), "keops", "the cost is a LazyTensor, and KeOps runs it as it is written"),
     Rule(
         lambda p: _on(p, "cuda") and _small(p),
         "resident",
         "the problems are so small that launches take longer than the work, and one launch runs many iterations of all of them",
     ),
-    Rule(lambda p: isinstance(p.cost, Matrix), "dense", "the cost is a matrix that is in memory already"),
+    Rule(lambda p: p.cost.stored, "dense", "the cost is a matrix that is in memory already"),
     Rule(
         _fits,
         "dense",
@@ -159,12 +156,13 @@ def bind(problem: Problem, backend: str = "auto", precision: str = "fp32") -> Ge
 
     Raises ProblemError for a backend that does not exist, BackendError for one that cannot serve this problem, with the reason.
     """
-    if isinstance(problem.cost, Sharded):
-        with torch.no_grad():
-            backend = _named(sharded.largest(problem), backend, precision)
-        return sharded.share_out(problem, lambda piece: bind(piece, backend, precision))
-    backend = _named(problem, backend, precision)
-    return _bind_triton(problem, precision) if backend == "triton" else BACKENDS[backend].bind(problem)
+    with torch.no_grad():
+        name = _named(problem.cost.typical(problem), backend, precision)
+
+    def on_backend(piece: Problem) -> Geometry:
+        return _bind_triton(piece, precision) if name == "triton" else BACKENDS[name].bind(piece)
+
+    return problem.cost.geometry(problem, on_backend)
 
 
 def _named(problem: Problem, backend: str, precision: str) -> str:
@@ -185,15 +183,12 @@ def explain(problem: Problem) -> str:
 
     >>> print(gpu_ot.explain(Problem(SqEuclidean(x, y), eps=0.1)))
     """
-    if isinstance(problem.cost, Sharded):
-        sizes = [size if size is None else "+".join(map(str, size)) for size in problem.cost.ranks.sizes]
-        whole = f"{problem.shape[-2]} by {problem.shape[-1]}, rows {sizes[0]}, columns {sizes[1] or 'whole'} on the ranks"
-        about = "each holds its rows and all columns" if problem.cost.layout == "replicated" else "shares of points go round"
-        return f'{whole}, layout "{problem.cost.layout}": {about}. The largest piece:\n{explain(sharded.largest(problem))}'
+    kind, typical = problem.cost.describe(), problem.cost.typical(problem)
+    if typical is not problem:
+        return f"{problem.shape[-2]} by {problem.shape[-1]}, {kind}. The largest piece:\n{explain(typical)}"
     taken, overruled = _choose(problem)
     *batch, n, m = problem.shape
     count = f"{problem.shape.numel() // (n * m)} problems of " if batch else ""
-    kind = "a matrix" if isinstance(problem.cost, Matrix) else "a cost that folds" if _folds(problem) else "a cost that does not fold"
     lines = [
         f'{count}{n} by {m}, {kind}, {str(problem.dtype).removeprefix("torch.")} on {problem.a.device}: auto takes "{taken.backend}".',
         f"  because {taken.because}",
@@ -209,8 +204,15 @@ def explain(problem: Problem) -> str:
 
 def _choose(problem: Problem) -> tuple[Rule, list[Rule]]:
     """The rule that decides, and those before it that would have if their backends had not refused."""
-    overruled = []
-    for rule in RULES:
+    overruled, own = [], problem.cost.backend
+    if own is not None and own not in BACKENDS:
+        raise errors.unknown("backend of the cost", own, [*BACKENDS])
+    rules = (
+        RULES
+        if own is None
+        else (Rule(lambda p: True, own, f'the cost is {problem.cost.describe()}, and "{own}" runs it as it is written'), *RULES)
+    )
+    for rule in rules:
         if rule.when(problem):
             if BACKENDS[rule.backend].refuse(problem) is None:
                 return rule, overruled
@@ -223,8 +225,8 @@ def _passed_over(name: str, problem: Problem) -> str:
         return 'the readable form of "dense", for tests: slower, and never chosen'
     if name == "resident":
         return f"for problems of up to {RESIDENT} by {RESIDENT} on a GPU"
-    if name == "dense" and isinstance(problem.cost, Lazy):
-        return "whoever passes a LazyTensor wants no n-by-m array"
+    if name == "dense" and problem.cost.backend is not None:
+        return f"whoever passes {problem.cost.describe()} wants no n-by-m array"
     if name == "dense":
         return "slower on this device" if _fits(problem) else f"its n-by-m arrays exceed {DENSE_BYTES >> 20} MiB"
     if name == "keops":

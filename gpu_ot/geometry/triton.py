@@ -37,9 +37,6 @@ class Streaming(Geometry):
     """
 
     dtype = torch.float32
-    #: Clouds of at most this many points run repeated stretches of the loop as CUDA graphs: there the launches of the O(n) vector
-    #: operations cost more than the sweeps. Off: bench/gpu.py checks and times it, and no GPU has run that yet.
-    captured_up_to = 0
 
     def __init__(self, problem: Problem, precision: str = "fp32") -> None:
         from ..kernels.tiles import cloud  # pyright: ignore[reportMissingImports]
@@ -62,11 +59,10 @@ class Streaming(Geometry):
             points = points.detach().reshape(-1, *points.shape[-2:])
             sides.append(_Side(offset.detach().reshape(-1, offset.shape[-1]), points, cloud(points, precision)))
         self.rows, self.columns = sides
-        self._stretches: dict[tuple[float, int], _Captured | None] = {}
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:
-        """Why this machine cannot serve the problem, or None. Looks at no numbers, and waits for no device."""
+        """Why this backend cannot serve the problem, or None. Looks at no numbers, and waits for no device."""
         device = problem.a.device
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton; it exists for Linux)."
@@ -93,7 +89,7 @@ class Streaming(Geometry):
         other.rows, other.columns = self.columns, self.rows
         alpha, beta, u, v = self.inputs
         other.inputs = beta, alpha, v, u
-        other._stretches, other._exact = {}, lambda: self._exact().T
+        other._exact = lambda: self._exact().T
         return other
 
     def softmin(self, h: Tensor, eps: float) -> Tensor:
@@ -133,22 +129,6 @@ class Streaming(Geometry):
         )
         out = out.to(wide.dtype) * (lost / eps).exp().unsqueeze(-1)
         return out.view(*self.batch, *out.shape[1:]).to(h.dtype)
-
-    def advance(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The default, and from the second time for the same eps and k on as one CUDA graph where that is switched on."""
-        if not (g.device.type == "cuda" and k > 1 and max(self.rows.n, self.columns.n) <= self.captured_up_to):
-            return super().advance(problem, g, eps, k)
-        stretch = self._stretches.get((eps, k))
-        if stretch is not None and stretch.problem is problem:
-            return stretch(g)
-        if (eps, k) in self._stretches:
-            try:
-                self._stretches[eps, k] = stretch = _Captured(self, problem, g, eps, k)
-                return stretch(g)
-            except RuntimeError:  # whatever CUDA will not capture runs as it is
-                self.captured_up_to = 0
-        self._stretches[eps, k] = None  # seen once: its kernels are compiled and its shifts in place
-        return super().advance(problem, g, eps, k)
 
     def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
         (alpha, u), (beta, v) = ((side.offset.view(*self.batch, -1), side.seen(self.batch)) for side in (self.rows, self.columns))
@@ -257,35 +237,6 @@ class _Side:
         if cloud.precision != "fp32":
             points = cloud.data[:, : cloud.n, : cloud.d].to(points.dtype) * cloud.unit[:, None, None]
         return points.reshape(*batch, *points.shape[1:])
-
-
-class _Captured:
-    """k iterations of one problem as a CUDA graph, which reads and writes the same memory in every run."""
-
-    def __init__(self, geometry: Streaming, problem: Problem, g: Tensor, eps: float, k: int) -> None:
-        self.problem, self.g, self.eps = problem, g.clone(), eps
-        self.sides = geometry.rows, geometry.columns
-        self.shifts = [torch.zeros_like(side.offset) if side.last is None else side.last.clone() for side in self.sides]
-        self._rejoin()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.out = Geometry.advance(geometry, problem, self.g, eps, k)
-            for shift, side in zip(self.shifts, self.sides, strict=True):
-                assert side.last is not None
-                shift.copy_(side.last)  # where the next run starts
-        self._rejoin()
-
-    def __call__(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self.g.copy_(g)
-        self.graph.replay()
-        self._rejoin()
-        f, g, fresh = (z.clone() for z in self.out)
-        return f, g, fresh
-
-    def _rejoin(self) -> None:
-        """Sweeps outside of the graph go on from its shifts."""
-        for shift, side in zip(self.shifts, self.sides, strict=True):
-            side.last, side.eps = shift, self.eps
 
 
 # As operators, so that torch.compile passes over the launches instead of breaking its graph at them. A cloud crosses as its

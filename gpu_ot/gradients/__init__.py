@@ -1,0 +1,26 @@
+"""How outputs depend on inputs: by the envelope theorem, implicitly, or through the iterations."""
+
+from .coupling import barycentric, plan, plan_cost, plan_product
+from .envelope import dual, pull_dual, refuse_learnable, value
+from .functorch import apart
+from .operators import Differentiable, Each, apply, pull_apply, pull_back, pull_held, pull_softmin, softmin
+
+__all__ = [
+    "Differentiable",
+    "Each",
+    "apart",
+    "apply",
+    "barycentric",
+    "dual",
+    "plan",
+    "plan_cost",
+    "plan_product",
+    "pull_apply",
+    "pull_back",
+    "pull_dual",
+    "pull_held",
+    "pull_softmin",
+    "refuse_learnable",
+    "softmin",
+    "value",
+]

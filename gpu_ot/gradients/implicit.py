@@ -33,7 +33,8 @@ from ..errors import NotConverged
 from ..geometry.protocol import Geometry, attach, weigh
 from ..penalties import Penalty
 from ..problem import Problem
-from .operators import Each, Penalties, apply, dual, pull_apply, pull_dual, pull_softmin, refuse_learnt, softmin
+from .envelope import Penalties, dual, pull_dual, refuse_learnable
+from .operators import Each, apply, pull_apply, pull_softmin, softmin
 
 #: Relative residual of the linear systems, where sweeps run in float64 and where they do not, and the iterations allowed to reach it.
 TOL, TOL_SINGLE, LIMIT = 1e-11, 1e-6, 5000
@@ -51,13 +52,13 @@ def potentials(
 
     As exact as the iterations left f and g. Between hard marginals (f + c, g - c) serves as well: they come back in the gauge
     <a, f> = <b, g>, in which their derivatives are meant. The same freedom is left by TV penalties that clamp nothing; there only what it
-    does not change, the plan and the value, has a derivative. Can be differentiated again wherever `gradients.pull_back` can.
+    does not change, the plan and the value, has a derivative. Can be differentiated again wherever `operators.pull_back` can.
 
     caution  said as a warning in the backward, for potentials that are not converged.
     tol      relative residual of the linear systems; TOL or TOL_SINGLE when left out.
     limit    conjugate-gradient iterations; where they run out, the backward raises NotConverged.
     """
-    refuse_learnt(problem, "implicit")
+    refuse_learnable(problem, "implicit")
     if tol is None:
         tol = TOL if geometry.dtype == torch.float64 else TOL_SINGLE
     system = _System(geometry, geometry.T, problem.penalties, problem.eps, tol, limit, caution)
@@ -73,7 +74,7 @@ def potentials(
 
 
 def value(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
-    """`gradients.value` at the potentials of `potentials`, (*batch,): its first derivatives cost one sweep, as the envelope's do, and see
+    """`envelope.value` at the potentials of `potentials`, (*batch,): its first derivatives cost one sweep, as the envelope's do, and see
     f and g move when they are differentiated again."""
     return _Value.apply(problem.penalties, problem.eps, geometry, f, g, problem.a, problem.b, *geometry.inputs)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..costs.base import SCALES
+from ..costs import SCALES
 from ..errors import ProblemError, unknown
 
 TIMES = ("first", "last", "flatten")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import errors
-from ..costs.base import Cost, Matrix, SqEuclidean
+from ..costs import Cost, Matrix, SqEuclidean
 from ..errors import ProblemError
 from ..losses.samples import held_cost
 from ..penalties import KL

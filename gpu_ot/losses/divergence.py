@@ -7,21 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import errors, transforms
-from ..costs.base import Cosine, Cost, Dot, Euclidean, Matrix, SqEuclidean, Sum
-from ..distributed.costs import Sharded
+from .. import errors, gradients
+from ..costs import Cost
 from ..errors import NotConverged, ProblemError
-from ..geometry.protocol import Geometry, weigh
 from ..geometry.select import bind
-from ..gradients import implicit
-from ..gradients import operators as gradients
 from ..penalties import BALANCED, Penalty
 from ..problem import Problem
-from ..solution.solution import Plan, Solution
-from ..solver.acceleration import Mixing
-from ..solver.annealing import Constant
-from ..solver.loop import Outcome, Progress, Stop, iterate
-from ..solver.status import CONVERGED, MAX_ITER, STALLED, Status
+from ..solution import Plan, Solution
+from ..solve import find
+from ..solver.criterion import Marginal
+from ..solver.status import CONVERGED, Status
+from ..solver.step import Start
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +125,16 @@ def divergence(
             self_a = own(0, cost_aa)
         if self_b is None:
             self_b = own(1, cost_bb)
-        between, value = _between(problem, self_a.f.detach(), backend, grad, Stop(tol), max_iter, accelerate)
+        # At the row potentials of OT(a, a) the dual is at least 1/2 (OT(a, a) + OT(b, b)) - eps/2 (|a| - |b|)^2 for a positive definite
+        # kernel (Feydy et al. 2019, Theorem 1), and plain iterations only raise it: stopped early, the divergence is not negative.
+        # (Accelerated ones are kept for smaller errors, which where measures are that close are larger duals; annealing forgets the start,
+        # and pays only where they are far apart.) For measures that are nearly the same, as late in a training, it is most of the work.
+        start = Start(self_a.f.detach().expand_as(problem.a), problem.a)
+        between = find(
+            problem, backend=backend, grad=_mode(grad), criterion=Marginal(tol), start=start, max_iter=max_iter, accelerate=accelerate
+        )
     masses = problem.a.sum(-1) - problem.b.sum(-1)
-    value = value - (self_a.value + self_b.value) / 2 + eps / 2 * masses.square()
+    value = between.wide_value - (self_a.value + self_b.value) / 2 + eps / 2 * masses.square()
     result = Divergence(value.to(problem.given_dtype), between.f - self_a.f, between.g - self_b.f, between, self_a, self_b)
     if strict and not bool(result.converged.all()):
         raise NotConverged(f"{result.status} (after {result.n_passes} passes over the pairs)")
@@ -171,119 +174,39 @@ def self_term(
     """
     problem = Problem(cost, eps, a, a, penalty)
     _check_symmetric(problem.cost)
-    with torch.autocast(problem.a.device.type, enabled=False):
-
-        def search(problem: Problem) -> tuple[Geometry, Outcome]:
-            geometry = bind(problem, backend)
-            with torch.no_grad():
-                return geometry, symmetric(geometry, problem, Stop(tol), max_iter)
-
-        geometry, end = gradients.apart(problem, search)
-        value, f, _ = _differentiable(problem, geometry, end, grad)
-    return SelfTerm(value, f, end.status, end.converged, end.n_iter, end.n_passes)
+    # C_ii / 2 is the solution for eps -> 0 of costs with exp(-C / eps) positive definite.
+    start = Start(_half_diagonal(problem), problem.a)
+    mode = dict(order="symmetric", backend=backend, grad=_mode(grad))
+    found = find(problem, criterion=Marginal(tol), start=start, max_iter=max_iter, check_every=1, **mode)
+    return SelfTerm(found.wide_value, found.f, found.status, found.converged, found.n_iter, found.n_passes)
 
 
-def symmetric(geometry: Geometry, problem: Problem, stop: Stop, max_iter: int) -> Outcome:
-    """The f with f = T(f), T(f) = damp(softmin(f + eps log a)): the potential of both sides of a measure moved onto itself.
-
-    Not `solver.loop.iterate`: there a column potential is carried across and back, two softmins an iteration, and the pair (f, g) comes
-    near f = g as slowly as two different clouds come near each other. Here both sides move at once, halfway:
-
-        f <- (f + T(f)) / 2,  Feydy et al. 2019, arXiv:1810.08278, section 3.1
-
-    whose derivative, 1/2 (1 - diag(1/a) P) for hard marginals, lies in [0, 1/2] wherever exp(-C / eps) is positive definite: 1/2 a pass
-    at worst, whatever eps. `Mixing` of these updates, which are self-adjoint like the loop's, halves the passes again (measured: 3 to 10
-    to an error of 1e-6, where halving alone takes up to 20). It starts from C_ii / 2, the solution for eps -> 0 of such costs.
-    """
-    a, eps, penalty = problem.a.detach(), problem.eps, problem.penalties[0]
-    mixing = Mixing(problem, eps)
-    mixing.gauge = False  # (f + c, f + c) is another plan, unlike (f + c, g - c)
-    progress, status, errors_seen = Progress(), None, []
-    f = penalty.damp(_half_diagonal(problem), eps)
-    kept, error, done = f, f.new_full(a.shape[:-1], torch.inf), torch.zeros(a.shape[:-1], dtype=torch.bool, device=a.device)
-    sweep = geometry.first  # the transpose's softmin, the same for a symmetric cost, with which a machine may prepare itself
-    for _ in range(max_iter):
-        fresh = penalty.damp(sweep(weigh(f, a, eps), eps), eps)
-        sweep = geometry.softmin
-        found = stop.error(a, (f - fresh) / eps)  # for a hard constraint the L1 error of both marginals
-        worse = done | ~(found < error)
-        kept, error = torch.where(worse.unsqueeze(-1), kept, f), torch.where(worse, error, found)
-        errors_seen.append(error)
-        done = error <= stop.tol
-        floor = stop.floor(a, kept, eps, geometry.dtype)
-        status = progress.judge(progress.signs(error, done, floor, torch.zeros_like(done)).tolist())
-        if status is not None:
-            break
-        f = torch.where(done.unsqueeze(-1), f, mixing.next(f, (f + fresh) / 2))
-    n_iter = len(errors_seen)
-    return Outcome(kept, kept, status or MAX_ITER, done, n_iter, n_iter + geometry.extra, errors_seen)
-
-
-def _between(
-    problem: Problem, start: Tensor, backend: str, grad: str, stop: Stop, max_iter: int, accelerate: str
-) -> tuple[Solution, Tensor]:
-    """The solve of OT(a, b) from the row potentials of OT(a, a), and its value, wide: what is left of it has fewer digits.
-
-    At that start the dual is at least 1/2 (OT(a, a) + OT(b, b)) - eps/2 (|a| - |b|)^2 for a positive definite kernel (Feydy et al. 2019,
-    Theorem 1), and plain iterations only raise it: stopped early, the divergence is not negative. (Accelerated ones are kept for smaller
-    errors, which where measures are that close are larger duals; annealing forgets the start, and pays only where they are far
-    apart.) For measures that are nearly the same, as at the end of a training, it is also most of the work.
-    """
-    start = start.expand_as(problem.a)
-
-    def search(problem: Problem) -> tuple[Geometry, Outcome]:
-        geometry = bind(problem, backend)
-        how = "none" if accelerate == "auto" and not geometry.accelerates else accelerate
-        check_every = 1 if how != "none" and problem.a.device.type == "cpu" else 10
-        with torch.no_grad():
-            rows = weigh(transforms.numbers(start), problem.a.detach(), problem.eps)
-            return geometry, iterate(geometry, problem, Constant(problem.eps), rows, stop, max_iter, check_every, None, how)
-
-    geometry, end = gradients.apart(problem, search)
-    value, f, g = _differentiable(problem, geometry, end, grad)
-    history = torch.stack(end.errors)
-    narrow = value.to(problem.given_dtype)
-    return Solution(problem, geometry, narrow, f, g, end.status, end.converged, end.n_iter, end.n_passes, history), value
-
-
-def _differentiable(problem: Problem, geometry: Geometry, end: Outcome, grad: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(value, f, g), wide, with the derivatives that `grad` says."""
-    if grad == "envelope":
-        return gradients.value(problem, geometry, end.f, end.g), end.f, end.g
-    if grad != "implicit":
+def _mode(grad: str) -> str:
+    if grad not in ("envelope", "implicit"):
         raise errors.unknown("grad", grad, ["envelope", "implicit"])
-    settled = end.status in (CONVERGED, STALLED)
-    f, g = implicit.potentials(problem, geometry, end.f, end.g, caution="" if settled else str(end.status))
-    return implicit.value(problem, geometry, f, g), f, g
+    return grad
 
 
 def _within(cost: Cost, side: int, given: Cost | Tensor | None) -> Cost | Tensor:
     """The cost from one side's points to themselves."""
     if given is not None:
         return given
-    if isinstance(cost, Sum):  # term by term, so that each term's points get their own gradient
-        return Sum(tuple((weight, _own(term, side)) for weight, term in cost.terms))
-    return _own(cost, side)
-
-
-def _own(cost: Cost, side: int) -> Cost:
     try:
-        points = cost.points[side]
+        return cost.within(side)
     except ProblemError:
         name = ("cost_aa", "cost_bb")[side]
         raise ProblemError(
             f"the divergence needs the costs within each measure too, and a cost of kind {type(cost).__name__} does not know them: pass "
             f"{name}, {errors.shape((*cost.shape[:-2], *[cost.shape[side - 2]] * 2))}, or a cost between clouds such as SqEuclidean(x, y)."
         ) from None
-    return cost.at(x=points, y=points)
 
 
 def _half_diagonal(problem: Problem) -> Tensor:
     """(*batch, n) C_ii / 2 where it is at hand, else 0."""
     cost, zeros = problem.cost, torch.zeros_like(problem.a)
     with torch.no_grad():
-        if isinstance(cost, Matrix):
-            diagonal = cost.M.diagonal(dim1=-2, dim2=-1)
+        if cost.stored:
+            diagonal = cost.dense().diagonal(dim1=-2, dim2=-1)
         elif (folded := cost.fold()) is not None:
             diagonal = folded.alpha + folded.beta - (folded.u * folded.v).sum(-1)
         else:
@@ -292,17 +215,14 @@ def _half_diagonal(problem: Problem) -> Tensor:
 
 
 def _check_symmetric(cost: Cost) -> None:
-    """Refuses a cost that is plainly not symmetric, by a look at its first entries; known formulas need none."""
+    """Refuses a cost that is plainly not symmetric, by a look at some of its entries; known formulas need none."""
     n, m = cost.shape[-2:]
     if n != m:
         raise errors.wrong_shape("the cost within a measure", cost.shape, "(*batch, n, n)")
-    inner = cost.cost if isinstance(cost, Sharded) else cost
-    kinds = [term for _, term in inner.terms] if isinstance(inner, Sum) else [inner]
-    if all(type(kind) in (SqEuclidean, Euclidean, Dot, Cosine) for kind in kinds):
+    if cost.symmetric:
         return
-    few = slice(0, 64)
     with torch.no_grad():
-        C = cost.sample(64) if isinstance(cost, Sharded) else cost.part(few, few).dense()
+        C = cost.sample(64, max(1, cost.shape[:-2].numel()))
         C = torch.where(C.isfinite(), C, 0.0)
         gap, size = torch.stack([(C - C.mT).abs().amax(), C.abs().amax()]).tolist()
     if gap > 1e-3 * size:

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import errors, transforms
-from ..costs.base import Cost, Euclidean, Matrix, SqEuclidean
+from .. import errors, gradients, transforms
+from ..communicator import ROWS
+from ..costs import Cost, Euclidean, Matrix, SqEuclidean
 from ..distributed.costs import Sharded
-from ..distributed.geometry import largest
 from ..errors import ProblemError
 from ..geometry.protocol import Geometry, attach, weigh
 from ..geometry.select import BACKENDS
-from ..gradients import operators as gradients
 from ..penalties import KL
 from ..problem import MASS_RTOL_HALF, Problem, float_type, matched, vector_dtype
 from ..solution.solution import Solution
@@ -198,12 +197,12 @@ class SamplesLoss(nn.Module):
                 problem, unit = _between_samples(a, x, b, y, self.p, self.blur, reach, self.group)
                 return problem, (None, None), unit
             cost = _ground(self.cost, x, y)
-            if not isinstance(cost, Cost) or isinstance(cost, Matrix):
+            if cost.stored:
                 raise ProblemError("with group=, cost must be a gpu_ot.Cost between clouds: no rank holds all points for a matrix.")
             return Problem(Sharded(cost, self.group), self.blur**self.p, a, b, KL(reach**self.p)), (None, None), 1.0
         if self.cost is not None:
             problem = Problem(_ground(self.cost, x, y), self.blur**self.p, a, b, KL(reach**self.p))
-            if within is None or not isinstance(problem.cost, Matrix):
+            if within is None or _knows_points(problem.cost):
                 return problem, (None, None), 1.0
             return problem, (_ground(self.cost, x, x), _ground(self.cost, y, y) if within else None), 1.0
         problem, unit = _between_samples(a, x, b, y, self.p, self.blur, reach)
@@ -265,13 +264,13 @@ class SinkhornLoss(nn.Module):
     def forward(self, x: Tensor | Cost, y: Tensor | None = None, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         if not isinstance(x, (Tensor, Cost)):
             raise errors.not_a_tensor("x", x)
-        if isinstance(x, Cost) and y is not None:
+        if not isinstance(x, Tensor) and y is not None:
             raise ProblemError("a Cost is bound to both clouds already: leave y out.")
         device = x.device if isinstance(x, Tensor) else next(iter(x.inputs.values())).device
         rows, columns = self.tau if isinstance(self.tau, tuple) else (self.tau, self.tau)
         rows, columns = (KL(math.inf if tau is None else tau) for tau in (rows, columns))  # pyright: ignore[reportArgumentType]
         with torch.autocast(device.type, enabled=False):
-            cost = x if isinstance(x, Cost) or y is None else self.cost(x, y)
+            cost = self.cost(x, y) if isinstance(x, Tensor) and y is not None else x
             problem = Problem(cost, self.eps, a, b, (rows, columns))
             solution = solve(problem, backend=self.backend, grad=self.grad, tol=self.tol, max_iter=self.max_iter)
             value = held_cost(solution) if self.detach_plan else solution.value
@@ -313,10 +312,10 @@ def _between_samples(
 
 
 def _backend(name: str, problem: Problem) -> str:
-    """geomloss's name in ours: the first machine of that kind that takes the problem. What is a matrix already is not streamed."""
+    """geomloss's name in ours: the first backend of that kind that takes the problem. What is a matrix already is not streamed."""
     if name not in ("tensorized", "online", "multiscale"):
         return name
-    problem = largest(problem) if isinstance(problem.cost, Sharded) else problem
+    problem = problem.cost.typical(problem)
     streaming = ("triton", "keops") if problem.a.is_cuda else ()
     taken = [one for one in (*streaming, "chunked") if BACKENDS[one].refuse(problem) is None]
     return taken[0] if taken and name != "tensorized" else "dense"
@@ -547,11 +546,20 @@ def _real(name: str, w: Tensor | None, z: Tensor, flags: Tensor | None, dtype: t
     return w, z
 
 
-def _ground(cost: Ground, x: Tensor, y: Tensor) -> Cost | Tensor:
+def _ground(cost: Ground, x: Tensor, y: Tensor) -> Cost:
     """The user's cost between two clouds. geomloss always calls its functions with a batch axis."""
     C = cost(x, y) if x.ndim == 3 or isinstance(cost, type) else cost(x.unsqueeze(0), y.unsqueeze(0))
     if not isinstance(C, (Tensor, Cost)):
         raise errors.not_a_tensor("cost(x, y)", C)
-    if x.ndim == 3 or len(C.shape) == 2:
-        return C
-    return C.squeeze(0) if isinstance(C, Tensor) else C.of(z.squeeze(0) for z in C.inputs.values())
+    bound = Matrix(C) if isinstance(C, Tensor) else C
+    if x.ndim == 3 or len(bound.shape) == 2:
+        return bound
+    sides = bound.sides or [ROWS] * len(bound.inputs)
+    return bound.of(z if side is None else z.squeeze(0) for z, side in zip(bound.inputs.values(), sides, strict=True))
+
+
+def _knows_points(cost: Cost) -> bool:
+    try:
+        return cost.points is not None
+    except ProblemError:
+        return False

@@ -1,1 +1,12 @@
-"""The drop-in: POT's functions under POT's own names."""
+"""The drop-in: `import gpu_ot.pot as ot` has every name of POT's, ours where we have it and otherwise POT's own, if POT is installed."""
+
+# ruff: noqa: F401
+
+from . import batch, bregman, solvers, unbalanced
+from .batch import dist_batch, solve_batch, solve_sample_batch
+from .bregman import sinkhorn, sinkhorn2
+from .forwarding import forwarding
+from .solvers import dist, solve, solve_sample
+from .unbalanced import sinkhorn_unbalanced, sinkhorn_unbalanced2
+
+__getattr__, __dir__ = forwarding(__name__, "ot")

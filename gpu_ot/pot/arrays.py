@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..costs.base import Cost, Lazy
+from ..costs import Cost, Lazy
 from ..errors import ProblemError
+from ..problem import float_type
 from .refusals import Elsewhere
 
 #: Where numpy arrays and lists are solved, and from where their results come back. `gpu_ot.patch(device=...)` sets it.
@@ -42,7 +43,7 @@ def take_problem(a: Any, b: Any, M: Any, **others: Any) -> tuple[list[Any], Call
     M may be a Cost, which stays one, or a LazyTensor of KeOps, which becomes one.
     """
     M = lazily(M)
-    if isinstance(M, Cost):
+    if bound := isinstance(M, Cost):
         (ta, tb, *rest), back = take(a=a, b=b, **others)
         back = back if any(is_array(z) for z in (a, b)) else tensors
         found: Any = M
@@ -57,7 +58,12 @@ def take_problem(a: Any, b: Any, M: Any, **others: Any) -> tuple[list[Any], Call
         raise errors.wrong_shape("a", ta.shape, f"({n},) to match M with shape ({n}, {m})")
     if tb is not None and tb.shape[:1] + tb.shape[2:] != (m,):
         raise errors.wrong_shape("b", tb.shape, f"({m},) or ({m}, n_hists) to match M with shape ({n}, {m})")
-    return [ta, tb, found, *rest], back
+    return [ta, tb, found if bound else promoted(found, ta, tb), *rest], back
+
+
+def promoted(M: Tensor, *others: Tensor | None) -> Tensor:
+    """M in the type that all of these promote to, as arrays of several types do. (A Problem has the type of its costs.)"""
+    return M if M.is_complex() else M.to(float_type(M, *(z for z in others if z is not None)))
 
 
 def lazily(M: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,17 +16,14 @@ from torch import Tensor
 
 from .. import errors
 from ..costs.base import Cost
-from ..geometry.protocol import Geometry, weigh
-from ..geometry.select import bind
-from ..gradients import operators as gradients
 from ..problem import Problem, matched
-from ..solve import needs_gradient
-from ..solver.annealing import Anneal, Constant
-from ..solver.loop import Outcome, Stop, iterate
-from ..solver.status import CONVERGED, MAX_ITER, STALLED
-from .arrays import number, take, take_problem
-from .clouds import linear_cost
-from .lazy import LazyPlan
+from ..solve import find, needs_gradient
+from ..solver.annealing import Anneal
+from ..solver.criterion import Marginal
+from ..solver.status import CONVERGED, STALLED
+from ..solver.step import scaled
+from .answer import Answer
+from .arrays import lazily, number, take, take_problem
 from .refusals import unknown_method
 from .refusals import warn as warn_caller
 
@@ -39,113 +35,37 @@ NOT_CONVERGED = (
 PLAIN = 1000
 
 
-@dataclass
-class Transport:
-    """A solved problem in the caller's terms. `many` histograms are a batch in front: (k, n) and (k, m)."""
-
-    problem: Problem
-    geometry: Geometry
-    outcome: Outcome
-    M: Tensor | Cost
-    reg: float
-    many: bool
-    differentiable: bool
-    check_every: int
-    back: Callable[[Tensor], Any]
-
-    def give(self, z: Tensor) -> Any:
-        return self.back(z.to(self.problem.given_dtype))
-
-    @property
-    def k(self) -> Tensor:
-        return weigh(self.outcome.f, self.problem.a, self.problem.eps)
-
-    @property
-    def h(self) -> Tensor:
-        return weigh(self.outcome.g, self.problem.b, self.problem.eps)
-
-    def plan(self) -> Tensor:
-        if self.differentiable:
-            return gradients.plan(self.problem, self.geometry, self.outcome.f, self.outcome.g)
-        return self.geometry.plan(self.k, self.h, self.problem.eps)
-
-    def lazy_plan(self) -> LazyPlan:
-        return LazyPlan(self.problem, self.outcome.f, self.outcome.g, self.back, self.geometry)
-
-    def losses(self) -> Tensor:
-        """<P, M> of each histogram; forbidden pairs carry nothing."""
-        if isinstance(self.M, Cost):
-            return linear_cost(self.problem, self.outcome.f, self.outcome.g)
-        M = torch.where(self.M.isinf(), 0.0, self.M).to(self.problem.dtype)
-        if self.differentiable or not self.many:
-            return (self.plan() * M).sum((-2, -1))
-        # One plan at a time: k of them need not fit together.
-        return torch.stack([(self.geometry.plan(k, h, self.problem.eps) * M).sum() for k, h in zip(self.k, self.h, strict=True)])
-
-    def logarithms(self, scale: float = 1.0) -> tuple[Any, Any]:
-        """scale * (log u, log v), shaped as POT shapes its scalings: (n,), or (n, k)."""
-        u, v = self.scaling_logarithms()
-        return self.give(scale * u), self.give(scale * v)
-
-    def scalings(self) -> dict[str, Any]:
-        u, v = self.scaling_logarithms()
-        return {"u": self.give(u.exp()), "v": self.give(v.exp())}
-
-    def scaling_logarithms(self) -> tuple[Tensor, Tensor]:
-        u, v = self.k / self.problem.eps, self.h / self.problem.eps
-        return (u.mT, v.mT) if self.many else (u, v)
-
-    def err(self) -> list[Any]:
-        """One number a look, at iterations 0, check_every, 2 check_every, ... as POT counts them."""
-        regular = (self.outcome.n_iter - 1) // self.check_every + 1
-        return [self.give(e.amax()) for e in self.outcome.errors[:regular]]
-
-    def story(self) -> dict[str, Any]:
-        """What POT does not tell: how the loop ended."""
-        return {
-            "status": self.outcome.status,
-            "converged": self.back(self.outcome.converged),
-            "n_iter": self.last_iteration,
-            "errors": [self.give(e) for e in self.outcome.errors],
-        }
-
-    @property
-    def last_iteration(self) -> int:
-        return self.outcome.n_iter - 1  # POT counts from 0
-
-
 class Method(NamedTuple):
     """What distinguishes POT's methods in what they return: where u starts, what they measure and when, and their `log`."""
 
-    log: Callable[[Transport], dict[str, Any]]
+    log: Callable[[Answer, float, int], dict[str, Any]]  # of the answer, reg and check_every
     uniform_start: bool = True  # u = 1/n rather than 1: the scale of u and v in `log`
     check_every: int = 10
     joint: bool = True  # several histograms stop together
     potentials: bool = False  # warmstart is (alpha, beta) = reg log(u, v), not log(u, v)
 
 
-def _knopp_log(done: Transport) -> dict[str, Any]:
-    return {"err": done.err(), "niter": done.last_iteration, **done.scalings()}
+def _knopp_log(done: Answer, reg: float, every: int) -> dict[str, Any]:
+    return {"err": done.err(every), "niter": done.last_iteration, **done.scalings()}
 
 
-def _log_log(done: Transport) -> dict[str, Any]:
-    counts = {} if done.many else {"err": done.err(), "niter": done.last_iteration}
+def _log_log(done: Answer, reg: float, every: int) -> dict[str, Any]:
+    counts = {} if done.many else {"err": done.err(every), "niter": done.last_iteration}
     log_u, log_v = done.logarithms()
     return {**counts, "log_u": log_u, "log_v": log_v, **done.scalings()}
 
 
-def _scaling_log(done: Transport) -> dict[str, Any]:
-    alpha, beta = done.logarithms(done.reg)
-    return {"err": done.err(), "niter": done.last_iteration, "alpha": alpha, "beta": beta, "warmstart": (alpha, beta)}
+def _scaling_log(done: Answer, reg: float, every: int) -> dict[str, Any]:
+    alpha, beta = done.logarithms(reg)
+    return {"err": done.err(every), "niter": done.last_iteration, "alpha": alpha, "beta": beta, "warmstart": (alpha, beta)}
 
 
-def _stabilized_log(done: Transport) -> dict[str, Any]:
-    logu, logv = done.logarithms()
-    alpha, beta = done.logarithms(done.reg)
-    return {"err": done.err(), "logu": logu, "logv": logv, "alpha": alpha, "beta": beta, "warmstart": (alpha, beta)}
+def _stabilized_log(done: Answer, reg: float, every: int) -> dict[str, Any]:
+    (logu, logv), (alpha, beta) = done.logarithms(), done.logarithms(reg)
+    return {"err": done.err(every), "logu": logu, "logv": logv, "alpha": alpha, "beta": beta, "warmstart": (alpha, beta)}
 
 
-def _greenkhorn_log(done: Transport) -> dict[str, Any]:
+def _greenkhorn_log(done: Answer, reg: float, every: int) -> dict[str, Any]:
     return done.scalings()
 
 
@@ -183,8 +103,10 @@ def run(
     if method == "sinkhorn_epsilon_scaling":
         numItermax = max(36, numItermax) * numInnerItermax  # POT's stages, each of so many iterations
     done = transport(a, b, M, reg, rules, numItermax, stopThr, verbose, warn, warmstart, accelerate=accelerate)
-    result = done.give(done.losses()) if loss or done.many else done.lazy_plan() if isinstance(done.M, Cost) else done.give(done.plan())
-    return (result, {**rules.log(done), **done.story()}) if log else result
+    told = {**rules.log(done, done.solution.problem.eps * number(done.unit), rules.check_every), **done.story()} if log else {}
+    lazy = isinstance(lazily(M), Cost)
+    result = done.give(done.linear()) if loss or done.many else done.lazy_plan() if lazy else done.plan()
+    return (result, told) if log else result
 
 
 def transport(
@@ -200,7 +122,7 @@ def transport(
     warmstart: Any,
     unroll: bool = True,
     accelerate: bool | None = None,
-) -> Transport:
+) -> Answer:
     """Solve as `rules` say.
 
     unroll      differentiate the potentials through the iterations, which are then POT's to the end, or not at all.
@@ -212,21 +134,17 @@ def transport(
     if tb is not None and many:
         tb = tb.mT
 
-    cost, schedule = tM, None
+    cost, eps, unit, schedule = tM, number(reg), 1.0, None
     if isinstance(tM, Cost):
-        if many or number(reg) == 0 or (isinstance(reg, Tensor) and reg.requires_grad):
-            what = "several histograms" if many else "reg = 0" if number(reg) == 0 else "a gradient in reg"
+        if many or eps == 0 or (isinstance(reg, Tensor) and reg.requires_grad):
+            what = "several histograms" if many else "reg = 0" if eps == 0 else "a gradient in reg"
             raise errors.ProblemError(f"M is a Cost, for which {what} is not available: pass the matrix, M.dense().")
-        eps = number(reg)
     elif isinstance(reg, Tensor) and reg.requires_grad:
-        cost, eps = tM / reg, 1.0  # P depends on M / reg alone, so the gradient in reg is the one in M
-        reg = reg.detach()
-    elif number(reg) == 0:
-        eps = reg = _smallest_eps(tM)
+        cost, eps, unit = tM / reg, 1.0, reg  # P depends on M / reg alone, so the gradient in reg is the one in M
+    elif eps == 0:
+        eps = _smallest_eps(tM)
         schedule = Anneal(1e3 * eps, eps)  # straight at so small an eps, the first iterations would move nothing
         warn_caller(f"Warning: numerical errors at iteration 0. reg = 0 is unregularised transport; this is the plan at reg = {eps:.3g}.")
-    else:
-        eps = reg
     try:
         problem = Problem(cost, eps, ta, tb)
     except errors.UnequalMasses as refusal:
@@ -236,52 +154,24 @@ def transport(
         wa, wb = (torch.full((k,), 1 / k, device=device) if w is None else w for w, k in ((ta, n), (tb, m)))
         problem = Problem(cost, eps, wa, matched(wa.double(), wb.double()).to(wb.dtype))
 
-    geometry = bind(problem)
-    start = _start(problem, rules, warmstart, many, number(reg))
-    differentiable = unroll and needs_gradient(problem)
-    with torch.no_grad():
-        stop = Stop(tol, "l2_joint" if rules.joint else "l2")
-        # A tolerance of 0 cannot be met: it asks for that many of POT's iterations.
-        plain = differentiable or accelerate is False or (accelerate is None and tol <= 0)
-        after = math.inf if plain else 0 if accelerate else PLAIN
-        outcome = _iterate(geometry, problem, schedule or Constant(problem.eps), start, stop, max(max_iter, 1), rules, verbose, after)
-    if differentiable:
-        outcome.f, outcome.g = gradients.unroll(problem, geometry, start, outcome.n_iter)
-    if warn and outcome.status not in (CONVERGED, STALLED):
-        warn_caller(f"{NOT_CONVERGED} Status {outcome.status}")
-    return Transport(problem, geometry, outcome, tM, number(reg), many, differentiable, rules.check_every, back)
-
-
-def _iterate(
-    geometry: Geometry,
-    problem: Problem,
-    schedule: Constant | Anneal,
-    start: Tensor,
-    stop: Stop,
-    max_iter: int,
-    rules: Method,
-    verbose: bool,
-    after: float,
-) -> Outcome:
-    """POT's iterations, and from `after` on (a whole number of looks) accelerated ones, which look where POT does, too."""
-    every = rules.check_every
-    first = max_iter if after >= max_iter else min(max_iter, every * math.ceil(after / every))
-
-    def run(schedule: Constant | Anneal, start: Tensor, done: int, until: int, accelerate: str) -> Outcome:
-        def on_check(n_iter: int, error: Tensor) -> None:
-            if (done + n_iter - 1) % every == 0:
-                _print_progress(done + n_iter, error)
-
-        return iterate(geometry, problem, schedule, start, stop, until - done, every, on_check if verbose else None, accelerate)
-
-    if first == 0:
-        return run(schedule, start, 0, max_iter, "mixing")
-    plain = run(schedule, start, 0, first, "none")
-    if plain.status != MAX_ITER or plain.n_iter >= max_iter:
-        return plain
-    if every > 1:  # the last look was one between POT's
-        plain.errors.pop()
-    return plain.then(run(Constant(problem.eps), weigh(plain.f, problem.a, problem.eps), plain.n_iter, max_iter, "mixing"))
+    replayed = unroll and needs_gradient(problem)
+    # A tolerance of 0 cannot be met: it asks for that many of POT's iterations.
+    plain = replayed or accelerate is False or (accelerate is None and tol <= 0)
+    solution = find(
+        problem,
+        criterion=Marginal(tol, "l2_joint" if rules.joint else "l2"),
+        start=scaled(_start(problem, rules, warmstart, many, eps * number(unit))),
+        max_iter=max(max_iter, 1),
+        check_every=rules.check_every,
+        accelerate="none" if plain else "mixing",
+        after=0 if accelerate else PLAIN,
+        schedule=schedule,
+        on_check=_printed(rules.check_every) if verbose else None,
+        grad="unroll" if replayed else "envelope",
+    )
+    if warn and solution.status not in (CONVERGED, STALLED):
+        warn_caller(f"{NOT_CONVERGED} Status {solution.status}")
+    return Answer(solution, back, unit, many)
 
 
 def _smallest_eps(M: Tensor) -> float:
@@ -312,11 +202,17 @@ def _start(problem: Problem, rules: Method, warmstart: Any, many: bool, reg: flo
     return h.detach().expand_as(problem.a)
 
 
-def _print_progress(n_iter: int, error: Tensor) -> None:
-    at = n_iter - 1
-    if at % 200 == 0:
-        print("{:5s}|{:12s}".format("It.", "Err") + "\n" + "-" * 19)
-    print(f"{at:5d}|{error.amax().item():8e}|")
+def _printed(every: int) -> Callable[[int, Tensor], None]:
+    """Prints POT's table, of the iterations that POT checks."""
+
+    def on_check(n_iter: int, error: Tensor) -> None:
+        at = n_iter - 1
+        if at % 200 == 0:
+            print("{:5s}|{:12s}".format("It.", "Err") + "\n" + "-" * 19)
+        if at % every == 0:
+            print(f"{at:5d}|{error.amax().item():8e}|")
+
+    return on_check
 
 
 OPTIONS = {"numItermax", "stopThr", "verbose", "log", "warn", "warmstart", "print_period", "numInnerItermax", "accelerate"}

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import errors
-from ..gradients import operators as gradients
 from ..problem import Problem
-from ..solution.solution import Solution
-from ..solve import Scaled, needs_gradient, solve
+from ..solve import find
+from ..solver.criterion import Marginal
+from ..solver.step import scaled
+from .answer import Answer
 from .arrays import number, take
-from .clouds import between, transposed
+from .clouds import between
+from .forwarding import forwarding
+from .linear import GRADS, with_gradient
 from .refusals import elsewhere
-from .solvers import GRADS, OTResult, carried, entropy_of, log_weight
+from .result import OTResult
 
 METHODS = ("auto", "log_sinkhorn", "sinkhorn", "proximal")
 REG_TYPES = ("kl", "entropy")
@@ -67,59 +68,28 @@ def solve_batch(
     unroll = grad in ("autodiff", "last_step")
     learnt = isinstance(reg, Tensor) and reg.requires_grad
     problem = Problem(tM / reg if learnt else tM, 1.0 if learnt else number(reg), ta, tb)
-    scale = reg / problem.eps if learnt else 1.0
-    done = _columns_exact(problem, max_iter, tol, unroll)
-    f, g = done.g, done.f
-    with torch.set_grad_enabled(unroll and torch.is_grad_enabled()):
-        P = _plan(problem, done)
-        wide = P.to(f.dtype)
-        rows, columns = wide.sum(-1), wide.sum(-2)
-        value = scale * (carried(rows, f) + carried(columns, g))
-        if reg_type.lower() == "entropy":
-            value = value + scale * problem.eps * (carried(rows, log_weight(problem.a)) + carried(columns, log_weight(problem.b)))
-        u, v = f / problem.eps + log_weight(problem.a), g / problem.eps + log_weight(problem.b)
-        u, v = torch.where(problem.a > 0, u, -torch.inf), torch.where(problem.b > 0, v, -torch.inf)
-    linear = (P * torch.where(tM.isinf(), 0.0, tM).to(P.dtype)).sum((-2, -1))
-    if grad == "envelope" and torch.is_grad_enabled():
-        envelope = scale * gradients.value(transposed(problem), done.geometry, done.f, done.g)
-        if reg_type.lower() == "entropy":
-            envelope = envelope + scale * problem.eps * entropy_of(problem)
-        value = value.detach() + (envelope - envelope.detach())
-
-    def give(z: Tensor) -> Any:
-        return back(z.to(problem.given_dtype))
-
-    return OTResult(
-        value=give(value),
-        value_linear=give(linear),
-        potentials=(give(u.exp()), give(v.exp())) if method == "sinkhorn" else (give(u), give(v)),
-        plan=give(P),
-        log={"n_iter": done.n_iter - 1},
-        status=done.status,
-        converged=back(done.converged),
-        n_iter=done.n_iter - 1,
-        errors=[give(e) for e in done.errors],
-    )
-
-
-def _columns_exact(problem: Problem, max_iter: int, tol: float, unroll: bool) -> Solution:
-    """The solution of the transposed problem, from v = 1."""
-    return solve(
-        transposed(problem),
-        start=Scaled(torch.zeros_like(problem.b)),
-        accelerate="none",
-        grad="unroll" if unroll and needs_gradient(problem) else "envelope",
-        tol=tol,
-        norm="l2",
+    solution = find(
+        problem,
+        order="columns",
+        criterion=Marginal(tol, "l2"),
+        start=scaled(torch.zeros_like(problem.b)),  # v = 1
         max_iter=max(max_iter, 1),
+        grad="unroll" if unroll else "envelope",
     )
-
-
-def _plan(problem: Problem, done: Solution) -> Tensor:
-    """(B, n, m), with a gradient where the potentials have one."""
-    if done.f.requires_grad:
-        return gradients.plan(transposed(problem), done.geometry, done.f, done.g).mT
-    return done.plan.to_dense().mT
+    done, entropy = Answer(solution, back, reg if learnt else 1.0), reg_type.lower() == "entropy"
+    with torch.set_grad_enabled(unroll and torch.is_grad_enabled()):
+        value, P = done.objective(entropy), solution.plan.to_dense()
+        u, v = done.scalings().values() if method == "sinkhorn" else done.logarithms()
+    if grad == "envelope" and torch.is_grad_enabled():
+        value = with_gradient(value, done.optimum(entropy))
+    return OTResult(
+        value=done.give(value),
+        value_linear=done.give(loss_linear_batch(torch.where(tM.isinf(), 0.0, tM), P)),
+        potentials=(u, v),
+        plan=done.give(P),
+        log={"n_iter": done.last_iteration},
+        **done.story(),
+    )
 
 
 def solve_sample_batch(
@@ -203,3 +173,6 @@ def entropy_batch(T, nx=None, eps=1e-16):
         raise errors.wrong_shape("T", (0,), "(B, n, m)")
     some = tT > 0
     return back(-torch.where(some, tT * torch.where(some, tT, 1.0).log(), 0.0).sum((1, 2)))
+
+
+__getattr__, __dir__ = forwarding(__name__, "ot.batch")

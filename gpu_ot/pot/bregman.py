@@ -6,6 +6,7 @@ import torch
 
 from .balanced import METHODS, known, own, run, transport
 from .empirical import empirical_sinkhorn, empirical_sinkhorn2, empirical_sinkhorn_divergence
+from .forwarding import forwarding
 
 __all__ = [
     "empirical_sinkhorn",
@@ -96,14 +97,13 @@ def screenkhorn(
     Alaya et al. 2019, arXiv:1906.08540.
     """
     done = transport(a, b, M, reg, METHODS["sinkhorn"], maxiter, pgtol, verbose, True, None)
-    P = done.plan()
-    mass = P.sum()
-    result = done.give(P / mass)
+    mass = done.solution.transport_mass
+    result = done.give(done.solution.plan.to_dense() / mass)
     if not log:
         return result
-    u, v = (z.exp() for z in done.scaling_logarithms())
-    kept = {name: done.back(torch.ones(z.shape, dtype=torch.bool, device=z.device)) for name, z in (("Isel", u), ("Jsel", v))}
-    return result, {"u": done.give(u / mass), "v": done.give(v), **kept, **done.story()}
+    u, v = done.solution.problem.a, done.solution.problem.b
+    kept = {name: done.back(torch.ones_like(w, dtype=torch.bool)) for name, w in (("Isel", u), ("Jsel", v))}
+    return result, {**done.scalings(mass), **kept, **done.story()}
 
 
 def sinkhorn(a, b, M, reg, method="sinkhorn", numItermax=1000, stopThr=1e-9, verbose=False, log=False, warn=True, warmstart=None, **kwargs):
@@ -139,3 +139,6 @@ def sinkhorn2(
     """
     among = [name for name in METHODS if name not in ("sinkhorn_epsilon_scaling", "greenkhorn")]  # as in POT
     return run(known(method, among), a, b, M, reg, loss=True, **own(locals()))
+
+
+__getattr__, __dir__ = forwarding(__name__, "ot.bregman")

@@ -7,7 +7,6 @@ weights: P = exp(f + g - C / reg).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,64 +14,15 @@ from torch import Tensor
 
 from .. import errors
 from ..problem import Problem
-from ..solution.solution import Solution
-from ..solve import Scaled, needs_gradient, solve
+from ..solve import find
+from ..solver.criterion import Marginal
 from ..solver.status import CONVERGED, STALLED
+from ..solver.step import scaled
+from .answer import Answer
 from .arrays import take
 from .balanced import METHODS, NOT_CONVERGED, known, own, run
-from .clouds import between, linear_cost, transposed
-from .lazy import LazyPlan
+from .clouds import between
 from .refusals import warn as warn_caller
-
-
-@dataclass
-class Streamed:
-    """A solved lazy problem in the caller's terms."""
-
-    problem: Problem
-    solution: Solution  # of the transposed problem
-    back: Callable[[Tensor], Any]
-
-    def give(self, z: Tensor) -> Any:
-        return self.back(z.to(self.problem.given_dtype))
-
-    @property
-    def f(self) -> Tensor:
-        return self.solution.g
-
-    @property
-    def g(self) -> Tensor:
-        return self.solution.f
-
-    def logarithms(self) -> tuple[Any, Any]:
-        """POT's (f, g): log u and log v with P = exp(f + g - C / reg); -inf for an empty atom."""
-        pair = []
-        for z, w in ((self.f, self.problem.a), (self.g, self.problem.b)):
-            logs = z / self.problem.eps + torch.where(w > 0, w, 1.0).log()
-            pair.append(self.give(torch.where(w > 0, logs, -torch.inf)))
-        return pair[0], pair[1]
-
-    def linear(self) -> Tensor:
-        """<P, C>, differentiable in the points and the weights."""
-        return linear_cost(self.problem, self.f, self.g)
-
-    def plan(self) -> LazyPlan:
-        geometry = self.solution.geometry
-        return LazyPlan(self.problem, self.f, self.g, self.back, geometry.T)
-
-    def log(self) -> dict[str, Any]:
-        f, g = self.logarithms()
-        err = [self.give(e.amax()) for e in self.solution.errors]
-        return {"err": err, "u": f, "v": g, "niter": self.solution.n_iter - 1, "lazy_plan": self.plan(), **self.story()}
-
-    def story(self) -> dict[str, Any]:
-        """What POT does not tell: how the loop ended."""
-        return {
-            "status": self.solution.status,
-            "converged": self.back(self.solution.converged),
-            "n_iter": self.solution.n_iter - 1,
-            "errors": [self.give(e) for e in self.solution.errors],
-        }
 
 
 class Limits(NamedTuple):
@@ -84,7 +34,7 @@ class Limits(NamedTuple):
     warn: bool = True
 
 
-def streamed(problem: Problem, back: Callable[[Tensor], Any], limits: Limits, warmstart: Any = None, unroll: bool = True) -> Streamed:
+def streamed(problem: Problem, back: Callable[[Tensor], Any], limits: Limits, warmstart: Any = None, unroll: bool = True) -> Answer:
     """Solve, columns exact, until the L1 error of the rows is small enough; f, g carry a gradient where an input does."""
     start = torch.zeros_like(problem.b)
     if warmstart is not None:
@@ -93,19 +43,23 @@ def streamed(problem: Problem, back: Callable[[Tensor], Any], limits: Limits, wa
             found = () if given is None else given.shape
             raise errors.wrong_shape("warmstart[1]", found, errors.shape(problem.b.shape))
         start = problem.eps * given.detach().to(problem.b)
-    flipped = transposed(problem)
-    solution = solve(
-        flipped,
-        start=Scaled(start),
-        accelerate="none",
-        grad="unroll" if unroll and needs_gradient(problem) else "envelope",
-        tol=limits.tol / float(problem.a.detach().sum()),
+    solution = find(
+        problem,
+        order="columns",
+        criterion=Marginal(limits.tol / float(problem.a.detach().sum())),
+        start=scaled(start),
         max_iter=max(limits.max_iter, 1),
         on_check=_print_progress if limits.verbose else None,
+        grad="unroll" if unroll else "envelope",
     )
     if limits.warn and solution.status not in (CONVERGED, STALLED):
         warn_caller(f"{NOT_CONVERGED} Status {solution.status}")
-    return Streamed(problem, solution, back)
+    return Answer(solution, back)
+
+
+def log_of(done: Answer) -> dict[str, Any]:
+    f, g = done.logarithms()
+    return {"err": done.err(), "u": f, "v": g, "niter": done.last_iteration, "lazy_plan": done.lazy_plan(), **done.story()}
 
 
 def _print_progress(n_iter: int, error: Tensor) -> None:
@@ -166,7 +120,7 @@ def empirical_sinkhorn(
     _check_batch(batchSize)
     problem, back = _problem(X_s, X_t, reg, a, b, metric)
     done = streamed(problem, back, Limits(numIterMax, stopThr, verbose, warn), warmstart)
-    return (*done.logarithms(), done.log()) if log else done.logarithms()
+    return (*done.logarithms(), log_of(done)) if log else done.logarithms()
 
 
 def empirical_sinkhorn2(
@@ -194,7 +148,7 @@ def empirical_sinkhorn2(
     problem, back = _problem(X_s, X_t, reg, a, b, metric)
     done = streamed(problem, back, Limits(numIterMax, stopThr, verbose, warn), warmstart)
     loss = done.give(done.linear())
-    return (loss, done.log()) if log else loss
+    return (loss, log_of(done)) if log else loss
 
 
 def empirical_sinkhorn_divergence(

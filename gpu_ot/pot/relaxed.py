@@ -8,28 +8,26 @@ C = M - reg log(c / a⊗b), whose potentials are the same f and g: any reference
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from .. import errors
-from ..costs.base import Cost
+from .. import errors, gradients
+from ..costs import Cost
 from ..geometry.protocol import Geometry, weigh
-from ..geometry.select import bind
-from ..gradients import operators as gradients
 from ..penalties import KL, TV
 from ..problem import Problem, float_type, matched, vector_dtype
-from ..solve import needs_gradient
+from ..solution import Solution
+from ..solve import find, needs_gradient
+from ..solver.criterion import Change
 from ..solver.status import CONVERGED, STALLED
-from .alternation import Method, State, alternate, print_progress, translated
+from ..solver.step import Start
 from .arrays import lazily, number, take, take_problem
-from .clouds import transposed
 from .refusals import elsewhere, warn
 
 NOT_CONVERGED = (
@@ -44,6 +42,17 @@ ELSEWHERE = {"mm": "ot.unbalanced.mm_unbalanced", "lbfgsb": "ot.unbalanced.lbfgs
 #: POT's callers stop on purpose after 3, 10 or 100 iterations and see what they gave; after that only the end matters.
 PLAIN = 100
 
+
+class Method(NamedTuple):
+    """What distinguishes POT's methods: when they stop, and whether the common constant of (f, g) is set to its optimum."""
+
+    both_sides: bool = True  # the change of u and of v, rather than of u alone
+    check_every: int = 1
+    header_every: int = 50
+    translate: bool = False
+    warns: bool = False
+
+
 METHODS = {
     "sinkhorn": Method(),
     "sinkhorn_stabilized": Method(both_sides=False, check_every=10, header_every=200, warns=True),
@@ -52,13 +61,21 @@ METHODS = {
 }
 
 
+def print_progress(changes: list[Tensor], rules: Method) -> None:
+    for k, change in enumerate(changes):
+        at = k * rules.check_every
+        if at % rules.header_every == 0:
+            print("{:5s}|{:12s}".format("It.", "Err") + "\n" + "-" * 19)
+        print(f"{at:5d}|{float(change.amax()):8e}|")
+
+
 @dataclass
 class Relaxed:
     """A solved problem in the caller's terms. `many` histograms are a batch in front."""
 
-    problem: Problem  # transposed, like its geometry
+    problem: Problem
     geometry: Geometry
-    state: State
+    state: Solution
     M: Tensor
     reg: Tensor | float
     taus: tuple[Tensor | float, Tensor | float]
@@ -74,16 +91,15 @@ class Relaxed:
         return self.back(z.to(self.problem.given_dtype))
 
     @cached_property
-    def _columns(self) -> Tensor:
-        """The plan of the transposed problem, (*batch, m, n)."""
+    def _plan(self) -> Tensor:
         problem, state = self.problem, self.state
         if self.differentiable:
-            return gradients.plan(problem, self.geometry, state.g, state.f)
-        return self.geometry.plan(weigh(state.g, problem.a, problem.eps), weigh(state.f, problem.b, problem.eps), problem.eps)
+            return gradients.plan(problem, self.geometry, state.f, state.g)
+        return self.geometry.plan(weigh(state.f, problem.a, problem.eps), weigh(state.g, problem.b, problem.eps), problem.eps)
 
     def plan(self) -> Tensor:
         """(*batch, n, m)."""
-        return self._columns.mT
+        return self._plan
 
     def linear(self) -> Tensor:
         """<P, M>; forbidden pairs carry nothing."""
@@ -93,7 +109,7 @@ class Relaxed:
         """(log u, log v), (*batch, n) and (*batch, m), with P = c exp(log u + log v - M / reg)."""
         # Where both marginals are hard and the masses unequal, a was rescaled; POT's c was not.
         scale = (
-            self.problem.b.sum(-1, keepdim=True) / self.a.sum(-1, keepdim=True) if self._hard else torch.ones_like(self.state.f[..., :1])
+            self.problem.a.sum(-1, keepdim=True) / self.a.sum(-1, keepdim=True) if self._hard else torch.ones_like(self.state.f[..., :1])
         )
         return self.state.f / self.problem.eps + scale.log(), self.state.g / self.problem.eps
 
@@ -128,7 +144,7 @@ class Relaxed:
         In reg and tau the primal gives them at once: they multiply KL(P | c) and the divergences of the marginals.
         """
         problem, state = self.problem, self.state
-        dual = gradients.value(problem, self.geometry, state.g.detach(), state.f.detach())
+        dual = gradients.value(problem, self.geometry, state.f.detach(), state.g.detach())
         value = dual + number(self.reg) * (self.reference_mass - problem.a.sum(-1) * problem.b.sum(-1))
         with torch.no_grad():
             P, total = self.plan().to(dual.dtype), self.total()
@@ -138,7 +154,7 @@ class Relaxed:
         for factor, term in ((self.reg, divergence), *zip(self.taus, gaps, strict=True)):
             if isinstance(factor, Tensor):
                 value = value + (factor - factor.detach()) * term
-        for tau, kept, wanted in zip(self.taus, (problem.b, problem.a), (self.a, self.b), strict=True):
+        for tau, kept, wanted in zip(self.taus, (problem.a, problem.b), (self.a, self.b), strict=True):
             if number(tau) < math.inf:  # atoms without support pay for staying
                 value = value + number(tau) * (wanted.sum(-1) - kept.sum(-1))
         return value
@@ -234,40 +250,37 @@ def run(
         cost = _with_reference(cost, eps, wa, wb, tc)
     cost = cost.to(dtype)
     sa, sb = _reachable(cost, wa, wb, ta, tb, relaxed)
-    penalties = (penalty(number(taus[0]) / number(scale)), penalty(number(taus[1]) / number(scale)))
+    penalties = tuple(
+        penalty(cast(float, tau / scale if learnt and open_ else number(tau) / number(scale)))
+        for tau, open_ in zip(taus, relaxed, strict=True)
+    )
     try:
         problem = Problem(cost, eps, sa, sb, penalties)
     except errors.UnequalMasses as refusal:
         warn(f"The plan returned has columns b and rows proportional to a: {refusal}")
         problem = Problem(cost, eps, matched(wb, wa).to(dtype), sb, penalties)
-    problem = transposed(problem)
-
-    before = _initial(warmstart, problem)
-    geometry = bind(problem)
+    start = _initial(warmstart, problem)
     differentiable = unroll and (learnt or needs_gradient(problem))
-    with torch.no_grad():
-        start = weigh(before[1], problem.a, eps)
-        state = alternate(geometry, problem, start, before, rules, numItermax, stopThr, log or verbose, after)
+    found = find(
+        problem,
+        order="columns",
+        grad="unroll" if differentiable else "envelope",
+        criterion=Change(stopThr, rules.both_sides, translate_after=after, relative_after=math.inf if rules.translate else after),
+        start=Start(start[1], problem.b, start[0]),
+        max_iter=max(numItermax, 1),
+        check_every=rules.check_every,
+        accelerate="none",
+        leap=rules.both_sides and not (log or verbose),
+    )
     if verbose:
-        print_progress(state.errors, rules)
-    if learnt:
-        soft = _LearntTV if penalty is TV else _LearntKL
-        mine: list[Any] = [soft(cast(float, tau / scale)) if open_ else KL() for tau, open_ in zip(taus, relaxed, strict=True)]
-        problem = copy.copy(problem)
-        object.__setattr__(problem, "penalties", (mine[1], mine[0]))
-    if differentiable:
-        weight = torch.where(problem.a > 0, problem.a, 1.0)  # log has no derivative at 0
-        start = torch.where(problem.a > 0, before[1] + eps * weight.log(), -math.inf)
-        state.g, state.f = gradients.unroll(problem, geometry, start, state.n_iter)
-        if state.n_iter > after:
-            state.f, state.g = translated(problem, state.f, state.g)
-    if rules.warns and state.status not in (CONVERGED, STALLED):
-        warn(f"{NOT_CONVERGED} Status {state.status}")
+        print_progress(list(found.errors), rules)
+    if rules.warns and found.status not in (CONVERGED, STALLED):
+        warn(f"{NOT_CONVERGED} Status {found.status}")
     mass = tc.to(wa).sum() if tc is not None else wa.sum(-1) * wb.sum(-1) * (not entropy)
     return Relaxed(
         problem=problem,
-        geometry=geometry,
-        state=state,
+        geometry=found.geometry,
+        state=found,
         M=tM,
         reg=reg if isinstance(reg, Tensor) and reg.requires_grad else number(reg),
         taus=taus,
@@ -279,22 +292,6 @@ def run(
         differentiable=differentiable,
         back=back,
     )
-
-
-class _LearntKL(KL):
-    """With a finite tau that is a tensor: it passes through `damp` and `reward` like a number, and carries its gradient."""
-
-    @property
-    def balanced(self) -> bool:
-        return False
-
-
-class _LearntTV(TV):
-    """Likewise."""
-
-    @property
-    def balanced(self) -> bool:
-        return False
 
 
 def _is_entropy(reg_type: Any) -> bool:
@@ -354,10 +351,10 @@ def _reachable(
 
 
 def _initial(warmstart: Any, problem: Problem) -> tuple[Tensor, Tensor]:
-    """reg (log u, log v) to start from, zeros when left out. `problem` is the transposed one."""
-    shapes = (problem.b.shape, problem.a.shape)
+    """reg (log u, log v) to start from, zeros when left out."""
+    shapes = (problem.a.shape, problem.b.shape)
     if warmstart is None:
-        return problem.b.new_zeros(shapes[0]), problem.a.new_zeros(shapes[1])
+        return problem.a.new_zeros(shapes[0]), problem.b.new_zeros(shapes[1])
     found = []
     for k, shape in enumerate(shapes):
         (z,), _ = take(warmstart=warmstart[k])

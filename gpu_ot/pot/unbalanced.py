@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import errors
+from .forwarding import forwarding
 from .refusals import unknown_method, warn
 from .relaxed import ELSEWHERE, METHODS, run
 
@@ -134,3 +135,6 @@ def _known(method: str) -> str:
     if method.lower() == "sinkhorn_reg_scaling":
         warn("Method not implemented yet. Using classic Sinkhorn-Knopp")
     return method.lower()
+
+
+__getattr__, __dir__ = forwarding(__name__, "ot.unbalanced")

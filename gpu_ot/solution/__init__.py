@@ -1,0 +1,6 @@
+"""What comes out of a solve."""
+
+from .plan import Plan
+from .solution import Solution
+
+__all__ = ["Plan", "Solution"]

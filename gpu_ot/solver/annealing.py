@@ -1,9 +1,25 @@
-"""Which eps the loop uses when."""
+"""Which eps the loop uses when, and in which blocks it runs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from .acceleration import PLAIN
+from .monitor import Monitor
+from .step import Alternating
+
+#: So many plain iterations tell how fast they converge; annealing is worth its own iterations and `SETTLE` more; and with at most `FEW`
+#: rows or columns acceleration sees so much of the problem at once that it does as well alone. Measured, see bench/FACTS.md.
+PROBE_ITERATIONS, SETTLE, FEW = 6, 16, 32
+#: Of the way from the cost's standard deviation down to eps, in steps of this factor.
+ANNEAL_FACTOR = 0.6
+#: Iterations between which a pairwise criterion is only foretold.
+LEAP = 10
 
 
 @dataclass(frozen=True)
@@ -33,3 +49,80 @@ class Anneal:
         while eps > self.target:
             yield eps
             eps *= self.factor
+
+
+class Block(NamedTuple):
+    """k iterations of a step, run by the backend without the host.
+
+    check    whether the monitor looks at the state after it; "ahead" when it only foretells, and the block is undone if the end is near.
+    fresh    whether the accelerator forgets what it knows; `restart` whether the iterations begin anew from the start.
+    """
+
+    step: Alternating
+    k: int
+    check: bool | str = True
+    fresh: bool = False
+    restart: bool = False
+
+
+def blocks(
+    step: Alternating, monitor: Monitor, schedule: Constant | Anneal, max_iter: int, check_every: int, auto: bool, leap: bool
+) -> Iterator[Block]:
+    """The blocks of a run, of at least one iteration: those on the way to the target, then 1, check_every, check_every, ... at it.
+
+    auto   a few plain iterations first, then eps annealed where they show that this pays.
+    leap   LEAP iterations at a time while the end is not near (plain iterations and a pairwise criterion).
+    """
+    left, warm = max(max_iter, 1), list(schedule.approach())
+    if warm:
+        yield from _descent(step, warm, predict=False)
+        left -= len(warm)
+    elif auto:
+        plain = replace(step, accelerator=PLAIN)
+        for i in range(min(PROBE_ITERATIONS, left)):
+            yield Block(plain, 1, fresh=i == 0)
+        left -= PROBE_ITERATIONS
+        if 0 < len(warm := _worth_annealing(step, monitor)) < left:
+            yield from _descent(step, warm, predict=True)
+            left -= len(warm)
+    while leap and left >= LEAP and not monitor.near:
+        yield Block(step, LEAP, check="ahead")
+        left -= 0 if monitor.near else LEAP
+    k, fresh = 1, True
+    while left > 0:
+        if not monitor.criterion.pairwise or k == 1:
+            yield Block(step, k, fresh=fresh)
+        else:
+            short = k < check_every
+            yield Block(step, k if short else k - 1, check=False)
+            if not short:
+                yield Block(step, 1)
+        left -= k
+        k, fresh = min(check_every, left), False
+
+
+def _descent(step: Alternating, warm: list[float], predict: bool) -> Iterator[Block]:
+    """One iteration at each eps of `warm`, from the start."""
+    for eps, following in zip(warm, [*warm[1:], step.eps], strict=True):
+        yield Block(step.at(eps, following, predict), 1, check=False, restart=eps == warm[0])
+
+
+def _worth_annealing(step: Alternating, monitor: Monitor) -> list[float]:
+    """The eps to pass on the way to the target, where that takes fewer iterations than going on seems to; else none."""
+    problem, errors = step.problem, monitor.errors
+    if min(problem.shape[-2:]) <= FEW or len(errors) < PROBE_ITERATIONS:
+        return []
+    try:
+        spread = problem.cost.sample(32).double()
+    except NotImplementedError:  # a cost of the user's own that cannot be taken apart
+        return []
+    spread = spread[spread.isfinite()]
+    if not len(spread):
+        return []
+    steps = math.ceil(math.log(max(float(spread.std(correction=0)) / step.eps, 1.0)) / -math.log(ANNEAL_FACTOR))
+    before, now = (z.double().clamp(min=1e-300).log() for z in (errors[-3], errors[-1]))
+    rate, criterion = (before - now) / 2, monitor.criterion
+    to_go = torch.where(criterion.met(errors[-1]), 0.0, (now - math.log(max(criterion.tol, 1e-300))) / rate.clamp(min=1e-9))
+    if steps < 2 or float(to_go.amax()) <= steps + SETTLE:
+        return []
+    return [step.eps * ANNEAL_FACTOR**-k for k in range(steps, 0, -1)]

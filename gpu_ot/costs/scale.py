@@ -1,0 +1,62 @@
+"""How large costs are: numbers that a relative eps is a multiple of. 0-d, float64; NaN where no entry is finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+#: What `Cost.scale` knows.
+SCALES = ("std", "mean", "median", "max")
+
+
+def wide(z: Tensor) -> torch.dtype:
+    return torch.float32 if z.device.type == "mps" else torch.float64
+
+
+def largest(blocks: Iterator[Tensor]) -> Tensor:
+    """The largest finite entry of all blocks."""
+    top = torch.stack([torch.where(C.isfinite(), C, -math.inf).amax() for C in blocks]).amax()
+    return torch.where(top.isfinite(), top, math.nan).to(wide(top))
+
+
+def median(sample: Tensor) -> Tensor:
+    """The lower of the middle two finite entries."""
+    sample = sample[sample.isfinite()]
+    return sample.median().to(wide(sample)) if len(sample) else torch.full_like(sample.sum(), math.nan, dtype=wide(sample))
+
+
+def moments(alpha: Tensor, beta: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over all pairs of all problems of C_ij = alpha_i + beta_j - <u_i, v_j>.
+
+    With u = u~ + u', u' the mean, and likewise v:  C_ij = (alpha_i - <u~_i, v'>) + (beta_j - <u', v~_j>) - <u', v'> - <u~_i, v~_j>,
+    four terms without covariance, of which the last has the variance tr(S_u S_v) for the second moments S.
+    """
+    mean_u, mean_v = u.mean(-2, keepdim=True), v.mean(-2, keepdim=True)
+    u, v = u - mean_u, v - mean_v
+    rows, columns = alpha - (u * mean_v).sum(-1), beta - (v * mean_u).sum(-1)
+    S_u, S_v = u.mT @ u / u.shape[-2], v.mT @ v / v.shape[-2]
+    means = rows.mean(-1) + columns.mean(-1) - (mean_u * mean_v).sum((-1, -2))
+    variances = rows.var(-1, correction=0) + columns.var(-1, correction=0) + (S_u * S_v).sum((-1, -2))
+    return means.mean(), variances.mean() + means.var(correction=0)
+
+
+def pooled(blocks: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the finite entries of all blocks, merged as they come. Chan, Golub and LeVeque 1983, equation (2.1)."""
+    count = mean = total = None
+    for block in blocks:
+        z = block[block.isfinite()]
+        z = z.to(wide(z))
+        k = torch.full_like(z.sum(), z.numel())
+        centre = z.sum() / k.clamp(min=1)
+        spread = (z - centre).square().sum()
+        if count is None or mean is None or total is None:
+            count, mean, total = k, centre, spread
+            continue
+        both, gap = (count + k).clamp(min=1), centre - mean
+        total = total + spread + gap.square() * count * k / both
+        mean, count = mean + gap * k / both, count + k
+    assert count is not None and mean is not None and total is not None
+    return torch.where(count > 0, mean, math.nan), torch.where(count > 0, total / count, math.nan)

@@ -1,0 +1,64 @@
+"""The other side of a cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Axis, Cost, Folded, Index, Points
+
+
+class Transposed(Cost):
+    """A cost seen from the other side, for kinds that do not say how they turn."""
+
+    def __init__(self, cost: Cost) -> None:
+        self.cost = cost
+        self.stored, self.backend, self.symmetric = cost.stored, cost.backend, cost.symmetric
+        self.sides = None if cost.sides is None else tuple(None if side is None else 1 - side for side in cost.sides)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return self.cost.inputs
+
+    @property
+    def shape(self) -> torch.Size:
+        *batch, n, m = self.cost.shape
+        return torch.Size((*batch, m, n))
+
+    def dense(self) -> Tensor:
+        return self.cost.dense().mT
+
+    def of(self, inputs: Iterable[Tensor]) -> Cost:
+        return self.cost.of(inputs).T
+
+    def part(self, rows: Index, cols: Index) -> Cost:
+        return self.cost.part(cols, rows).T
+
+    def fold(self) -> Folded | None:
+        folded = self.cost.fold()
+        return None if folded is None else folded.T
+
+    def formula(self, i: Axis, j: Axis) -> Any:
+        return self.cost.formula(j, i)
+
+    @property
+    def points(self) -> tuple[Points, Points]:
+        x, y = self.cost.points
+        return y, x
+
+    def at(self, x: Points | None = None, y: Points | None = None) -> Cost:
+        return self.cost.at(y, x).T
+
+    @property
+    def depth(self) -> int:
+        return self.cost.depth
+
+    @property
+    def T(self) -> Cost:
+        return self.cost
+
+    def to(self, dtype: torch.dtype) -> Cost:
+        return self.cost.to(dtype).T

@@ -1,0 +1,298 @@
+"""The n-by-m matrix in memory with potentials absorbed into a stored kernel,
+
+    K_ij = exp((f0_i + g0_j - C_ij) / eps),
+
+after which an iteration is two matrix-vector products and no exponential. The same iterates as `Dense`, to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..costs import Cost
+from ..penalties import KL, Penalty
+from ..problem import Problem
+from ..vectors import exp, log, to_host
+from .dense import Dense
+from .products import Power, Products, Scaling
+from .protocol import weigh
+
+#: Iterations between two looks at the range of the sums, at most.
+LONGEST_STRIDE = 64
+#: After this many exact iterations, stop waiting for the exactness check.
+SURE = 16
+
+
+@dataclass
+class _Kernel:
+    """What was absorbed, and where: kept in one place for all who look at it, as `plan` may take it away."""
+
+    products: Products | None = None
+    eps: float = math.nan
+    f0: Tensor = field(init=False)
+    g0: Tensor = field(init=False)
+
+
+class Absorbed(Dense):
+    """Matrix-vector products on a stabilised kernel, which is rebuilt when its precision would suffer.
+
+    The kernel is absorbed at g0 and f0 = min_j (C_ij - g0_j), so each row's largest entry is 1 and nothing overflows. Entries
+    under `log_dropped` are stored as 0. A product is exact, to rounding, while every sum it gives is so large that all dropped entries
+    together could not change its last digit; otherwise the kernel is rebuilt at the potentials of the moment, and if that is not enough,
+    the iteration is taken in the log domain. Schmitzer 2019, arXiv:1610.06519, section 3.1.
+
+    Where the host would wait for the device to learn whether products are exact, accelerated iterations go on without knowing once the
+    kernel has been exact SURE times: an inexact one marks the state on the device (`State.inexact`), which then stays where it was, and
+    the next block starts from there with a new kernel.
+    """
+
+    def __init__(self, C: Tensor | Cost) -> None:
+        super().__init__(C)
+        self.kernel = _Kernel()
+        self.stride = 1  # iterations to run before looking at the range; doubled while it holds
+        self._extra = 0
+        self._told: Callable[[], list[float]] | None = None  # whether the last block was inexact, on its way to the host
+        # exp(-64) and exp(-650) keep even K_ij v_j clear of subnormal numbers, which CPUs multiply slowly.
+        self.log_dropped = -64.0 if self.dtype == torch.float32 else -650.0
+        self.safe = math.exp(self.log_dropped) / torch.finfo(self.dtype).eps
+
+    @property
+    def T(self) -> Dense:
+        return _Transposed(self)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the host waits for the device when it looks at a number."""
+        return self.C.is_cuda
+
+    # Iterations.
+
+    def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        f = g_next = g
+        done = 0
+        while done < k:
+            g = g_next
+            new = not self._at(eps)
+            if new:
+                self._absorb(g, eps)
+            step = min(self.stride, k - done)
+            *found, exact = self._multiply(problem, g, eps, step)
+            if bool(exact.item()):
+                f, g, g_next = found
+                done += step
+                self.stride = min(2 * self.stride, LONGEST_STRIDE)
+                continue
+            self._extra += 2 * step
+            if new and step == 1:
+                f, g, g_next = super().iterate(problem, g, eps, 1)
+                done += 1
+            self._drop()
+        return f, g, g_next
+
+    def run(self, step: Any, state: Any, k: int) -> Any:
+        if not self.waits or step.one_sided or step.plain_among(state, k):
+            return super().run(step, state, k)
+        if self._told is not None and self._told()[0]:
+            self._drop()
+            state = replace(state, memory=None)  # the accelerator has seen updates of 0
+        state = replace(state, inexact=None)
+        waiting = _Unchecked(self)
+        for _ in range(k):
+            state = step.advance(waiting if state.n_iter and self._at(step.eps) and self.stride >= SURE else self, state)
+            state = replace(state, inexact=waiting.inexact)
+        self._told = None if waiting.inexact is None else to_host(waiting.inexact.view(1).to(self.dtype))
+        return self.counted(state)
+
+    def extra_sweeps(self) -> int:
+        extra, self._extra = self._extra, 0
+        return extra
+
+    def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:
+        """Absorbed at the start and the cheapest pair of each column, so that the start costs no second round of exponentials."""
+        h = weigh(f, a, eps)
+        finite, level = torch.stack([h.isfinite().all(), (h == h[..., :1]).all()]).tolist()
+        if h.ndim != self.C.ndim - 1 or self._shared(h) or not finite:
+            return super().first(f, a, eps)
+        if level:  # the usual start: no need to subtract before looking for the cheapest
+            g0 = self.C.amin(-2).to(h.dtype) - h[..., :1]
+        else:
+            lows = [(self.C[..., rows, :].to(h.dtype) - h[..., rows].unsqueeze(-1)).amin(-2) for rows in self._blocks(h)]
+            g0 = torch.stack(lows).amin(0)
+        t = self._build(h, g0, eps).K.sum(-2)  # each column holds an entry 1: no precision to lose
+        return g0 - eps * log(t.to(h.dtype))
+
+    def _multiply(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(f, g, g_next) after k iterations by products alone, and whether every sum stayed in the range in which it is exact (0-d)."""
+        products, f0, g0 = self.kernel.products, self.kernel.f0, self.kernel.g0
+        assert products is not None
+        a, b = problem.a.to(self.dtype), problem.b.to(self.dtype)
+        rows, columns = (_Side(penalty, z, eps) for penalty, z in zip(problem.penalties, (f0, g0), strict=True))
+        w = exp((weigh(g, problem.b, eps) - g0) / eps).to(self.dtype)  # column weights times scalings
+        s, t, w, before = products.iterate(w, a, b, rows.scaling, columns.scaling, k)
+        mass = ((a / s) if rows.scaling is None else a * rows.scaling(s)).sum(-1, keepdim=True)
+        # Sinkhorn's steps shrink, so a range that holds at both ends of the k iterations has held between them; anything
+        # that overflowed is still inf or NaN here.
+        exact = (s >= self.safe * w.sum(-1, keepdim=True)).all() & (t >= self.safe * mass).all() & mass.isfinite().all()
+        exact &= s.isfinite().all() & t.isfinite().all()
+        return rows.potential(s), g if before is None else columns.potential(before), columns.potential(t), exact
+
+    def _absorb(self, g: Tensor, eps: float) -> None:
+        """At g and the cheapest pair of each row. Histograms over one cost share the kernel of their mean potential."""
+        extra = g.ndim - (self.C.ndim - 1)
+        g0 = g.mean(tuple(range(extra))) if extra > 0 else g
+        shared = self._shared(g0)
+        g0 = g0.mean(shared, keepdim=True) if shared else g0
+        tops = [self._gaps(g0, rows).amax(-1) for rows in self._blocks(g0)]
+        self._build(-torch.cat(tops, -1), g0, eps)
+
+    def _build(self, f0: Tensor, g0: Tensor, eps: float) -> Products:
+        K = torch.empty_like(self.C, memory_format=torch.contiguous_format)
+        for rows in self._blocks(g0):
+            block = K[..., rows, :].copy_(self._gaps(g0, rows).add_(f0[..., rows].unsqueeze(-1)).div_(eps))
+            torch.threshold_(block, self.log_dropped, -math.inf).exp_()
+        products, kernel = Products(K), self.kernel
+        kernel.products, kernel.f0, kernel.g0, kernel.eps = products, f0, g0, eps
+        self._extra += 1
+        return products
+
+    def _shared(self, g: Tensor) -> list[int]:
+        """The batch axes of g along which there is one cost."""
+        return [i for i, (own, asked) in enumerate(zip(self.C.shape[:-2], g.shape[:-1], strict=True)) if own < asked]
+
+    def _at(self, eps: float) -> bool:
+        """Whether there is a kernel at eps."""
+        return self.kernel.products is not None and eps == self.kernel.eps
+
+    def _drop(self) -> None:
+        self.kernel.products, self.stride = None, 1
+
+    # The verbs, by the kernel where it serves.
+
+    def softmin(self, h: Tensor, eps: float) -> Tensor:
+        sums = self.sums(h, eps)
+        return super().softmin(h, eps) if sums is None else self.kernel.f0 - eps * log(sums.to(h.dtype))
+
+    def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
+        scalings = self.scalings(k, h, eps)
+        if scalings is None or self.kernel.products is None:
+            return super().apply(k, h, eps, v)
+        return (scalings[0].unsqueeze(-1) * (self.kernel.products.K @ (scalings[1].unsqueeze(-1) * v.to(self.dtype)))).to(h.dtype)
+
+    def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
+        """The kernel itself becomes the plan: no second array, and no exponential. What follows absorbs anew."""
+        scalings = self.scalings(k, h, eps)
+        products = self.kernel.products
+        if scalings is None or products is None or k.shape[:-1] != self.C.shape[:-2]:
+            return super().plan(k, h, eps)
+        (u, v), P, self.kernel.products = scalings, products.K, None
+        for rows in self._blocks(h):
+            P[..., rows, :].mul_(u[..., rows].unsqueeze(-1)).mul_(v.unsqueeze(-2))
+        return P
+
+    def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
+        scalings = self.scalings(k, h, eps) if len(self.inputs) == 1 else None
+        if scalings is None:
+            return super().pull_back(k, h, eps, w)
+        return (self.outer(scalings[0] * w.to(self.dtype), scalings[1]),)
+
+    def _products(self, k: Tensor, h: Tensor, eps: float, right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        scalings = self.scalings(k, h, eps)
+        if scalings is None or self.kernel.products is None:
+            return super()._products(k, h, eps, right, left)
+        (u, v), K = (z.unsqueeze(-2) for z in scalings), self.kernel.products.K
+        return None if right is None else u * ((v * right) @ K.mT), None if left is None else v * ((u * left) @ K)
+
+    def sums(self, h: Tensor, eps: float, *, columns: bool = False) -> Tensor | None:
+        """The kernel times the scaling of h, from whichever side; None when there is no kernel at eps or the product is not exact."""
+        kernel = self.kernel
+        if kernel.products is None or not self._at(eps):
+            return None
+        w = exp((h - (kernel.f0 if columns else kernel.g0)) / eps).to(self.dtype)
+        sums = kernel.products.columns(w) if columns else kernel.products.rows(w)
+        info = torch.finfo(self.dtype)
+        least = (self.safe * w.sum(-1, keepdim=True)).clamp(min=info.tiny / info.eps)  # below it, scalings that underflowed would count
+        exact = (sums >= least) & sums.isfinite()
+        return sums if bool(exact.all().item()) else None
+
+    def scalings(self, k: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        """(u, v) with exp((k_i + h_j - C_ij) / eps) = u_i K_ij v_j; None when there is no kernel at eps, or the range is left."""
+        if not self._at(eps):
+            return None
+        u, v = exp((k - self.kernel.f0) / eps).to(self.dtype), exp((h - self.kernel.g0) / eps).to(self.dtype)
+        return (u, v) if bool((u.isfinite().all() & v.isfinite().all()).item()) else None
+
+    def outer(self, u: Tensor, v: Tensor) -> Tensor:
+        """u_i K_ij v_j, summed over what the batch has beyond C."""
+        assert self.kernel.products is not None
+        return (self.kernel.products.K * u.unsqueeze(-1)).mul_(v.unsqueeze(-2)).sum_to_size(self.C.shape)
+
+
+class _Unchecked:
+    """Single iterations of an absorbed kernel that nobody waits for. An inexact one moves nothing, and says so in `inexact`."""
+
+    def __init__(self, geometry: Absorbed) -> None:
+        self.geometry, self.inexact = geometry, None
+
+    def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        f, _, g_next, exact = self.geometry._multiply(problem, g, eps, k)
+        self.inexact = ~exact if self.inexact is None else self.inexact | ~exact
+        return torch.where(exact, f, self.geometry.kernel.f0), g, torch.where(exact, g_next, g)
+
+
+class _Transposed(Dense):
+    """An absorbed kernel seen from the other side."""
+
+    def __init__(self, upright: Absorbed) -> None:
+        super().__init__(upright.C.mT, upright._turned)
+        self.upright = upright
+
+    @property
+    def T(self) -> Dense:
+        return self.upright
+
+    def softmin(self, h: Tensor, eps: float) -> Tensor:
+        sums = self.upright.sums(h, eps, columns=True)
+        return super().softmin(h, eps) if sums is None else self.upright.kernel.g0 - eps * log(sums.to(h.dtype))
+
+    def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
+        scalings = self.upright.scalings(h, k, eps)
+        if scalings is None or self.upright.kernel.products is None:
+            return super().apply(k, h, eps, v)
+        u, w = scalings
+        return (w.unsqueeze(-1) * (self.upright.kernel.products.K.mT @ (u.unsqueeze(-1) * v.to(self.dtype)))).to(h.dtype)
+
+    def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
+        scalings = self.upright.scalings(h, k, eps) if len(self.inputs) == 1 else None
+        if scalings is None:
+            return super().pull_back(k, h, eps, w)
+        return (self.upright.outer(scalings[0], scalings[1] * w.to(self.dtype)).mT,)
+
+    def _products(self, k: Tensor, h: Tensor, eps: float, right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        on_columns, on_rows = self.upright._products(h, k, eps, left, right)
+        return on_rows, on_columns
+
+
+class _Side:
+    """One side of an iteration on the absorbed kernel: from the kernel's sums to its scaling, and to its potential.
+
+    scaling   None for 1 / sums, the hard constraint: no logarithm needed.
+    """
+
+    def __init__(self, penalty: Penalty, offset: Tensor, eps: float) -> None:
+        self.penalty, self.offset, self.eps = penalty, offset, eps
+        self.scaling: Scaling = None
+        if not penalty.balanced:
+            self.scaling = Power.damped(offset, penalty.tau, eps) if isinstance(penalty, KL) else self._scaling
+
+    def potential(self, sums: Tensor, part: slice = slice(None)) -> Tensor:
+        offset = self.offset[..., part]
+        return self.penalty.damp(offset - self.eps * log(sums.to(offset.dtype)), self.eps)
+
+    def _scaling(self, sums: Tensor, part: slice = slice(None)) -> Tensor:
+        return exp((self.potential(sums, part) - self.offset[..., part]) / self.eps).to(sums.dtype)

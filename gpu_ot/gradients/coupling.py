@@ -1,0 +1,76 @@
+"""Functions of the plan, differentiable in the potentials, the weights and the cost."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..costs import Cost
+from ..geometry.protocol import Geometry, folds
+from ..problem import Problem
+from .operators import apply, exponentials, softmin
+
+
+def plan(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
+    """a_i b_j exp((f_i + g_j - C_ij) / eps) as a differentiable array (*batch, n, m)."""
+    return _plan(f, g, problem.a, problem.b, _matrix(problem, geometry), problem.eps)
+
+
+def _matrix(problem: Problem, geometry: Geometry) -> Tensor:
+    """C as the geometry knows it, which for a folded form can be differentiated any number of times."""
+    if geometry.stored and len(geometry.inputs) == 1:
+        return geometry.inputs[0]
+    if not geometry.stored and folds(geometry):
+        alpha, beta, u, v = geometry.inputs
+        return alpha.unsqueeze(-1) + beta.unsqueeze(-2) - u @ v.mT
+    return problem.cost.dense()
+
+
+def _plan(f: Tensor, g: Tensor, a: Tensor, b: Tensor, C: Tensor, eps: float) -> Tensor:
+    return a.unsqueeze(-1) * b.unsqueeze(-2) * exponentials(f, g, C, eps, a == 0, b == 0)
+
+
+def plan_product(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor, v: Tensor, transposed: bool = False) -> Tensor:
+    """The plan times v (*batch, m, c), or its transpose times v (*batch, n, c), differentiable in f, g, v, the weights and the cost.
+
+    No n-by-m array is formed.
+    """
+    rows, columns = ((torch.where(z.isfinite(), z, -math.inf), w.unsqueeze(-1)) for z, w in ((f, problem.a), (g, problem.b)))
+    if transposed:
+        rows, columns, geometry = columns, rows, geometry.T
+    return rows[1] * apply(geometry, rows[0], columns[0], problem.eps, columns[1] * v)
+
+
+def barycentric(problem: Problem, geometry: Geometry, g: Tensor, v: Tensor) -> Tensor:
+    """sum_j P_ij v_j / sum_j P_ij in (*batch, n, c), NaN for a row that may go nowhere, as differentiable as `plan_product`."""
+    s = softmin(geometry, g, problem.b, problem.eps)  # each row's own total, so that rows without weight have an image too
+    sent = apply(geometry, torch.where(s.isfinite(), s, 0.0), g, problem.eps, problem.b.unsqueeze(-1) * v)
+    return torch.where(s.isfinite().unsqueeze(-1), sent, math.nan)
+
+
+def plan_cost(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
+    """<P, C> in (*batch,), differentiable in f, g, the weights and the cost; an n-by-m array only where the geometry holds one."""
+    if geometry.stored:
+        return _inner(f, g, problem.a, problem.b, _matrix(problem, geometry), problem.eps)
+    if folds(geometry):
+        alpha, beta, u, v = (z.to(f.dtype) for z in geometry.inputs)
+        columns = torch.cat((torch.ones_like(beta).unsqueeze(-1), beta.unsqueeze(-1), v), -1)
+        sent = plan_product(problem, geometry, f, g, columns)
+        return (alpha * sent[..., 0] + sent[..., 1] - (u * sent[..., 2:]).sum(-1)).sum(-1)
+
+    def strip(f: Tensor, g: Tensor, a: Tensor, b: Tensor, part: Cost, *inputs: Tensor) -> Tensor:
+        return _inner(f, g, a, b, part.of(inputs).dense(), problem.eps)
+
+    from torch.utils.checkpoint import checkpoint  # its first use imports for seconds
+
+    parts = []
+    for rows, part in problem.cost.strips():  # one strip at a time is in memory, also on the way back
+        arguments = (f[..., rows], g, problem.a[..., rows], problem.b, part, *part.inputs.values())
+        parts.append(checkpoint(strip, *arguments, use_reentrant=False))
+    return torch.stack(parts).sum(0)
+
+
+def _inner(f: Tensor, g: Tensor, a: Tensor, b: Tensor, C: Tensor, eps: float) -> Tensor:
+    return (_plan(f, g, a, b, C, eps) * torch.where(C.isfinite(), C, 0.0)).sum((-1, -2))

@@ -1,0 +1,223 @@
+"""The plan as a cost and two potentials: products, marginals, entries and draws, computed where they are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import errors, gradients
+from ..communicator import ALONE, ROWS, Alone
+from ..costs.base import BLOCK, Cost
+from ..distributed.costs import Sharded
+from ..errors import ProblemError
+from ..geometry.protocol import Geometry
+from ..problem import Problem
+
+#: Columns of a block that partners are drawn from: many draws are made at once, and long rows of costs in pieces.
+WIDTH = 2**10
+
+
+class Live(NamedTuple):
+    """Potentials that carry derivatives, and what they solve."""
+
+    problem: Problem
+    geometry: Geometry
+    f: Tensor
+    g: Tensor
+
+    def held(self) -> Live:
+        """The problem of the rows whose points are held here and all columns."""
+        problem, cost, ranks = self.problem, self.problem.cost, self.problem.cost.ranks
+        if not isinstance(cost, Sharded):
+            return self
+        a, b = ranks.share(problem.a, ROWS), ranks.apart(problem.b)
+        return Live(problem.between(cost.rows(), a, b), self.geometry, ranks.share(self.f, ROWS), ranks.apart(self.g))
+
+
+class Plan:
+    """P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps), computed where it is needed and never stored.
+
+    `P @ v`, `P.T @ v`, `marginals` and `sum` are sweeps over the cost; `P[rows, columns]` and `diagonal` form entries, `sample` draws
+    matched pairs; `to_dense()` is the (*batch, n, m) array. Internally P_ij = exp((k_i + h_j - C_ij) / eps), k = f + eps log a and h alike.
+    Detached; of a solution by grad="implicit" or "unroll", products, sums and the array carry its derivatives.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        k: Tensor,
+        h: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        cost: Cost | None = None,
+        flipped: bool = False,
+        live: Live | None = None,
+    ) -> None:
+        self._geometry, self._k, self._h, self._eps, self.dtype = geometry, k, h, eps, dtype
+        self._own_cost, self._flipped, self._live = cost, flipped, live  # flipped: rows of the plan are columns of the cost
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self._k.shape, self._h.shape[-1]))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def T(self) -> Plan:
+        return Plan(self._geometry.T, self._h, self._k, self._eps, self.dtype, self._own_cost, not self._flipped, self._live)
+
+    def to_dense(self) -> Tensor:
+        if self._live is None:
+            with torch.no_grad():
+                return self._geometry.plan(self._k, self._h, self._eps).to(self.dtype)
+        if self._flipped and isinstance(self._live.problem.cost, Sharded):
+            raise ProblemError("with derivatives, ranks that share the points hold rows of the plan: transpose them, P.to_dense().mT.")
+        problem, geometry, f, g = self._live.held()
+        P = gradients.plan(problem, geometry, f, g)
+        return (P.mT if self._flipped else P).to(self.dtype)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """Some rows and columns, (*batch, n', m'): ints and slices of the last two axes, which both stay; the columns may be left out."""
+        rows, columns = (*key, slice(None))[:2] if isinstance(key, tuple) else (key, slice(None))
+        (*batch, n, m), columns = self.shape, _slice(columns, self.shape[-1])
+        kept, width = range(n)[_slice(rows, n)], len(range(m)[columns])
+        size = max(1, BLOCK // max(1, math.prod(batch) * width * self._cost.depth))
+        parts = [kept[i : i + size] for i in range(0, max(1, len(kept)), size)]
+        return torch.cat([self._entries(slice(z.start, z.stop, z.step), columns).to(self.dtype) for z in parts], -2)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """(m,) or (*batch, m, c) -> (n,) or (*batch, n, c). Where ranks share the points, each has the rows of its own on either side."""
+        columns = v.unsqueeze(-1) if v.ndim == 1 else v
+        if self._ranks is ALONE and (v.ndim == 0 or columns.shape[-2] != self.shape[-1]):
+            raise errors.wrong_shape("v", v.shape, f"({self.shape[-1]},) or (*batch, {self.shape[-1]}, c)")
+        if self._live is not None:
+            out = self._ranks.share(self._apply(self._ranks.whole(columns, 1 - self._flipped, -2)), int(self._flipped), -2)
+        else:
+            with torch.no_grad():
+                out = self._geometry.product(self._k, self._h, self._eps, columns)
+        return (out.squeeze(-1) if v.ndim == 1 else out).to(self.dtype)
+
+    def _apply(self, v: Tensor) -> Tensor:
+        """P @ v for all of v (*batch, m, c), in the type of the potentials."""
+        if (s := self._live) is not None:
+            return gradients.plan_product(s.problem, s.geometry, s.f, s.g, v.to(s.f), self._flipped)
+        with torch.no_grad():
+            return self._geometry.apply(self._k, self._h, self._eps, v)
+
+    @cached_property
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """P1 (*batch, n) and P^T 1 (*batch, m)."""
+        rows, columns = self.wide_marginals
+        return rows.to(self.dtype), columns.to(self.dtype)
+
+    @cached_property
+    def wide_marginals(self) -> tuple[Tensor, Tensor]:
+        """The marginals in the type of the potentials."""
+        ones_m, ones_n = torch.ones_like(self._h).unsqueeze(-1), torch.ones_like(self._k).unsqueeze(-1)
+        return self._apply(ones_m).squeeze(-1), self.T._apply(ones_n).squeeze(-1)
+
+    def sum(self, dim: int | None = None) -> Tensor:
+        """P1 (*batch, n) for the last axis, P^T 1 (*batch, m) for the last but one, the sum of everything, 0-d, for None."""
+        if dim is None:
+            return self.wide_marginals[0].sum().to(self.dtype)
+        axis = dim - self.ndim if dim >= 0 else dim
+        if axis not in (-1, -2):
+            raise errors.unknown("dim", dim, ["None", "-1", "-2", str(self.ndim - 2), str(self.ndim - 1)])
+        return self.marginals[0 if axis == -1 else 1]
+
+    def diagonal(self) -> Tensor:
+        """P_ii, (*batch, min(n, m))."""
+        size, step = min(self.shape[-2:]), 64
+        blocks = [slice(i, min(i + step, size)) for i in range(0, size, step)]
+        return torch.cat([self._entries(block, block).diagonal(dim1=-2, dim2=-1) for block in blocks], -1).to(self.dtype)
+
+    def sample(self, k: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """k matched pairs (i, j) of each problem, drawn independently and in proportion to P_ij: two int64 arrays (*batch, k).
+
+        Costs one sweep (the marginal, of which the rows are drawn) and the costs of k rows; see `sample_columns`. Where ranks share the
+        points, each gets those of the k pairs whose rows are its own, both counted among all points.
+        """
+        total = self.wide_marginals[0].clamp(min=0).cumsum(-1)
+        # The first row whose running total exceeds the draw: one without mass never does. A draw that rounds up to the total would
+        # find none.
+        top = torch.nextafter(total[..., -1:], torch.zeros_like(total[..., -1:]))
+        u = self._ranks.common(torch.rand(*total.shape[:-1], k, dtype=total.dtype, device=total.device, generator=generator))
+        rows = self._ranks.own(torch.searchsorted(total, torch.minimum(u * total[..., -1:], top), right=True), int(self._flipped))
+        return rows, self.sample_columns(rows, generator)
+
+    def sample_columns(self, rows: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """For each of `rows`, int64 (k,) or (*batch, k), all when left out, a column drawn in proportion to P_ij: int64 (*batch, k). -1
+        where a row has none.
+
+        Gumbel-max over blocks of columns: the largest of (h_j - C_ij) / eps plus Gumbel noise falls on j with the odds of P_ij, and a
+        largest of largests is a largest. O(m) costs a row. Maddison, Tarlow and Minka 2014, arXiv:1411.0030, section 2.
+        """
+        batch, (n, m) = self.shape[:-2], self.shape[-2:]
+        rows = torch.arange(n, device=self._h.device) if rows is None else rows
+        rows = rows.expand(*batch, rows.shape[-1])
+        copies = max(1, batch.numel()) * self._cost.depth
+        drawn = []
+        for part in rows.split(max(1, BLOCK // (copies * min(m, WIDTH))), -1):
+            best = torch.full_like(part, -math.inf, dtype=self._h.dtype)
+            chosen = torch.full_like(part, -1)
+            width = max(1, BLOCK // (copies * max(1, part.shape[-1])))  # no rows: another rank's, who gathers the columns with this one
+            for j in range(0, m, width):
+                scores = self._scores(part, slice(j, min(j + width, m))).div_(self._eps)
+                noise = torch.empty_like(scores).exponential_(generator=generator)
+                score, at = scores.sub_(noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_()).max(-1)
+                chosen = torch.where(score > best, at + j, chosen)
+                best = torch.maximum(best, score)
+            drawn.append(chosen)
+        return torch.cat(drawn, -1)
+
+    def strips(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(C, P) of some rows of the cost that are held here and all columns at a time, detached, in the type of the potentials."""
+        k, h = (self._h, self._k) if self._flipped else (self._k, self._h)
+        for rows, part in self._cost.strips():
+            with torch.no_grad():
+                C = part.dense().to(h.dtype)
+                size = max(1, C.numel() // max(1, h.shape[:-1].numel() * C.shape[-1]))  # histograms that share a cost have a plan each
+                for i in range(0, C.shape[-2], size):
+                    block, levels = C[..., i : i + size, :], k[..., rows][..., i : i + size]
+                    yield block, (h.unsqueeze(-2) - block).add_(levels.unsqueeze(-1)).div_(self._eps).exp_()
+
+    def _entries(self, rows: slice, columns: slice) -> Tensor:
+        """P_ij of some rows and columns, in the type of the potentials."""
+        return self._scores(rows, columns).add_(self._k[..., rows].unsqueeze(-1)).div_(self._eps).exp_()
+
+    def _scores(self, rows: slice | Tensor, columns: slice) -> Tensor:
+        """h_j - C_ij, a new array in the type of the potentials."""
+        with torch.no_grad():
+            C = self._cost.part(columns, rows).dense().mT if self._flipped else self._cost.part(rows, columns).dense()
+            return self._h[..., columns].unsqueeze(-2) - C.to(self._h.dtype)
+
+    @property
+    def _ranks(self) -> Alone:
+        """Who holds the points."""
+        return ALONE if self._own_cost is None else self._own_cost.ranks
+
+    @property
+    def _cost(self) -> Cost:
+        if self._own_cost is None:
+            raise ProblemError("this plan was made without its cost: Plan(..., cost=problem.cost) has entries to look at and draw from.")
+        return self._own_cost
+
+    def __repr__(self) -> str:
+        return f"Plan{tuple(self.shape)}"
+
+
+def _slice(index: Any, size: int) -> slice:
+    if isinstance(index, slice):
+        return index
+    if isinstance(index, int):
+        if not -size <= index < size:
+            raise IndexError(f"index {index} is out of range for a plan with {size} rows or columns on that side")
+        return slice(index % size, index % size + 1)
+    raise NotImplementedError("a lazy plan takes ints and slices; P.to_dense() takes every index.")

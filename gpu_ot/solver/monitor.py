@@ -1,0 +1,150 @@
+"""Keeps the best state of each problem, and decides from a few numbers of each check whether the loop should end.
+
+A check is operations on the device and one copy of five numbers. On a GPU the copy is read one check later, so that nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from ..vectors import log, to_host
+from .criterion import Criterion
+from .status import CONVERGED, DIVERGED, INFEASIBLE, MAX_ITER, STALLED, Status
+from .step import Alternating, State
+
+#: Within `NEAR` rounding floors, so many checks without a new smallest error mean that rounding is all that is left.
+STALL_CHECKS, NEAR = 10, 1e3
+#: Start testing for infeasibility after this many iterations.
+INFEASIBILITY_AFTER = 50
+
+
+@dataclass
+class Outcome:
+    """Where the loop stood when it stopped. `n_sweeps` visits to the n x m pairs were made, wherever they happened."""
+
+    f: Tensor
+    g: Tensor
+    status: Status
+    converged: Tensor
+    n_iter: int
+    n_sweeps: int
+    errors: list[Tensor] = field(default_factory=list)
+
+
+class Monitor:
+    """Watches one run at its target eps.
+
+    on_check   called with (iterations, errors) at each check; `keep` with (iterations, eps, f, g), the best so far.
+    """
+
+    def __init__(
+        self,
+        step: Alternating,
+        criterion: Criterion,
+        dtype: torch.dtype,
+        on_check: Callable[[int, Tensor], None] | None = None,
+        keep: Callable[[int, float, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        self.step, self.criterion, self.dtype, self.on_check, self.keep = step, criterion, dtype, on_check, keep
+        self.errors: list[Tensor] = []
+        self.status: Status | None = None
+        self.kept: tuple[Tensor, Tensor] | None = None  # (f, g), whose error is the last of `errors`
+        self.near = False  # whether the end was found near, see `end_is_near`
+        self.progress = _Progress()
+        self._ceiling: Tensor | None = None
+        self._pending: Callable[[], list[float]] | None = None
+
+    def check(self, state: State, before: State, plain: bool) -> State:
+        """The state, in which problems that are done are marked. `plain`: whether its last iteration was a plain one."""
+        step, criterion = self.step, self.criterion
+        floor = criterion.floor(step, state, self.dtype)
+        error = criterion.error(step, state, before, floor)
+        f, g = criterion.seen(step, state)
+        if self.kept is not None:
+            done = criterion.met(self.errors[-1])
+            # Plain iterations only improve, and go on together. An accelerated one may be a trial, and a problem that is done stays.
+            worse = done.all() if plain else done | ~(error < self.errors[-1])
+            worse = worse if state.inexact is None else worse | state.inexact
+            error = torch.where(worse, self.errors[-1], error)
+            worse = worse.expand_as(error).unsqueeze(-1)
+            f, g = (torch.where(worse, old, new) for old, new in zip(self.kept, (f, g), strict=True))
+        self.kept = f, g
+        self.errors.append(error)
+        done = criterion.met(error)
+        if self.on_check is not None:
+            self.on_check(state.n_iter, error)
+        if self.keep is not None:
+            self.keep(state.n_iter, step.eps, f, g)
+        pending = to_host(self._flags(error, done, floor, state.n_iter))
+        pending, self._pending = (self._pending, pending) if error.is_cuda else (pending, None)
+        if pending is not None:
+            self.status = self.progress.judge(pending())
+        return replace(state, done=done)
+
+    def end_is_near(self, state: State) -> bool:
+        """Whether one of the last iterations, or the next, may have met the criterion. Costs no sweep."""
+        error, floor = self.criterion.next_error(self.step, state), self.criterion.floor(self.step, state, self.dtype)
+        self.near = not bool(((error >= self.criterion.tol) & (error > floor)).all())
+        return self.near
+
+    def _flags(self, error: Tensor, done: Tensor, floor: Tensor, n_iter: int) -> Tensor:
+        """(4,): all done; all done, at the rounding floor or infeasible; the largest error in floors; anything infeasible."""
+        worst = (error / floor).amax()
+        settled, infeasible = done | (error <= floor), self._infeasible(n_iter)
+        if infeasible is None:
+            return torch.stack([done.all().to(worst), settled.all().to(worst), worst, torch.zeros_like(worst)])
+        return torch.stack([done.all().to(worst), (settled | infeasible).all().to(worst), worst, infeasible.any().to(worst)])
+
+    def _infeasible(self, n_iter: int) -> Tensor | None:
+        """Where the dual has passed what any plan could cost, <C, P> + eps KL(P | a⊗b) <= |a| max C + eps H(b): then there is none."""
+        problem, (f, g) = self.step.problem, self.kept or ()
+        if self._ceiling is None and n_iter >= INFEASIBILITY_AFTER and problem.forbids:
+            self._ceiling = _dearest_plan(problem, self.step.eps)
+        if self._ceiling is None:
+            return None
+        a, b = problem.a, problem.b
+        dual = torch.where(a > 0, a * f, 0.0).sum(-1) + torch.where(b > 0, b * g, 0.0).sum(-1)
+        return dual > self._ceiling + 1e-9 * self._ceiling.abs()
+
+    def outcome(self, state: State) -> Outcome:
+        if self._pending is not None and self.status is None:
+            self.status = self.progress.judge(self._pending())
+        unseen = self.kept is None or (self.criterion.pairwise and self.status is None)  # iterations after the last check
+        f, g = self.criterion.seen(self.step, state) if unseen or self.kept is None else self.kept
+        done = torch.zeros(f.shape[:-1], dtype=torch.bool, device=f.device) if state.done is None else state.done
+        return Outcome(f, g, self.status or MAX_ITER, done, state.n_iter, state.n_sweeps, self.errors)
+
+
+class _Progress:
+    """Judges the flags of one check after the other."""
+
+    def __init__(self) -> None:
+        self.best, self.idle = math.inf, 0
+
+    def judge(self, flags: list[float]) -> Status | None:
+        done, settled, ratio, infeasible = flags
+        if done:
+            return CONVERGED
+        if settled:
+            return INFEASIBLE if infeasible else STALLED
+        if not math.isfinite(ratio):
+            return DIVERGED
+        self.idle = 0 if ratio < self.best else self.idle + 1
+        self.best = min(self.best, ratio)
+        # Far above rounding a standing error proves nothing: at small eps mass moves in long, flat stages.
+        return STALLED if self.idle >= STALL_CHECKS and ratio < NEAR else None
+
+
+def _dearest_plan(problem: Problem, eps: float) -> Tensor | None:
+    """(*batch,): more than any plan can cost; None where mass may vanish, and there always is one."""
+    if not problem.cost.stored or not all(penalty.balanced for penalty in problem.penalties):
+        return None
+    M, b = problem.cost.dense().detach(), problem.b.detach()
+    dearest = torch.where(M.isposinf(), -math.inf, M).amax((-2, -1)).to(b.dtype)
+    return b.sum(-1) * dearest - eps * torch.where(b > 0, b * log(b), 0.0).sum(-1)
