@@ -30,9 +30,9 @@ def manhattan(x, y):
 def test_the_second_iteration_needs_no_maximum(monkeypatch):
     cost = SqEuclidean(*clouds(33, 41, 2))
     problem, geometry = Problem(cost, 0.5), Chunked(cost)
-    g = geometry.advance(problem, torch.zeros(41, dtype=torch.float64), 0.5, 1)[2]
+    g = geometry.iterate(problem, torch.zeros(41, dtype=torch.float64), 0.5, 1)[2]
     monkeypatch.setattr(Chunked, "softmin", None)
-    geometry.advance(problem, g, 0.5, 3)
+    geometry.iterate(problem, g, 0.5, 3)
 
 
 def test_a_stored_matrix_stays_whole():
