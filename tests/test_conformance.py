@@ -64,7 +64,12 @@ class TestKeops(Streamed):
 
 @pytest.mark.slow
 class TestKeopsFormulas(TestKeops):
-    costs, sizes = POINTS, Conformance.sizes
+    costs = POINTS
+
+
+@pytest.mark.slow
+class TestKeopsSizes(TestKeops):
+    sizes = ((1, 1, 1), (128, 100, 17))
 
 
 class TestSharded(Conformance):
