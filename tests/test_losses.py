@@ -74,7 +74,7 @@ def test_reach(p, debias):
     """Values are geomloss's, to what its schedule leaves: there they are not stationary in the potentials. Gradients are the derivatives
     of the value, which geomloss's are not (0.80 of them, measured), so they are held to central differences and not to
     geomloss's. Masses of 1: for others, without debiasing, eps KL(P | a⊗b) counts a mass that geomloss leaves out."""
-    tensors = samples(9, 7, 2)
+    tensors = samples(5, 4, 2)
     ground = dict(cost=distances) if p == 1 else {}
     settings = dict(p=p, blur=0.4, reach=0.7, debias=debias)
     theirs = geomloss.SamplesLoss(**settings, scaling=0.9995)(*tensors)
