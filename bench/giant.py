@@ -26,7 +26,7 @@ from torch import Tensor
 import gpu_ot
 from gpu_ot import Problem, Sharded, SqEuclidean
 from gpu_ot.communicator import ROWS
-from gpu_ot.distributed.ranks import even
+from gpu_ot.distributed.group import even_sizes
 
 SIDE, COLOURS, BLOCK = 32, 3, 500
 D = SIDE * SIDE * COLOURS
@@ -77,7 +77,7 @@ def main() -> int:
 
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1))  # y_j is the picture order_j
     place = torch.empty_like(order).scatter_(0, order, torch.arange(n))
-    sizes = even(n, size)
+    sizes = even_sizes(n, size)
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     own = torch.arange(mine.start, mine.stop)
     x, y = pictures(own, 0.0, device), pictures(order[mine], arguments.blur, device)
@@ -100,7 +100,7 @@ def main() -> int:
     seconds = time.perf_counter() - begun
     partner = pictures(own, arguments.blur, device)
     found = mass_on_true_pairs(solution, x, partner, mine, place[mine].to(device))
-    mass = float(cost.ranks.total(torch.tensor(found, dtype=torch.float64, device=device)))
+    mass = float(cost.ranks.sum(torch.tensor(found, dtype=torch.float64, device=device)))
     machine = type(getattr(solution.geometry, "local", None) or solution.geometry).__name__
     row: dict[str, Any] = dict(
         section="giant", solver=f"gpu_ot {cost.layout}",

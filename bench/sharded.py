@@ -31,7 +31,8 @@ from machine import environment
 
 import gpu_ot
 from gpu_ot import Problem, Sharded, SqEuclidean
-from gpu_ot.distributed.geometry import traffic
+from gpu_ot.communicator import COLUMNS, ROWS
+from gpu_ot.distributed.group import Group, even_sizes
 
 #: Sweeps over the pairs of an iteration: the machines of "replicated" take both half-steps from one, those of "ring" take two.
 SWEEPS = {"replicated": 1, "ring": 2}
@@ -46,7 +47,7 @@ MODELLED = dict(n=1_000_000, d=64, ranks=[2**k for k in range(11)])
 def counted(size: int, rank: int) -> Iterator[list[int]]:
     """[bytes that this rank sends to others, messages], while it lasts."""
     sent, real = [0, 0], {}
-    names = ("all_gather_single", "all_gather_into_tensor", "all_to_all_single", "batch_isend_irecv")
+    names = ("all_gather_single", "all_gather_into_tensor", "all_to_all_single", "batch_isend_irecv", "broadcast")
 
     def wrap(name: str, call: Any) -> Any:
         def counting(*args: Any, **options: Any) -> Any:
@@ -56,6 +57,8 @@ def counted(size: int, rank: int) -> Iterator[list[int]]:
             elif name == "all_to_all_single":
                 sent[0] += (len(args[1]) - args[3][rank]) * args[1][:1].numel() * args[1].itemsize
                 sent[1] += size - 1
+            elif name == "broadcast":
+                raise AssertionError("a broadcast in an iteration")
             else:
                 moves = [move.tensor for move in args[0] if move.op is dist.isend]
                 sent[0] += sum(z.numel() * z.itemsize for z in moves)
@@ -75,10 +78,35 @@ def counted(size: int, rank: int) -> Iterator[list[int]]:
             setattr(dist, name, call)
 
 
+def traffic(cost: Sharded, checks: int = 1, rank: int | None = None, vector_bytes: int = 8) -> int:
+    """Bytes that a rank (this one) sends in an iteration with so many convergence checks. For n rows, m columns and R ranks:
+
+    replicated  each rank sends its softmins of the columns to the ranks that join them, an even part of the columns each, and those send
+                what they joined to all: 2 (R - 1) / R m numbers. A check gathers the row potentials: (R - 1) n_r, n_r the largest shard.
+    ring        all shards but its successor's pass through a rank, y for the rows and x for the columns; and (R - 1) (n_r + m_r)
+                numbers for the softmins.
+    """
+    size, rank = cost.ranks.group.size, cost.ranks.rank if rank is None else rank
+    rows, columns = cost.ranks.sizes
+    m, batch = cost.shape[-1], max(1, cost.shape[:-2].numel())
+    if size == 1:
+        return 0
+    assert rows is not None
+    if cost.layout == "replicated":
+        parts = even_sizes(m, size)
+        return batch * vector_bytes * (m - parts[rank] + (size - 1) * (parts[0] + checks * max(rows)))
+    assert columns is not None
+    sent = (size - 1) * (max(rows) + max(columns)) * vector_bytes * batch
+    for side, sizes in ((ROWS, rows), (COLUMNS, columns)):
+        width = sum(z.shape[-1] * z.itemsize for z in cost.pieces.points(side))
+        sent += batch * width * (sum(sizes) - sizes[(rank + 1) % size])
+    return sent
+
+
 def measure(n: int, m: int, d: int, layout: str, iterations: int, repeats: int) -> dict[str, Any]:
     """Seconds, bytes and messages an iteration: the difference of a long and a short run, so that what happens once falls out."""
-    ranks = gpu_ot.distributed.ranks.Ranks()
-    rows, columns = (gpu_ot.distributed.ranks.even(size, ranks.size)[ranks.rank] for size in (n, m))
+    ranks = Group()
+    rows, columns = (even_sizes(size, ranks.size)[ranks.rank] for size in (n, m))
     gen = torch.Generator().manual_seed(ranks.rank)
     x, y = torch.rand(rows, d, generator=gen), torch.rand(columns, d, generator=gen) + 0.1
     problem = Problem(Sharded(SqEuclidean(x, y), layout=layout), ("std", 0.1))
@@ -106,8 +134,8 @@ def measure(n: int, m: int, d: int, layout: str, iterations: int, repeats: int) 
             gpu_ot.solve(problem, backend="chunked", tol=0, max_iter=1 + k, check_every=iterations, accelerate="none")
         counts.append(list(sent))
     sent, messages = ((late - early) / (2 * iterations) for early, late in zip(*counts, strict=True))
-    unseen = traffic(problem.cost, looks=0)  # the row potentials are sent once in so many iterations
-    expected = unseen + (traffic(problem.cost, looks=1) - unseen) / iterations
+    unseen = traffic(problem.cost, checks=0)  # the row potentials are sent once in so many iterations
+    expected = unseen + (traffic(problem.cost, checks=1) - unseen) / iterations
     return dict(
         n=n, m=m, d=d, layout=layout, ranks=ranks.size, time_s=middle, time_min_s=min(least, middle), time_max_s=most,
         bytes_sent=sent, bytes_expected=expected, bytes_match=abs(sent - expected) < 0.5, messages=messages, dtype="fp32", repeats=repeats,

@@ -1,96 +1,94 @@
-"""What the core asks of whoever shares a problem. One process needs none of it: `ALONE` answers everything with its argument."""
+"""What the core asks of the ranks that share a problem. `ALONE` answers for a single process: it holds everything.
+
+A vector with one entry for each point of the whole problem (weights, potentials, marginals) is replicated: every rank holds all of it, the
+same to the bit. A matrix with a row for each point (points, their gradients, products with the plan) is sharded: a rank holds its own rows.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from . import errors
-
 T = TypeVar("T")
+P = TypeVar("P")
 
 #: Rows and columns, the sides of a problem.
 ROWS, COLUMNS = 0, 1
 
 
+def localize(cost: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
+    """A problem's cost and weights with this rank's shards in the place of DTensors. `gpu_ot.distributed`, which knows DTensors, puts
+    its own function here."""
+    return cost, a, b
+
+
 class Alone:
-    """One process holds the problem: nothing to gather, share or agree about."""
+    """The communicator of one process. `gpu_ot.distributed.communicator.Shards` is that of several."""
 
-    leads: bool = True
+    rank: int = 0
 
-    def together(self, work: Callable[[], T], **settings: object) -> T:
-        """What `work` returns; where it fails on one rank, or the ranks have other settings, ProblemError on all of them."""
+    # Ranks agree, or fail together.
+
+    def on_every_rank(self, work: Callable[[], T], **settings: object) -> T:
+        """`work()`. If it raises on some rank, or the settings differ, ProblemError on every rank."""
         return work()
 
     def agree(self, **settings: object) -> None:
-        """Raises ProblemError on every rank where the ranks have other settings."""
+        """Raises ProblemError on every rank if the settings differ."""
 
-    def watch(self) -> contextlib.AbstractContextManager[None]:
-        """Around work that the ranks do in step: whoever fails leaves word for the others."""
+    def report_failure(self) -> contextlib.AbstractContextManager[None]:
+        """On an error in its body, tells the other ranks, so that they raise RankFailed with its cause."""
         return contextlib.nullcontext()
 
-    def weights(self, name: str, side: int, w: Tensor) -> Tensor:
-        """The weights of all points of a side, as whoever asks passes them."""
+    def check_points(self, cost: Any) -> None:
+        """After a loop that diverged: raises ProblemError on every rank if the points of one are no longer finite."""
+
+    # Tensors. `dim` is the axis of the points.
+
+    def gather(self, z: Tensor, side: int, dim: int = -1) -> Tensor:
+        """All ranks' shards, one after the other. Backward takes this rank's shard of the gradient."""
+        return z
+
+    def gather_weights(self, name: str, side: int, w: Tensor) -> Tensor:
+        """The weights of all points of a side, from shards or from the same vector on every rank."""
         return w
 
-    def whole(self, z: Tensor, side: int, dim: int = -1) -> Tensor:
-        """All points' entries along `dim` from this rank's; differentiable."""
+    def shard(self, z: Tensor, side: int, dim: int = -1) -> Tensor:
+        """This rank's shard of a replicated z. Backward gathers."""
         return z
 
-    def share(self, z: Tensor, side: int, dim: int = -1) -> Tensor:
-        """This rank's entries along `dim` from all points'; differentiable."""
-        return z
-
-    def own(self, index: Tensor, side: int) -> Tensor:
-        """Those of the indices (k,) that are this rank's points."""
+    def local_indices(self, index: Tensor, side: int) -> Tensor:
+        """Those of the indices (k,) of points that are this rank's."""
         return index
 
-    def common(self, z: Tensor) -> Tensor:
+    def broadcast(self, z: Tensor) -> Tensor:
         """The first rank's z."""
         return z
 
-    def total(self, z: Tensor) -> Tensor:
-        """The sum of the ranks' z, the same to the bit on all of them; differentiable."""
+    def sum(self, z: Tensor) -> Tensor:
+        """The sum of the ranks' z, the same to the bit on all of them. Backward passes the gradient on."""
         return z
 
-    def apart(self, z: Tensor) -> Tensor:
-        """A whole z for work of which each rank does its part: z, whose derivative is the sum of the ranks'."""
+    def replicate(self, z: Tensor) -> Tensor:
+        """A replicated z, as input of work that the ranks divide. Backward sums their gradients."""
         return z
+
+    # Costs and geometries.
+
+    def local_rows(self, cost: T) -> T:
+        """The cost between this rank's rows and all columns, differentiable."""
+        return cost
+
+    def largest(self, problem: T) -> T:
+        """A problem like the largest piece that a rank binds: by it, all ranks choose the same backend."""
+        return problem
+
+    def bind(self, problem: P, bind_piece: Callable[[P], T]) -> T:
+        """The geometry of the problem, whose pieces `bind_piece` binds."""
+        return bind_piece(problem)
 
 
 ALONE = Alone()
-
-#: What makes a cost of DTensors one that ranks share; distributed/costs.py, which knows ranks, puts it here.
-SHARE: list[Callable[[Any], Any]] = []
-
-
-def shared(cost: Any) -> Any:
-    """The cost, shared where its inputs are DTensors."""
-    return SHARE[0](cost) if SHARE and any(is_dtensor(z) for z in cost.inputs.values()) else cost
-
-
-def is_dtensor(z: object) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(z, module.DTensor)
-
-
-def local(name: str, z: Any, dim: int = -2) -> Tensor:
-    """This rank's share of a DTensor that is sharded along `dim`; any other tensor as it is."""
-    if not is_dtensor(z):
-        return z
-    placement = z.placements[0]
-    if len(z.placements) != 1 or not placement.is_shard() or placement.dim % z.ndim != dim % z.ndim:
-        raise errors.ProblemError(
-            f"{name} is a DTensor placed as {z.placements}, and points are shared one dimension of a mesh along axis {dim % z.ndim}: "
-            f"redistribute it to (Shard({dim % z.ndim}),)."
-        )
-    return z.to_local()
-
-
-def form(w: Tensor | None) -> tuple[Any, ...]:
-    """What must be the same of the weights on all ranks."""
-    return (tuple(w.shape[:-1]), w.dtype, w.requires_grad) if isinstance(w, Tensor) else (type(w).__name__,)

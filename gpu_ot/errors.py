@@ -134,5 +134,5 @@ def ranks_differ(name: str, one: int, has: str, other: int, found: str) -> Ranks
 
 
 def rank_failed(rank: int, size: int, doing: str, cause: str | None, said: str) -> RankFailed:
-    unknown = "some rank ended or did not answer within the timeout of the group; none of those on this machine has ended"
-    return RankFailed(f"the {size} ranks cannot go on: {cause or unknown} (noticed by rank {rank} in {doing}: {said})")
+    cause = cause or "some rank ended or did not answer within the timeout of the group"
+    return RankFailed(f"the {size} ranks cannot go on: {cause} (noticed by rank {rank} in {doing}: {said})")

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from .errors import ProblemError
 from .vectors import exp, log
-
-if TYPE_CHECKING:
-    from .problem import Problem
 
 
 class Penalty(Protocol):
@@ -99,7 +96,7 @@ def best_shift(penalties: tuple[Penalty, Penalty], a: Tensor, b: Tensor, f: Tens
     return (_log_mass(a, -f / rows.tau) - _log_mass(b, -g / columns.tau)) / (1 / rows.tau + 1 / columns.tau)
 
 
-def translate(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def translate(penalties: tuple[Penalty, Penalty], eps: float, a: Tensor, b: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """g + p and its update f + q, for the constant p that is best in the dual; f must be the update of g. KL penalties.
 
     Shifting g by p shifts f by q = -p tau_a / (tau_a + eps) and leaves the rows' mass at sum a exp(-(f + q) / tau_a); the dual is largest
@@ -111,11 +108,11 @@ def translate(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     as if each had been translated: an iterate of the translation-invariant Sinkhorn of Séjourné, Vialard and Peyré 2022,
     arXiv:2201.00730, is the plain one, translated.
     """
-    (tau_a, tau_b), eps = (cast(KL, penalty).tau for penalty in problem.penalties), problem.eps
+    tau_a, tau_b = (cast(KL, penalty).tau for penalty in penalties)
     rate = 1 / tau_b + 1 / (tau_a + eps)
     if not rate > 0:  # both hard: the dual does not depend on p
         return f, g
-    p = (_log_mass(problem.b, -g / tau_b) - _log_mass(problem.a, -f / tau_a)) / rate
+    p = (_log_mass(b, -g / tau_b) - _log_mass(a, -f / tau_a)) / rate
     return f - p / (1 + eps / tau_a), g + p
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import errors, transforms
-from .communicator import ALONE, COLUMNS, ROWS, form, local, shared
+from . import communicator, errors, transforms
+from .communicator import ALONE, COLUMNS, ROWS
 from .costs import Cost, Matrix
 from .penalties import BALANCED, KL, TV, Penalty
 
@@ -78,10 +78,10 @@ class Problem:
         b: Tensor | None = None,
         penalties: Penalty | tuple[Penalty, Penalty] = BALANCED,
     ) -> None:
-        bound = shared(cost if isinstance(cost, Cost) else Matrix(cost))
+        bound, a, b = communicator.localize(cost if isinstance(cost, Cost) else Matrix(cost), a, b)
         pair = penalties if isinstance(penalties, tuple) else (penalties, penalties)
-        asked = dict(eps=eps, penalties=pair, **{name: form(z) for name, z in (("a", a), ("b", b))}, gradients=torch.is_grad_enabled())
-        fields = bound.ranks.together(lambda: self._checked(bound, eps, a, b, pair), **asked)
+        asked = dict(eps=eps, penalties=pair, a=_form(a), b=_form(b), gradients=torch.is_grad_enabled())
+        fields = bound.ranks.on_every_rank(lambda: self._checked(bound, eps, a, b, pair), **asked)
         for field, value in fields.items():
             object.__setattr__(self, field, value)
 
@@ -118,7 +118,7 @@ class Problem:
         weights = []
         for side, name, w, size in ((ROWS, "a", a, n), (COLUMNS, "b", b, m)):
             uniform = torch.full((size,), 1 / size, dtype=wide, device=device)
-            w = uniform if w is None else bound.ranks.weights(name, side, local(name, w, -1))
+            w = uniform if w is None else bound.ranks.gather_weights(name, side, w)
             if w.ndim == 0 or w.shape[-1] != size:
                 raise errors.wrong_shape(name, w.shape, f"(*batch, {size}) to match a cost of shape ({n}, {m})")
             weights.append(w.to(wide))
@@ -179,6 +179,11 @@ class Problem:
     def shape(self) -> torch.Size:
         """(*batch, n, m)."""
         return torch.Size((*self.a.shape, self.b.shape[-1]))
+
+
+def _form(w: Tensor | None) -> tuple[Any, ...]:
+    """What must be the same of the weights on every rank."""
+    return (tuple(w.shape[:-1]), w.dtype, w.requires_grad) if isinstance(w, Tensor) else (type(w).__name__,)
 
 
 def matched(a: Tensor, b: Tensor) -> Tensor:

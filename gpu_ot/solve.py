@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from . import errors, gradients, transforms
-from .communicator import ALONE
 from .geometry.protocol import Geometry
 from .geometry.select import bind
 from .gradients import implicit
-from .problem import Problem, check_cost
+from .problem import Problem
 from .solution import Solution
 from .solver.acceleration import Anderson
 from .solver.annealing import Anneal, Constant
@@ -105,8 +104,8 @@ def solve(
         backend=backend, grad=grad, tol=tol, norm=norm, max_iter=max_iter, check_every=check_every, accelerate=accelerate,
         schedule=schedule, precision=precision, strict=strict, start=type(start).__name__, gradients=torch.is_grad_enabled(),
     )  # fmt: skip
-    keep = checkpoint.offer if checkpoint is not None and ranks.leads else None
-    with ranks.watch():
+    keep = checkpoint.offer if checkpoint is not None and ranks.rank == 0 else None
+    with ranks.report_failure():
         rows = start_rows(start, problem)
         if start is not None:
             ranks.agree(start=rows)
@@ -116,8 +115,8 @@ def solve(
             schedule=schedule, on_check=on_check, keep=keep,
         )  # fmt: skip
         _ = solution.value  # now, and not when somebody looks at it: inputs may change in place
-        if solution.status is DIVERGED and ranks is not ALONE:  # points that changed since they were checked, on some rank
-            ranks.together(lambda: check_cost(problem.cost))
+        if solution.status is DIVERGED:
+            ranks.check_points(problem.cost)  # which may have changed since the problem was made
     return solution.raise_unless_converged() if strict else solution
 
 
@@ -161,23 +160,23 @@ def find(
             'grad="unroll" differentiates plain iterations at one eps: leave `schedule` and `accelerate` out, or use grad="envelope".'
         )
     accelerate = "none" if unrolled or after >= max_iter else accelerate
-    posed, criterion = problem.T if order == "columns" else problem, criterion or Marginal()
+    posed, rule = problem.T if order == "columns" else problem, criterion or Marginal()
     start = start or Start(torch.zeros_like(posed.a), posed.a)
     every = check_every or (1 if accelerate != "none" and problem.a.device.type == "cpu" else 10)
 
     def search(problem: Problem) -> tuple[Geometry, Outcome]:
-        geometry, at = bind(problem, backend, precision), Start(*(None if z is None else transforms.numbers(z).detach() for z in start))
+        geometry, at = bind(problem, backend, precision), start.numbers()
         run: dict[str, Any] = dict(check_every=every, on_check=on_check, keep=keep, leap=leap)
         auto = accelerate == "auto" and schedule is None and order != "symmetric" and not geometry.single_launch
         step = _step(problem, order, accelerate, after)
         with torch.no_grad():
-            outcome = sinkhorn(geometry, step, criterion, at, max_iter=max_iter, schedule=schedule, auto=auto, **run)
+            outcome = sinkhorn(geometry, step, rule, at, max_iter=max_iter, schedule=schedule, auto=auto, **run)
         exact = geometry.exact  # bound with gradients on: they reach the cost through it
         if exact is geometry:
             return geometry, outcome
         with torch.no_grad():
             left, again = max(max_iter - outcome.n_iter, 1), Start(outcome.f, problem.a.detach())
-            corrected = sinkhorn(exact, step, criterion, again, max_iter=left, **run)
+            corrected = sinkhorn(exact, step, rule, again, max_iter=left, **run)
         corrected.n_iter += outcome.n_iter
         corrected.n_sweeps += outcome.n_sweeps
         corrected.errors = outcome.errors + corrected.errors
@@ -187,7 +186,7 @@ def find(
         geometry, end = gradients.apart(posed, search)
         f, g = end.f, end.g
         if unrolled:
-            f, g = _unroll(posed, geometry, start, end, criterion)
+            f, g = _unroll(posed, geometry, start, end, rule)
         if grad == "implicit":
             f, g = implicit.potentials(posed, geometry, f, g, caution=_caution(end))
         if order == "columns":

@@ -47,6 +47,18 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", full_of_poison)
 
 
+@pytest.fixture(params=["numpy", "torch"])
+def arrays(request, problem):
+    """make(n, m, ...) -> (a, b, M) as numpy arrays or as tensors, b of mass `mass`."""
+
+    def make(n, m, dtype=torch.float64, seed=0, mass=1.0):
+        a, b, M = (z.to(dtype) for z in problem(n, m, seed=seed))
+        z = a, mass * b, M
+        return tuple(t.numpy() for t in z) if request.param == "numpy" else z
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def lerobot():
     """LeRobot, without a network, here and in the processes that a test starts."""

@@ -1,17 +1,19 @@
-"""What a rank does in the tests of test_sharded.py, its results in a file. Run by them as a process of its own.
+"""What the ranks do in the tests of test_sharded.py, which run this script: it forks so many ranks, and each leaves what a job found in a
+file JOBrank.pt of the folder.
 
-python tests/sharded_worker.py JOB[,JOB] RANK SIZE FOLDER [TIMEOUT]
+python tests/sharded_worker.py JOB[,JOB] SIZE FOLDER
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 import os
 import signal
 import sys
 import time
+import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,7 +21,6 @@ import torch.distributed as dist
 
 import gpu_ot
 from gpu_ot import KL, Cosine, Euclidean, Matrix, Problem, Sharded, SqEuclidean
-from gpu_ot.distributed import geometry as sharded
 
 #: (rows, columns) of each rank: unequal shares, and empty ones.
 SHARES = {
@@ -29,30 +30,36 @@ SHARES = {
     4: ([5, 12, 0, 20], [7, 0, 21, 1]),
 }
 KINDS = {
-    "squared": lambda x, y: SqEuclidean(x, y),
-    "euclidean": lambda x, y: Euclidean(x, y),
+    "squared": SqEuclidean,
+    "euclidean": Euclidean,
+    "matrix": Matrix,
     "sum": lambda x, y: 0.5 * SqEuclidean(x, y) + 2.0 * Cosine(x[..., :2], y[..., :2]),
-    "matrix": lambda x, y: Matrix(torch.cdist(x, y).square()),
 }
 PENALTIES = {"balanced": KL(), "relaxed": (KL(2.0), KL(3.0)), "semi": (KL(), KL(1.0))}
-#: name: (layout, backend, penalties, kind, grad)
+#: name: (layout, backend, penalties, kind, grad). Every pair of layout, backend, penalties and gradient is here.
 CASES = {
-    f"{layout} {backend} {held} {grad}": (layout, backend, held, "squared", grad)
-    for layout in ("replicated", "ring")
-    for backend in ("dense", "chunked")
-    for held in ("balanced", "relaxed")
-    for grad in ("envelope", "implicit")
+    " ".join(case): case
+    for case in (
+        ("ring", "dense", "balanced", "squared", "envelope"),
+        ("ring", "chunked", "relaxed", "squared", "implicit"),
+        ("replicated", "dense", "relaxed", "squared", "envelope"),
+        ("replicated", "chunked", "balanced", "squared", "implicit"),
+        ("replicated", "dense", "semi", "euclidean", "implicit"),
+        ("ring", "chunked", "semi", "euclidean", "envelope"),
+        ("replicated", "chunked", "relaxed", "sum", "envelope"),
+        ("ring", "dense", "balanced", "sum", "implicit"),
+        ("replicated", "dense", "relaxed", "matrix", "implicit"),
+        ("replicated", "softmin", "balanced", "matrix", "envelope"),
+        ("auto", "auto", "semi", "squared", "envelope"),
+        ("replicated", "dense", "balanced", "squared", "unroll"),
+    )
 }
-CASES |= {
-    "euclidean": ("replicated", "chunked", "balanced", "euclidean", "implicit"),
-    "euclidean ring": ("ring", "chunked", "semi", "euclidean", "envelope"),
-    "sum": ("replicated", "chunked", "relaxed", "sum", "envelope"),
-    "sum ring": ("ring", "dense", "balanced", "sum", "implicit"),
-    "matrix": ("replicated", "dense", "relaxed", "matrix", "implicit"),
-    "matrix envelope": ("replicated", "softmin", "balanced", "matrix", "envelope"),
-    "auto": ("auto", "auto", "semi", "squared", "envelope"),
-    "unroll": ("replicated", "dense", "balanced", "squared", "unroll"),
-}
+
+
+def cases(size):
+    """One rank and three have all cases, two and four every other one."""
+    names = list(CASES)
+    return names[::2] if size == 2 else names[1::2] if size == 4 else names
 
 
 def inputs(kind="squared", d=3):
@@ -65,30 +72,20 @@ def inputs(kind="squared", d=3):
 
 
 def parts(size, rank):
-    found = []
-    for sizes in SHARES[size]:
-        start = sum(sizes[:rank])
-        found.append(slice(start, start + sizes[rank]))
-    return found
+    return [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for sizes in SHARES[size]]
 
 
-def study(case, size=None, rank=0):
+def answers(case, size=None, rank=0):
     """Everything that can be asked of a case, as tensors: the whole problem's for size None, else what this rank gets."""
     layout, backend, held, kind, grad = CASES[case]
     x, y, a, b = inputs(kind)
     rows, columns = (slice(None), slice(None)) if size is None else parts(size, rank)
     v, u = torch.sin(torch.arange(29.0 * 2).double()).view(29, 2), torch.cos(torch.arange(37.0).double())
     if kind == "matrix":
-        columns = slice(None)
-        x = KINDS[kind](x, y).M[rows].clone().requires_grad_()
-        leaves = [x]
-        cost = Matrix(x)
-    else:
-        x, y = x[rows].clone().requires_grad_(), y[columns].clone().requires_grad_()
-        leaves = [x, y]
-        cost = KINDS[kind](x, y)
-    a, b = a[rows].clone().requires_grad_(), b[columns].clone().requires_grad_()
-    leaves += [a, b]
+        columns, x, y = slice(None), torch.cdist(x, y).square(), None
+    leaves = [z[own].clone().requires_grad_() for z, own in ((x, rows), (y, columns), (a, rows), (b, columns)) if z is not None]
+    *points, a, b = leaves
+    cost = KINDS[kind](*points)
     if size is not None:
         cost = Sharded(cost, layout=layout)
     problem = Problem(cost, ("std", 0.2), a, b, PENALTIES[held])
@@ -99,43 +96,32 @@ def study(case, size=None, rank=0):
     if grad != "envelope":
         weight = torch.cos(torch.arange(37.0).double()), torch.sin(torch.arange(29.0).double())
         target = 2 * s.value + (weight[0] * s.f * (problem.a > 0)).sum() + (weight[1] * s.g).sum()
-    found |= {f"gradient {i} [share]": grad for i, grad in enumerate(torch.autograd.grad(target, leaves, retain_graph=True))}
-    found["plan @ v [share]"] = s.plan @ v[columns]
-    found["plan.T @ u [share]"] = s.plan.T @ u[rows]
+    found |= {f"gradient {i} [shard]": grad for i, grad in enumerate(torch.autograd.grad(target, leaves, retain_graph=True))}
+    found["plan @ v [shard]"] = s.plan @ v[columns]
+    found["plan.T @ u [shard]"] = s.plan.T @ u[rows]
     if grad == "implicit":
         # The loss of shares is the sum over ranks; its gradients are whole.
-        sent = (found["plan @ v [share]"] * torch.cos(torch.arange(2.0).double())).sum()
-        found |= {f"sent {i} [share]": grad for i, grad in enumerate(torch.autograd.grad(sent, leaves, retain_graph=True))}
+        sent = (found["plan @ v [shard]"] * torch.cos(torch.arange(2.0).double())).sum()
+        found |= {f"sent {i} [shard]": grad for i, grad in enumerate(torch.autograd.grad(sent, leaves, retain_graph=True))}
         sharp = s.sharp_cost + (found["value"] * 0)
-        found |= {f"sharp {i} [share]": grad for i, grad in enumerate(torch.autograd.grad(sharp, leaves, retain_graph=True))}
+        found |= {f"sharp {i} [shard]": grad for i, grad in enumerate(torch.autograd.grad(sharp, leaves, retain_graph=True))}
     if grad != "unroll":
-        found["plan [share]"] = s.plan.to_dense()
+        found["plan [shard]"] = s.plan.to_dense()
         found["marginal"], found["other marginal"] = s.plan.marginals
         found["sharp cost"], found["entropy"] = s.sharp_cost, s.normalized_entropy
     if grad == "envelope" and kind != "matrix":
-        found["columns of the plan [share]"] = s.plan.T.to_dense()
-        found["mapped [share]"] = s.transport(y=v[columns])
+        found["columns of the plan [shard]"] = s.plan.T.to_dense()
+        found["mapped [shard]"] = s.transport(y=v[columns])
     if kind == "squared":
         found["new points"] = s.transport(torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3), y=v[columns])
         found["diagonal"] = s.plan.diagonal()
-        found["warm"] = s.potential_a(cost.at(x=x.detach() + 0.1, y=y.detach()))
+        found["warm"] = s.potential_a(cost.at(x=points[0].detach() + 0.1, y=points[1].detach()))
     return {name: z.detach() for name, z in found.items()}
 
 
-#: What more ranks leave out, for time: all layouts, machines and penalties with envelope gradients, and some of the rest.
-BRIEFLY = [case for case, (*_, grad) in CASES.items() if grad == "envelope" or case == "ring chunked relaxed implicit"]
-SOME = [*BRIEFLY, "replicated dense balanced implicit", "replicated chunked relaxed implicit", "sum ring", "euclidean", "matrix"]
-#: What is done twice, for the same bits.
-TWICE = ["replicated dense balanced envelope", "ring chunked relaxed implicit", "replicated chunked relaxed implicit", "sum ring"]
-
-
-def cases(size):
-    return {3: SOME, 4: BRIEFLY}.get(size, list(CASES))
-
-
-def study_all(rank, size):
-    found = {case: study(case, size, rank) for case in cases(size)}
-    return found, {case: study(case, size, rank) for case in TWICE if case in found}
+def study(rank, size, folder=None):
+    """The answers to every case, and to the first four of them again."""
+    return [{case: answers(case, size, rank) for case in which} for which in (cases(size), cases(size)[:4])]
 
 
 def small(size, rank, **kind):
@@ -145,8 +131,8 @@ def small(size, rank, **kind):
     return Sharded(SqEuclidean(x[rows], y[columns]), **kind), a[rows], b[columns]
 
 
-def refusals(rank, size):
-    """Who is told what where one rank asks for something else: the type and the words of each error, on each rank."""
+def refusals(rank, size, folder):
+    """{question: (type, words)} of the errors on this rank, where one rank of three asks for something else."""
     x, y, a, b = inputs()
     rows, columns = parts(size, rank)
     x, y, a, b = x[rows].clone(), y[columns].clone(), a[rows].clone(), b[columns].clone()
@@ -155,15 +141,22 @@ def refusals(rank, size):
     def cost(**options):
         return Sharded(SqEuclidean(x, y), **options)
 
-    def broken():
-        return Sharded(SqEuclidean(torch.full_like(x, math.nan) if odd else x, y))
+    def broken(eps):
+        return Problem(Sharded(SqEuclidean(torch.full_like(x, math.nan) if odd else x, y)), eps, a, b)
 
     def solved(**options):
         return gpu_ot.solve(Problem(cost(), 0.5, a, b), **options)
 
+    changed = Problem(cost(), 0.5, a, b)
+
+    def diverges():
+        if odd:
+            x.fill_(math.nan)
+        gpu_ot.solve(changed)
+
     asked = {
-        "nan": lambda: Problem(broken(), 0.5, a, b),
-        "nan and a relative eps": lambda: Problem(broken(), ("std", 0.5), a, b),
+        "nan": lambda: broken(0.5),
+        "nan and a relative eps": lambda: broken(("std", 0.5)),
         "weight": lambda: Problem(cost(), 0.5, -a if odd else a, b),
         "eps": lambda: Problem(cost(), 0.5 + 0.1 * odd, a, b),
         "penalty": lambda: Problem(cost(), 0.5, a, b, KL(1.0 + odd)),
@@ -178,54 +171,26 @@ def refusals(rank, size):
         "start": lambda: solved(start=torch.full((37,), float(odd))),
         "grad": lambda: solved(grad="none"),
         "a gradient": lambda: Sharded(SqEuclidean(x.clone().requires_grad_(odd), y)),
+        "and then": lambda: solved(tol=1e-9).raise_unless_converged(),
+        "diverges": diverges,
     }
-    told = {}
-    for name, ask in asked.items():
-        try:
-            ask()
-            told[name] = ("", "")
-        except Exception as error:
-            told[name] = (type(error).__mro__[0].__name__ if not isinstance(error, gpu_ot.ProblemError) else "ProblemError", str(error))
-        if name == "masses":
-            told[name] = (type(error_of(ask)).__name__, told[name][1])
-    told["and then"] = ("", str(solved(tol=1e-9).status.name))  # nothing that was refused has left the ranks out of step
-    changed = Problem(cost(), 0.5, a, b)
-    if odd:
-        x.fill_(math.nan)
-    told["diverges"] = ("", str(error_of(lambda: gpu_ot.solve(changed))))
-    return told
+    return {name: error_of(ask) for name, ask in asked.items()}
 
 
 def error_of(ask):
+    """(type, words) of the error that this raises."""
     try:
         ask()
     except Exception as error:
-        return error
+        return type(error).__name__, str(error)
+    return "", ""
 
 
-def traffic(rank, size):
-    """{layout and looks: (bytes sent by this rank in an iteration, what the model says)}, the collectives themselves counted."""
-    sent = [0]
-    real = {
-        name: getattr(dist, name)
-        for name in ("all_gather_single", "all_gather_into_tensor", "all_to_all_single", "batch_isend_irecv", "broadcast")
-        if hasattr(dist, name)
-    }
-
-    def counted(name):
-        def call(*args, **options):
-            if name.startswith("all_gather"):
-                sent[0] += (size - 1) * args[1].numel() * args[1].itemsize
-            elif name == "all_to_all_single":
-                own = args[3][rank] if len(args) > 3 and args[3] else args[1].shape[0] // size
-                sent[0] += (args[1].shape[0] - own) * args[1][:1].numel() * args[1].itemsize
-            elif name == "batch_isend_irecv":
-                sent[0] += sum(move.tensor.numel() * move.tensor.itemsize for move in args[0] if move.op is dist.isend)
-            else:
-                raise AssertionError(f"{name} in an iteration")
-            return real[name](*args, **options)
-
-        return call
+def traffic(rank, size, folder):
+    """{layout and iterations between checks: (bytes that this rank sent meanwhile, what the model says)}."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+    from sharded import counted
+    from sharded import traffic as expected_traffic
 
     found = {}
     for layout in ("replicated", "ring"):
@@ -235,65 +200,74 @@ def traffic(rank, size):
         for every in (1, 5):
             counts = []
             for iterations in (1 + every, 1 + 3 * every):
-                sent[0] = 0
-                for name in real:
-                    setattr(dist, name, counted(name))
-                solution = gpu_ot.solve(problem, tol=0, max_iter=iterations, check_every=every, accelerate="none", backend="chunked")
-                for name, function in real.items():
-                    setattr(dist, name, function)
+                with counted(size, rank) as sent:
+                    solution = gpu_ot.solve(problem, tol=0, max_iter=iterations, check_every=every, accelerate="none", backend="chunked")
                 assert solution.n_iter == iterations
                 counts.append(sent[0])
-            model = [sharded.traffic(cost, looks=1)] + [sharded.traffic(cost, looks=0 if layout == "replicated" else 1)] * (every - 1)
-            found[f"{layout} {every}"] = counts[1] - counts[0], 2 * sum(model)
+            unseen = expected_traffic(cost, checks=0 if layout == "replicated" else 1) * (every - 1)
+            found[f"{layout} {every}"] = counts[1] - counts[0], 2 * (expected_traffic(cost, checks=1) + unseen)
     return found
 
 
-def calls(rank, size, folder):
-    """The other ways in: DTensors, solve_sample, SamplesLoss, batches, samples, checkpoints."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+def other_ways(size=None, rank=0, mesh=None):
+    """What DTensors, solve_sample, SamplesLoss, batches, floats and warm starts find, as tensors; of the whole problem for size None."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    found = {}
+    x, y, a, b = (z if mesh is None else distribute_tensor(z, mesh, [Shard(0)]) for z in inputs())
+    x.requires_grad_()
+    solution = gpu_ot.solve(Problem(SqEuclidean(x, y), 0.5, a, b), tol=1e-12)
+    (gradient,) = torch.autograd.grad(solution.value, x)
+    found["dtensor"], found["dtensor gradient"] = solution.value, gradient if mesh is None else gradient.full_tensor()
+    uniform = gpu_ot.solve(Problem(SqEuclidean(x, y), 0.5), tol=1e-12) if mesh is None else gpu_ot.solve_sample(x, y, reg=0.5, tol=1e-12)
+    found["dtensor sample"] = uniform.value
 
     x, y, a, b = inputs()
-    rows, columns = parts(size, rank)
-    found = {}
+    rows, columns = (slice(None), slice(None)) if size is None else parts(size, rank)
+    x, y, a, b = x[rows].clone().requires_grad_(), y[columns], a[rows], b[columns]
+    losses = {"loss": {}, "relaxed loss": {"reach": 1.0, "p": 1}, "cosine loss": {"cost": Cosine}}
+    values = {name: gpu_ot.SamplesLoss(blur=0.5, tol=1e-11, group=mesh, **options)(x, y) for name, options in losses.items()}
+    values["weighted loss"] = gpu_ot.SamplesLoss(blur=0.5, tol=1e-11, group=mesh)(a, x, b, y)
+    if mesh is None:
+        values["solve_sample"] = gpu_ot.solve(Problem(SqEuclidean(x, y), 0.5, a, b, KL(2.0)), tol=1e-12).value
+    else:
+        options = dict(reg=0.5, unbalanced=2.0, group=mesh, layout="ring", tol=1e-12)
+        values["solve_sample"] = gpu_ot.solve_sample(x, y, a, b, **options).value
+    for name, value in values.items():
+        found[name], found[f"{name}, gradient [shard]"] = value, torch.autograd.grad(value, x)[0]
+
+    for layout in ("replicated", "ring"):
+
+        def problem(x, y, eps=0.5, *weights, layout=layout):
+            cost = SqEuclidean(x, y)
+            return Problem(cost if size is None else Sharded(cost, layout=layout), eps, *weights)
+
+        many = gpu_ot.solve(problem(torch.stack((x, x + 0.3)), torch.stack((y, y * 1.1)), 0.5, a, b), tol=1e-12)
+        found |= {f"batch {layout}": many.value, f"f of the batch {layout}": many.f}
+        found[f"products of the batch {layout} [shard]"] = (many.plan @ y).movedim(-2, 0)
+        found[f"float {layout}"] = gpu_ot.solve(problem(x.float(), y.float())).value
+        near = gpu_ot.solve(problem(x, y, 0.5, a, b), tol=1e-9)
+        found[f"iterations from the solution {layout}"] = torch.tensor(gpu_ot.solve(near.problem, start=near, tol=1e-8).n_iter)
+        found[f"from another eps {layout}"] = gpu_ot.solve(problem(x, y, 0.4, a, b), start=near, tol=1e-12).f
+    return {name: z.detach() for name, z in found.items()}
+
+
+def calls(rank, size, folder):
+    """The other ways in, samples and checkpoints."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
     mesh = init_device_mesh("cpu", (size,))
-    dx, dy = (distribute_tensor(z, mesh, [Shard(0)]).requires_grad_() for z in (x, y))
-    da = distribute_tensor(a, mesh, [Shard(0)])
-    solution = gpu_ot.solve(Problem(SqEuclidean(dx, dy), 0.5, da, distribute_tensor(b, mesh, [Shard(0)])), tol=1e-12)
-    gradient = torch.autograd.grad(solution.value, dx)[0]
-    found["dtensor"] = solution.value.detach(), gradient.full_tensor()
-    found["dtensor sample"] = gpu_ot.solve_sample(dx, dy, reg=0.5, tol=1e-12).value.detach()
-    found["replicated dtensor"] = str(error_of(lambda: Problem(SqEuclidean(distribute_tensor(x, mesh, [Replicate()]), dy), 0.5)))
-
-    own = x[rows].clone().requires_grad_()
-    sampled = gpu_ot.solve_sample(own, y[columns], a[rows], b[columns], reg=0.5, unbalanced=2.0, group=mesh, layout="ring", tol=1e-12)
-    found["solve_sample"] = sampled.value.detach(), torch.autograd.grad(sampled.value, own)[0]
-    found["solve_sample refuses"] = str(error_of(lambda: gpu_ot.solve_sample(own, y[columns], reg=0.5, group=mesh, debias=True)))
-    for name, options in (("loss", {}), ("relaxed loss", {"reach": 1.0, "p": 1}), ("cosine", {"cost": Cosine})):
-        loss = gpu_ot.SamplesLoss(blur=0.5, tol=1e-11, group=mesh, **options)
-        value = loss(own, y[columns])
-        found[name] = value.detach(), torch.autograd.grad(value, own)[0]
-    found["weighted loss"] = gpu_ot.SamplesLoss(blur=0.5, tol=1e-11, group=mesh)(a[rows], own, b[columns], y[columns]).detach()
-
-    batch = torch.stack((x, x + 0.3))[:, rows], torch.stack((y, y * 1.1))[:, columns]
+    found = {"other ways": other_ways(size, rank, mesh)}
+    x, y, *_ = (distribute_tensor(z, mesh, [Replicate()]) for z in inputs())
+    found["replicated dtensor"] = error_of(lambda: Problem(SqEuclidean(x, y), 0.5))[1]
+    found["debias"] = error_of(lambda: gpu_ot.solve_sample(x, y, reg=0.5, group=mesh, debias=True))[1]
     for layout in ("replicated", "ring"):
-        many = gpu_ot.solve(Problem(Sharded(SqEuclidean(*batch), layout=layout), 0.5, a[rows], b[columns]), tol=1e-12)
-        found[f"batch {layout}"] = many.value, many.f, many.plan @ y[columns]
+        cost, a, b = small(size, rank, layout=layout)
+        plan = gpu_ot.solve(Problem(cost, 0.5, a, b), tol=1e-9).plan
+        found[f"sample {layout}"] = [P.sample(4000, torch.Generator().manual_seed(rank)) for P in (plan, plan.T)]
 
-    for layout in ("replicated", "ring"):
-        cost, wa, wb = small(size, rank, layout=layout)
-        solution = gpu_ot.solve(Problem(cost, 0.5, wa, wb), tol=1e-9)
-        drawn = solution.plan.sample(4000, torch.Generator().manual_seed(rank))
-        found[f"sample {layout}"] = drawn
-        found[f"sample of columns {layout}"] = solution.plan.T.sample(4000, torch.Generator().manual_seed(rank))
-        found[f"float {layout}"] = gpu_ot.solve(
-            Problem(Sharded(SqEuclidean(x[rows].float(), y[columns].float()), layout=layout), 0.5)
-        ).value
-    found["warm"] = torch.tensor(gpu_ot.solve(solution.problem, start=solution, tol=1e-8).n_iter)
-    found["moved"] = gpu_ot.solve(Problem(small(size, rank)[0], 0.4, wa, wb), start=solution, tol=1e-12).f
-
-    cost, wa, wb = small(size, rank)
-    hard = Problem(cost, 0.02, wa, wb)
+    hard = Problem(small(size, rank)[0], 0.02, a, b)
     kept = gpu_ot.Checkpoint(folder / "kept.safetensors", minutes=0)
 
     def interrupt(n_iter, error):
@@ -302,36 +276,48 @@ def calls(rank, size, folder):
 
     with contextlib.suppress(KeyboardInterrupt):
         gpu_ot.solve(hard, tol=1e-9, accelerate="mixing", checkpoint=kept, on_check=interrupt)
-    found["file"] = str(kept.path)
-    found["resumed"] = gpu_ot.solve(hard, tol=1e-9, start=resumed(kept)).f, gpu_ot.solve(hard, tol=1e-9, accelerate="mixing").n_iter
+    dist.barrier()  # the first rank has written for certain
+    found["file"], found["resumed"] = kept.path, gpu_ot.solve(hard, tol=1e-9, start=kept.start()).f
     return found
 
 
-def resumed(kept):
-    """The start, read when it has been written for certain."""
-    if dist.is_initialized():
-        dist.barrier()
-    return kept.start()
+def killed(rank, size, folder):
+    return fails(rank, small(size, rank, layout="ring"), lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def ends(how, rank, size):
-    """A solve in which the second rank ends: what the others are told, and after how long."""
-    cost, a, b = small(size, rank, layout="ring" if how == "killed" else "replicated")
+def raised(rank, size, folder):
+    def work():
+        raise ValueError("no more of this")
+
+    return fails(rank, small(size, rank), work)
+
+
+def silent(rank, size, folder):
+    """The second rank waits until the others have given up on it."""
+
+    def work():
+        while not all((folder / f"silent{other}.pt").exists() for other in (0, 2)):
+            time.sleep(0.05)
+
+    return fails(rank, small(size, rank, group=dist.new_group(timeout=timedelta(seconds=5))), work)
+
+
+def fails(rank, case, work):
+    """The error on this rank of a solve in which the second rank stops for `work`."""
+    cost, a, b = case
     problem = Problem(cost, 0.5, a, b)
 
-    def last(n_iter, error):
+    def stop(n_iter, error):
         if rank == 1 and n_iter == 5:
-            if how == "raised":
-                raise ValueError("no more of this")
-            os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+            work()
 
-    begun = time.monotonic()
-    error = error_of(lambda: gpu_ot.solve(problem, tol=0, max_iter=100_000, accelerate="none", on_check=last, check_every=1))
-    return type(error).__name__, str(error), time.monotonic() - begun
+    return error_of(lambda: gpu_ot.solve(problem, tol=0, max_iter=100_000, accelerate="none", on_check=stop, check_every=1))
 
 
-def memory(rank, size):
-    """(bytes of this rank's points, peak bytes beside them of a solve and a gradient in the ring)."""
+def memory(rank, size, folder):
+    """(bytes of this rank's points, peak bytes beside them of a solve and a gradient in the ring), where Linux tells."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
     n, d = 512 // size, 2**12
     gen = torch.Generator().manual_seed(rank)
     x, y = torch.randn(n, d, generator=gen, dtype=torch.float64).requires_grad_(), torch.randn(n, d, generator=gen, dtype=torch.float64)
@@ -339,7 +325,8 @@ def memory(rank, size):
     def status(key):
         return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
 
-    solved(small(size, rank, layout="ring"))  # what threads and buffers take once
+    cost, a, b = small(size, rank, layout="ring")
+    gpu_ot.solve(Problem(cost, 0.5, a, b), backend="chunked")  # what threads and buffers take once
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     solution = gpu_ot.solve(Problem(Sharded(SqEuclidean(x, y), layout="ring"), 2.0 * d), max_iter=1, backend="chunked")
@@ -347,25 +334,28 @@ def memory(rank, size):
     return x.numel() * 16, status("VmHWM") - before
 
 
-def solved(case):
-    cost, a, b = case
-    gpu_ot.solve(Problem(cost, 0.5, a, b), backend="chunked")
+JOBS = {job.__name__: job for job in (study, refusals, traffic, calls, memory, killed, raised, silent)}
 
 
-def main(jobs, rank, size, folder, timeout=60.0):
-    torch.set_num_threads(1)
-    if size > 1 or jobs != "study":
-        meeting = dict(init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout), **meeting)
-    for job in jobs.split(","):
-        if job in ("killed", "raised", "stopped"):
-            found = ends(job, rank, size)
-        else:
-            function = {"study": study_all, "refusals": refusals, "traffic": traffic, "calls": calls, "memory": memory}[job]
-            found = function(rank, size, folder) if job == "calls" else function(rank, size)
-        torch.save(found, folder / f"{job}{rank}.pt")
-    os._exit(0)  # a group one of whose ranks is gone cannot be left in order
+def run(jobs, rank, size, folder):
+    try:
+        where = dict(init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
+        dist.init_process_group("gloo", timeout=timedelta(minutes=10), **where)
+        for job in jobs:
+            torch.save(JOBS[job](rank, size, folder), folder / f"{job}{rank}.partial")
+            os.replace(folder / f"{job}{rank}.partial", folder / f"{job}{rank}.pt")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)  # a group one of whose ranks is gone cannot be left in order
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), *map(float, sys.argv[5:]))
+    import torch.distributed.tensor  # once, not on every rank
+
+    torch.set_num_threads(1)
+    for rank in range(int(sys.argv[2])):
+        if os.fork() == 0:
+            run(sys.argv[1].split(","), rank, int(sys.argv[2]), Path(sys.argv[3]))
+    for _ in range(int(sys.argv[2])):
+        os.wait()

@@ -109,13 +109,11 @@ def test_both_verbs_both_ways(size, sharpness):
     ours, truth, eps = Keops(Lazy(lazy(x, y, w))), Dense(C), sharpness * float(C.max())
     k, h = potentials(C, eps)
     v = torch.randn(m, 1 + d, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    atol = 1e-12 * float(C.max())
-    torch.testing.assert_close(ours.softmin(h, eps), truth.softmin(h, eps), rtol=0, atol=atol)
-    torch.testing.assert_close(ours.T.softmin(k, eps), truth.T.softmin(k, eps), rtol=0, atol=atol)
-    torch.testing.assert_close(ours.T.T.softmin(h, eps), truth.softmin(h, eps), rtol=0, atol=atol)
-    torch.testing.assert_close(ours.apply(k, h, eps, v), truth.apply(k, h, eps, v), rtol=1e-9, atol=1e-10)
-    u = v.new_ones(n, 1)
-    torch.testing.assert_close(ours.T.apply(h, k, eps, u), truth.T.apply(h, k, eps, u), rtol=1e-9, atol=1e-10)
+    u, atol = v.new_ones(n, 1), 1e-12 * float(C.max())
+    both = [(g.softmin(h, eps), g.T.softmin(k, eps), g.T.T.softmin(h, eps)) for g in (ours, truth)]
+    torch.testing.assert_close(*both, rtol=0, atol=atol)
+    both = [(g.apply(k, h, eps, v), g.T.apply(h, k, eps, u)) for g in (ours, truth)]
+    torch.testing.assert_close(*both, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(ours.T.plan(h, k, eps), truth.T.plan(h, k, eps), rtol=1e-9, atol=1e-12)
 
 
@@ -147,17 +145,13 @@ def test_float32_stays_and_is_as_accurate_as_torch(sharpness):
     exact, C = stored(*(each.double() for each in z)), stored(*z)
     eps = sharpness * float(exact.max())
     k, h = potentials(exact, eps)
-    truth, geometry = Dense(exact), Keops(Lazy(lazy(*z)))
+    truth, geometry, v = Dense(exact), Keops(Lazy(lazy(*z))), torch.ones(57, 1)
     assert geometry.dtype == torch.float32
-    torchs = -eps * torch.logsumexp((h.float() - C) / eps, -1)
-    allowed = 2 * float((torchs.double() - truth.softmin(h, eps)).abs().max()) + 1e-6
-    ours = geometry.softmin(h, eps)
-    assert ours.dtype == torch.float64 and float((ours - truth.softmin(h, eps)).abs().max()) <= allowed
-    v = torch.ones(57, 1)
-    expected = truth.apply(k, h, eps, v.double())
-    torchs = ((k.float().unsqueeze(-1) + h.float() - C) / eps).exp() @ v
-    allowed = 2 * float((torchs.double() - expected).abs().max()) + 1e-6
-    assert float((geometry.apply(k, h, eps, v.double()) - expected).abs().max()) <= allowed
+    torchs = -eps * torch.logsumexp((h.float() - C) / eps, -1), ((k.float().unsqueeze(-1) + h.float() - C) / eps).exp() @ v
+    ours, exactly = ((g.softmin(h, eps), g.apply(k, h, eps, v.double())) for g in (geometry, truth))
+    for found, peer, right in zip(ours, torchs, exactly, strict=True):
+        allowed = 2 * float((peer.double() - right).abs().max()) + 1e-6
+        assert found.dtype == torch.float64 and float((found - right).abs().max()) <= allowed
     solution = gpu_ot.solve(Problem(Lazy(lazy(*z)), 0.1), backend="keops")
     assert solution.value.dtype == torch.float32 and solution.f.dtype == torch.float64 and bool(solution.converged)
 
@@ -198,11 +192,10 @@ def test_pots_names_take_it_and_return_a_lazy_plan():
     options: dict[str, Any] = dict(reg=0.1, stopThr=1e-11)
     plan, expected = gpu_ot.sinkhorn(a, b, M, **options), gpu_ot.sinkhorn(a, b, C, **options)
     assert isinstance(plan, Plan)
-    torch.testing.assert_close(plan.to_dense(), expected, rtol=1e-7, atol=1e-12)
-    torch.testing.assert_close(plan[3:9, ::4], expected[3:9, ::4], rtol=1e-7, atol=1e-12)
     v = torch.ones(63, 2, dtype=torch.float64)
+    found, truth = ((P[3:9, ::4], P.T[:2]) for P in (plan, expected))
+    torch.testing.assert_close((plan.to_dense(), *found), (expected, *truth), rtol=1e-7, atol=1e-12)
     torch.testing.assert_close(plan.T @ v, expected.mT @ v, rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(plan.T[:2], expected.mT[:2], rtol=1e-7, atol=1e-12)
     i, j = plan.sample(50)
     assert bool((expected[i, j] > 0).all())
     torch.testing.assert_close(gpu_ot.sinkhorn2(a, b, M, **options), gpu_ot.sinkhorn2(a, b, C, **options), rtol=1e-8, atol=0)
@@ -215,23 +208,18 @@ def test_pots_names_take_it_and_return_a_lazy_plan():
 
 
 @pytest.mark.slow
-def test_gradients_of_the_loss_through_pots_name():
-    def run(cost):
+def test_derivatives_through_pots_name_and_second_ones_of_the_matrix():
+    def loss(cost):
         leaves = [z.requires_grad_() for z in given(*SIZE)]
         return torch.autograd.grad(gpu_ot.sinkhorn2(*weights(*SIZE[:2]), cost(*leaves), 0.1, stopThr=1e-11), leaves)
 
-    torch.testing.assert_close(run(lazy), run(stored), rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.slow
-def test_second_derivatives_of_the_matrix():
-    def run(cost):
+    def matrix(cost):
         leaves = [z.requires_grad_() for z in given(5, 4, 3)]
-        loss = cost(*leaves).square().sum()
-        (first,) = torch.autograd.grad(loss, leaves[2:], create_graph=True)
+        (first,) = torch.autograd.grad(cost(*leaves).square().sum(), leaves[2:], create_graph=True)
         return torch.autograd.grad(first.square().sum(), leaves)
 
-    torch.testing.assert_close(run(lambda *z: Lazy(lazy(*z)).dense()), run(stored), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(loss(lazy), loss(stored), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(matrix(lambda *z: Lazy(lazy(*z)).dense()), matrix(stored), rtol=1e-9, atol=1e-9)
 
 
 def test_keops_takes_it_and_the_others_say_why_not():

@@ -114,8 +114,9 @@ def test_everything_else_follows(kind, batch):
         torch.testing.assert_close((0.5 * cost.T + Matrix(C.M.mT)).dense(), 1.5 * C.M.mT)
         torch.testing.assert_close(cost.T.entries(slice(2), slice(1, 4)), C.M[..., 1:4, :2].mT)
         torch.testing.assert_close(cost.sample(4, 2), C.sample(4, 2))
+        torch.testing.assert_close((2.0 * cost).sample(4, 2), 2 * C.sample(4, 2))
         for scale in gpu_ot.costs.SCALES:
-            torch.testing.assert_close(cost.scale(scale), C.scale(scale), rtol=1e-12, atol=0)
+            torch.testing.assert_close((cost.scale(scale), (2.0 * cost).scale(scale)), (C.scale(scale), 2 * C.scale(scale)))
         ours, truth = (solve(Problem(each, ("std", 0.05)), tol=1e-10) for each in (cost, C))
         torch.testing.assert_close(ours.problem.eps, truth.problem.eps, rtol=1e-12, atol=0)
         torch.testing.assert_close((ours.value, ours.sharp_cost), (truth.value, truth.sharp_cost), rtol=1e-8, atol=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 
 import numpy as np
@@ -42,25 +41,6 @@ def leaves(problem):
     return [z.clone().requires_grad_() for z in problem(6, 5)]
 
 
-@pytest.mark.parametrize(
-    "name", ["solve_sample", "dist", "solve_batch", "solve_sample_batch", "dist_batch", "bregman_log_projection_batch", "loss_linear_batch"]
-)
-def test_signatures_are_pots(name):
-    ours, theirs = (
-        inspect.signature(getattr(z, name)) for z in (batch if "batch" in name else solvers, ot.batch if "batch" in name else ot)
-    )
-    own = {"group", "layout"} if name == "solve_sample" else set()  # keyword-only, after all of POT's
-    assert [(p.name, p.default, p.kind) for p in ours.parameters.values() if p.name not in own] == [
-        (p.name, p.default, p.kind) for p in theirs.parameters.values()
-    ]
-
-
-def test_solve_has_pots_signature_and_takes_our_options():
-    ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (solvers.solve, ot.solve))
-    assert [(p.name, p.default) for p in ours[:-1]] == [(p.name, p.default) for p in theirs]
-    assert ours[-1].kind is inspect.Parameter.VAR_KEYWORD
-
-
 @pytest.mark.parametrize("grad", GRADS)
 @pytest.mark.parametrize("reg_type", ["KL", "entropy"])
 def test_balanced_results_are_pots(problem, kind, reg_type, grad):
@@ -76,21 +56,6 @@ def test_balanced_results_are_pots(problem, kind, reg_type, grad):
     close(ours.marginals[0], a, rtol=1e-12)
     close(ours.marginal_b, b, rtol=0, atol=1e-9)
     assert type(ours.sparse_plan) is type(theirs.sparse_plan)
-
-
-def test_a_problem_is_passed_on(problem):
-    a, b, M = problem(8, 7)
-    question = gpu_ot.Problem(M, 0.1, a, b)
-    ours, same = solvers.solve(question, tol=1e-9, max_iter=500, backend="softmin"), gpu_ot.solve(question, tol=1e-9, max_iter=500)
-    assert isinstance(ours, gpu_ot.Solution)
-    close(ours.value, same.value, rtol=1e-12)
-    assert solvers.solve(question).n_iter == gpu_ot.solve(question).n_iter
-    M.requires_grad_()
-    assert solvers.solve(gpu_ot.Problem(M, 0.1, a, b), grad="unroll").f.requires_grad
-    with pytest.raises(gpu_ot.ProblemError, match="holds its weights"):
-        solvers.solve(question, a, b)
-    with pytest.raises(TypeError, match="backend"):
-        solvers.solve(M, a, b, 0.1, backend="dense")
 
 
 @pytest.mark.parametrize("unbalanced_type", ["KL", "TV"])

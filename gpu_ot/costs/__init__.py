@@ -1,5 +1,6 @@
 """What it costs to move a unit of mass from x_i to y_j: the protocol, and the kinds of cost that come with it."""
 
+from ..communicator import COLUMNS, ROWS
 from .base import Axis, Cost, Folded, Index, Points
 from .clouds import Cosine, Dot, Euclidean, Formula, SqEuclidean
 from .lazy_tensor import Lazy
@@ -7,19 +8,5 @@ from .matrix import Matrix
 from .scale import SCALES
 from .sum import Sum
 
-__all__ = [
-    "SCALES",
-    "Axis",
-    "Cosine",
-    "Cost",
-    "Dot",
-    "Euclidean",
-    "Folded",
-    "Formula",
-    "Index",
-    "Lazy",
-    "Matrix",
-    "Points",
-    "SqEuclidean",
-    "Sum",
-]
+__all__ = ["COLUMNS", "ROWS", "SCALES", "Axis", "Cosine", "Cost", "Dot", "Euclidean", "Folded", "Formula", "Index", "Lazy"]
+__all__ += ["Matrix", "Points", "SqEuclidean", "Sum"]

@@ -231,21 +231,6 @@ class Cost:
 
     __mul__ = __rmul__
 
-    # Where ranks share the points: see distributed/costs.py. Everywhere else there is one process, and nothing to write.
-
-    @property
-    def ranks(self) -> Alone:
-        """Who holds its points."""
-        return ALONE
-
-    def rows(self) -> Cost:
-        """The cost between the rows held here and all columns."""
-        return self
-
-    def typical(self, problem: Any) -> Any:
-        """A problem like those that a backend gets of this one, for all ranks to choose the backend by."""
-        return problem
-
     def geometry(self, problem: Any, bind: Callable[[Any], Any]) -> Any:
         """The cost of `problem` on a backend, of which `bind` makes a Geometry."""
         return bind(problem)
@@ -253,6 +238,11 @@ class Cost:
     def describe(self) -> str:
         """In words, for `explain`."""
         return "a matrix" if self.stored else "a cost that folds" if self.fold() is not None else "a cost that does not fold"
+
+    @property
+    def ranks(self) -> Alone:
+        """Who holds its points: this process, unless they are sharded, see distributed/costs.py."""
+        return ALONE
 
     # Its own.
 
@@ -263,9 +253,7 @@ class Cost:
         try:
             batch = torch.broadcast_shapes(*(z.shape[:-2] for z in clouds))
         except RuntimeError:
-            raise errors.wrong_shape(
-                "y", clouds[-1].shape, f"(*batch, m, d) to match x with shape {errors.shape(clouds[0].shape)}"
-            ) from None
+            raise unmatched(clouds[0], clouds[-1]) from None
         return self.of(z if side is None else z.expand(*batch, *z.shape[-2:]) for z, side in zip(inputs, sides, strict=True))
 
     def _many(self) -> Tensor:
@@ -283,16 +271,7 @@ class Cost:
 
     def _blocks(self) -> Iterator[Tensor]:
         """All entries, in pieces of about BLOCK numbers."""
-        (n, m), depth = self.shape[-2:], self.depth
-        batch = max(1, self.shape[:-2].numel())
-        cols = max(1, min(m, BLOCK // (batch * depth)))
-        rows = max(1, min(n, BLOCK // (batch * depth * cols)))
-        if (rows >= n and cols >= m) or not self.cuts:
-            yield self.dense()
-            return
-        for i in range(0, n, rows):
-            for j in range(0, m, cols):
-                yield self.part(slice(i, i + rows), slice(j, j + cols)).dense()
+        return (block.dense() for _, strip in self.strips() for _, block in strip.strips(-1))
 
 
 class Axis:
@@ -310,6 +289,10 @@ def _pointless(cost: Cost) -> errors.ProblemError:
         f"a cost of kind {type(cost).__name__} has no points, so what moving or adding some would cost is not known. "
         "Write it as a cost between clouds: SqEuclidean(x, y), or Formula(function, x, y)."
     )
+
+
+def unmatched(x: Tensor, y: Tensor) -> errors.ProblemError:
+    return errors.wrong_shape("y", y.shape, f"(*batch, m, d) to match x with shape {errors.shape(x.shape)}")
 
 
 def every(size: int, limit: int) -> slice:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import errors
 from ..communicator import COLUMNS, ROWS
-from .base import Axis, Cost, Folded
+from .base import Axis, Cost, Folded, unmatched
 
 #: Features from which squared distances of float32 points on a CPU are products in float64, and numbers of a slab of those (4 MiB).
 WIDE, SLAB = 16, 2**19
@@ -44,7 +43,7 @@ class _Clouds(_Pointed):
     def __post_init__(self) -> None:
         x, y = self.x, self.y
         if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1] or x.shape[:-2] != y.shape[:-2]:
-            raise errors.wrong_shape("y", y.shape, f"(*batch, m, d) to match x with shape {errors.shape(x.shape)}")
+            raise unmatched(x, y)
 
     def of(self, inputs: Iterable[Tensor]) -> Cost:
         return type(self)(*inputs)

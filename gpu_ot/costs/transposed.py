@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Axis, Cost, Folded, Index, Points
+from .base import Axis, Cost, Folded, Index
 
 
 class Transposed(Cost):
@@ -45,20 +45,9 @@ class Transposed(Cost):
         return self.cost.formula(j, i)
 
     @property
-    def points(self) -> tuple[Points, Points]:
-        x, y = self.cost.points
-        return y, x
-
-    def at(self, x: Points | None = None, y: Points | None = None) -> Cost:
-        return self.cost.at(y, x).T
-
-    @property
     def depth(self) -> int:
         return self.cost.depth
 
     @property
     def T(self) -> Cost:
         return self.cost
-
-    def to(self, dtype: torch.dtype) -> Cost:
-        return self.cost.to(dtype).T

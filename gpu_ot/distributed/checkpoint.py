@@ -1,4 +1,4 @@
-"""Long solves leave their potentials on disk, and go on from them: on another machine, or another number of ranks."""
+"""Potentials on disk: a long solve goes on from them, also on another machine or another number of ranks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .. import errors
 
 
 class Checkpoint:
-    """Writes f and g to `path` every so many `minutes` of a solve, as safetensors; by the first of the ranks that share a problem.
+    """Writes f and g to `path` every `minutes` of a solve, as safetensors. Where ranks share the problem, the first of them writes.
 
     >>> kept = Checkpoint("atlas.safetensors", minutes=10)
     >>> gpu_ot.solve(problem, checkpoint=kept, start=kept.start())
 
-    Potentials count all points, in the order of the ranks, so that any number of ranks can go on with points in the same order. A file
-    appears whole or not at all. What is kept is the best that the loop has seen; while eps is annealed it sees nothing yet.
-    Raises BackendError where safetensors is not installed.
+    f and g are those of all points, in the order of the ranks: any number of ranks can go on with points in the same order. They are the
+    best that the loop has seen; nothing is written while eps is annealed. A file appears whole or not at all.
+    Raises BackendError if safetensors is not installed.
     """
 
     def __init__(self, path: str | os.PathLike[str], minutes: float = 10.0) -> None:
@@ -28,7 +28,7 @@ class Checkpoint:
         _safetensors()
 
     def start(self) -> Tensor | None:
-        """f (*batch, n) to start from, for `solve(start=...)`; None where nothing has been written yet. Read by every rank."""
+        """f (*batch, n) for `solve(start=...)`, to be read by every rank; None if nothing has been written yet."""
         return self.read()[0] if self.path.exists() else None
 
     def read(self) -> tuple[Tensor, Tensor, dict[str, str]]:
@@ -39,12 +39,12 @@ class Checkpoint:
             return file.get_tensor("f"), file.get_tensor("g"), dict(file.metadata() or {})
 
     def offer(self, n_iter: int, eps: float, f: Tensor, g: Tensor) -> None:
-        """Writes, if it is time."""
+        """Writes if `minutes` have passed."""
         if time.monotonic() - self._last >= 60 * self.minutes:
             self.write(n_iter, eps, f, g)
 
     def write(self, n_iter: int, eps: float, f: Tensor, g: Tensor) -> None:
-        """Whole, or not at all: a file of another name in the same folder takes the place of the last."""
+        """Writes another file in the same folder, which then replaces the last."""
         from safetensors.torch import save_file
 
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")

@@ -37,6 +37,12 @@ class _Kernel:
     eps: float = math.nan
     f0: Tensor = field(init=False)
     g0: Tensor = field(init=False)
+    _sides: tuple[tuple[Penalty, Penalty], _Side, _Side] | None = None
+
+    def sides(self, penalties: tuple[Penalty, Penalty]) -> tuple[_Side, _Side]:
+        if self._sides is None or self._sides[0] is not penalties:
+            self._sides = penalties, _Side(penalties[0], self.f0, self.eps), _Side(penalties[1], self.g0, self.eps)
+        return self._sides[1:]
 
 
 class Absorbed(Dense):
@@ -78,12 +84,12 @@ class Absorbed(Dense):
         done = 0
         while done < k:
             g = g_next
-            new = not self._at(eps)
+            new = self.kernel.products is None or eps != self.kernel.eps
             if new:
                 self._absorb(g, eps)
             step = min(self.stride, k - done)
             *found, exact = self._multiply(problem, g, eps, step)
-            if bool(exact.item()):
+            if exact.item():
                 f, g, g_next = found
                 done += step
                 self.stride = min(2 * self.stride, LONGEST_STRIDE)
@@ -129,10 +135,10 @@ class Absorbed(Dense):
 
     def _multiply(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(f, g, g_next) after k iterations by products alone, and whether every sum stayed in the range in which it is exact (0-d)."""
-        products, f0, g0 = self.kernel.products, self.kernel.f0, self.kernel.g0
+        products, g0 = self.kernel.products, self.kernel.g0
         assert products is not None
         a, b = problem.a.to(self.dtype), problem.b.to(self.dtype)
-        rows, columns = (_Side(penalty, z, eps) for penalty, z in zip(problem.penalties, (f0, g0), strict=True))
+        rows, columns = self.kernel.sides(problem.penalties)
         w = exp((weigh(g, problem.b, eps) - g0) / eps).to(self.dtype)  # column weights times scalings
         s, t, w, before = products.iterate(w, a, b, rows.scaling, columns.scaling, k)
         mass = ((a / s) if rows.scaling is None else a * rows.scaling(s)).sum(-1, keepdim=True)
@@ -157,7 +163,7 @@ class Absorbed(Dense):
             block = K[..., rows, :].copy_(self._gaps(g0, rows).add_(f0[..., rows].unsqueeze(-1)).div_(eps))
             torch.threshold_(block, self.log_dropped, -math.inf).exp_()
         products, kernel = Products(K), self.kernel
-        kernel.products, kernel.f0, kernel.g0, kernel.eps = products, f0, g0, eps
+        kernel.products, kernel.f0, kernel.g0, kernel.eps, kernel._sides = products, f0, g0, eps, None
         self._extra += 1
         return products
 
@@ -273,6 +279,9 @@ class _Transposed(Dense):
             return super().pull_back(k, h, eps, w)
         return (self.upright.outer(scalings[0], scalings[1] * w.to(self.dtype)).mT,)
 
+    def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
+        return self.upright.plan(h, k, eps).mT
+
     def _products(self, k: Tensor, h: Tensor, eps: float, right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         on_columns, on_rows = self.upright._products(h, k, eps, left, right)
         return on_rows, on_columns
@@ -285,14 +294,15 @@ class _Side:
     """
 
     def __init__(self, penalty: Penalty, offset: Tensor, eps: float) -> None:
-        self.penalty, self.offset, self.eps = penalty, offset, eps
+        self.penalty, self.offset, self.eps, self.hard = penalty, offset, eps, penalty.balanced
         self.scaling: Scaling = None
-        if not penalty.balanced:
+        if not self.hard:
             self.scaling = Power.damped(offset, penalty.tau, eps) if isinstance(penalty, KL) else self._scaling
 
     def potential(self, sums: Tensor, part: slice = slice(None)) -> Tensor:
         offset = self.offset[..., part]
-        return self.penalty.damp(offset - self.eps * log(sums.to(offset.dtype)), self.eps)
+        softmin = offset - self.eps * log(sums.to(offset.dtype))
+        return softmin if self.hard else self.penalty.damp(softmin, self.eps)
 
     def _scaling(self, sums: Tensor, part: slice = slice(None)) -> Tensor:
         return exp((self.potential(sums, part) - self.offset[..., part]) / self.eps).to(sums.dtype)

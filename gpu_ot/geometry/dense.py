@@ -27,8 +27,8 @@ class Dense(Geometry):
     stored = True
 
     def __init__(self, C: Tensor | Cost, inputs: tuple[Tensor, ...] | None = None) -> None:
-        self.cost = C if isinstance(C, Cost) else None
-        if isinstance(C, Cost):
+        self.cost = None if isinstance(C, Tensor) else C
+        if not isinstance(C, Tensor):
             asked = torch.is_grad_enabled() and any(z.requires_grad for z in C.inputs.values())
             inputs = C.fold() if asked else None
             with torch.set_grad_enabled(asked and inputs is None):

@@ -6,8 +6,6 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from .. import errors
 from ..problem import Problem, vector_dtype
 from . import chunked, keops
@@ -98,7 +96,7 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Take `backend` for problems where `when` holds, unless it refuses: then the next rule is asked."""
+    """Take `backend` for problems where `when` holds, unless it refuses: then the next rule decides."""
 
     when: Callable[[Problem], bool]
     backend: str
@@ -156,13 +154,13 @@ def bind(problem: Problem, backend: str = "auto", precision: str = "fp32") -> Ge
 
     Raises ProblemError for a backend that does not exist, BackendError for one that cannot serve this problem, with the reason.
     """
-    with torch.no_grad():
-        name = _named(problem.cost.typical(problem), backend, precision)
+    ranks = problem.cost.ranks
+    name = _named(ranks.largest(problem), backend, precision)
 
     def on_backend(piece: Problem) -> Geometry:
         return _bind_triton(piece, precision) if name == "triton" else BACKENDS[name].bind(piece)
 
-    return problem.cost.geometry(problem, on_backend)
+    return ranks.bind(problem, lambda piece: piece.cost.geometry(piece, on_backend))
 
 
 def _named(problem: Problem, backend: str, precision: str) -> str:
@@ -183,9 +181,9 @@ def explain(problem: Problem) -> str:
 
     >>> print(gpu_ot.explain(Problem(SqEuclidean(x, y), eps=0.1)))
     """
-    kind, typical = problem.cost.describe(), problem.cost.typical(problem)
-    if typical is not problem:
-        return f"{problem.shape[-2]} by {problem.shape[-1]}, {kind}. The largest piece:\n{explain(typical)}"
+    kind, largest = problem.cost.describe(), problem.cost.ranks.largest(problem)
+    if largest is not problem:
+        return f"{problem.shape[-2]} by {problem.shape[-1]}, {kind}. The largest piece:\n{explain(largest)}"
     taken, overruled = _choose(problem)
     *batch, n, m = problem.shape
     count = f"{problem.shape.numel() // (n * m)} problems of " if batch else ""
@@ -207,11 +205,8 @@ def _choose(problem: Problem) -> tuple[Rule, list[Rule]]:
     overruled, own = [], problem.cost.backend
     if own is not None and own not in BACKENDS:
         raise errors.unknown("backend of the cost", own, [*BACKENDS])
-    rules = (
-        RULES
-        if own is None
-        else (Rule(lambda p: True, own, f'the cost is {problem.cost.describe()}, and "{own}" runs it as it is written'), *RULES)
-    )
+    because = f'the cost is {problem.cost.describe()}, and "{own}" runs it as it is written'
+    rules = RULES if own is None else (Rule(lambda p: True, own, because), *RULES)
     for rule in rules:
         if rule.when(problem):
             if BACKENDS[rule.backend].refuse(problem) is None:

@@ -1,6 +1,6 @@
 """How outputs depend on inputs: by the envelope theorem, implicitly, or through the iterations."""
 
-from .coupling import barycentric, plan, plan_cost, plan_product
+from .coupling import barycentric, inner, plan, plan_cost, plan_product
 from .envelope import dual, pull_dual, refuse_learnable, value
 from .functorch import apart
 from .operators import Differentiable, Each, apply, pull_apply, pull_back, pull_held, pull_softmin, softmin
@@ -12,6 +12,7 @@ __all__ = [
     "apply",
     "barycentric",
     "dual",
+    "inner",
     "plan",
     "plan_cost",
     "plan_product",

@@ -73,4 +73,9 @@ def plan_cost(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Ten
 
 
 def _inner(f: Tensor, g: Tensor, a: Tensor, b: Tensor, C: Tensor, eps: float) -> Tensor:
-    return (_plan(f, g, a, b, C, eps) * torch.where(C.isfinite(), C, 0.0)).sum((-1, -2))
+    return inner(_plan(f, g, a, b, C, eps), C)
+
+
+def inner(P: Tensor, C: Tensor) -> Tensor:
+    """<P, C> of two arrays; forbidden pairs carry nothing."""
+    return (P * torch.where(C.isfinite(), C, 0.0)).sum((-1, -2))

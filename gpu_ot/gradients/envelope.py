@@ -50,9 +50,11 @@ def _slopes(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> list[
             inner = (torch.where(f.isfinite(), f, 0.0) * sent[..., 0] + sent[..., 1]).sum(-1) - plan_cost(problem, geometry, f, g)
             found.append((eps, inner / problem.eps - sent[..., 0].sum(-1) + problem.a.sum(-1) * problem.b.sum(-1)))
         for tau, penalty, w, z in zip(taus, problem.penalties, (problem.a, problem.b), (f, g), strict=True):
-            if tau is not None and not isinstance(penalty, KL):
+            if tau is None:
+                continue
+            if not isinstance(penalty, KL):
                 raise ProblemError("tau of TV is a tensor that requires a gradient: its derivatives are not known, those of KL(tau) are.")
-            if tau is not None and not penalty.balanced:
+            if not penalty.balanced:
                 t = z / penalty.tau
                 found.append((tau, torch.where(w > 0, -w * (torch.expm1(-t) + t * (-t).exp()), 0.0).sum(-1)))
     return found

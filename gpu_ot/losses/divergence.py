@@ -120,7 +120,7 @@ def divergence(
         within = _within(problem.cost, side, given)
         return self_term(within, eps, weights, penalties[side], backend=backend, grad=grad, tol=tol, max_iter=max_iter)
 
-    with ranks.watch(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
+    with ranks.report_failure(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
         if self_a is None:
             self_a = own(0, cost_aa)
         if self_b is None:
@@ -169,15 +169,23 @@ def self_term(
 ) -> SelfTerm:
     """OT_eps(a, a) for a symmetric `cost` (*batch, n, n) within one cloud, SqEuclidean(x, x) say, held by `penalty` on both sides.
 
-    One softmin an iteration and about five of them, see `symmetric`; `value` carries envelope gradients through both sides. The
+    One softmin an iteration and about five of them, see `Symmetric`; `value` carries envelope gradients through both sides. The
     arguments are those of `gpu_ot.solve`. Raises ProblemError for a cost that is not symmetric.
     """
     problem = Problem(cost, eps, a, a, penalty)
     _check_symmetric(problem.cost)
     # C_ii / 2 is the solution for eps -> 0 of costs with exp(-C / eps) positive definite.
     start = Start(_half_diagonal(problem), problem.a)
-    mode = dict(order="symmetric", backend=backend, grad=_mode(grad))
-    found = find(problem, criterion=Marginal(tol), start=start, max_iter=max_iter, check_every=1, **mode)
+    found = find(
+        problem,
+        order="symmetric",
+        backend=backend,
+        grad=_mode(grad),
+        criterion=Marginal(tol),
+        start=start,
+        max_iter=max_iter,
+        check_every=1,
+    )
     return SelfTerm(found.wide_value, found.f, found.status, found.converged, found.n_iter, found.n_passes)
 
 

@@ -315,7 +315,7 @@ def _backend(name: str, problem: Problem) -> str:
     """geomloss's name in ours: the first backend of that kind that takes the problem. What is a matrix already is not streamed."""
     if name not in ("tensorized", "online", "multiscale"):
         return name
-    problem = problem.cost.typical(problem)
+    problem = problem.cost.ranks.largest(problem)
     streaming = ("triton", "keops") if problem.a.is_cuda else ()
     taken = [one for one in (*streaming, "chunked") if BACKENDS[one].refuse(problem) is None]
     return taken[0] if taken and name != "tensorized" else "dense"

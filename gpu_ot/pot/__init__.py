@@ -5,8 +5,8 @@
 from . import batch, bregman, solvers, unbalanced
 from .batch import dist_batch, solve_batch, solve_sample_batch
 from .bregman import sinkhorn, sinkhorn2
-from .forwarding import forwarding
+from .forwarding import forward
 from .solvers import dist, solve, solve_sample
 from .unbalanced import sinkhorn_unbalanced, sinkhorn_unbalanced2
 
-__getattr__, __dir__ = forwarding(__name__, "ot")
+__getattr__, __dir__ = forward(__name__, "ot")

@@ -13,7 +13,7 @@ from ..solver.step import scaled
 from .answer import Answer
 from .arrays import number, take
 from .clouds import between
-from .forwarding import forwarding
+from .forwarding import forward
 from .linear import GRADS, with_gradient
 from .refusals import elsewhere
 from .result import OTResult
@@ -74,6 +74,7 @@ def solve_batch(
         criterion=Marginal(tol, "l2"),
         start=scaled(torch.zeros_like(problem.b)),  # v = 1
         max_iter=max(max_iter, 1),
+        accelerate="none",
         grad="unroll" if unroll else "envelope",
     )
     done, entropy = Answer(solution, back, reg if learnt else 1.0), reg_type.lower() == "entropy"
@@ -175,4 +176,4 @@ def entropy_batch(T, nx=None, eps=1e-16):
     return back(-torch.where(some, tT * torch.where(some, tT, 1.0).log(), 0.0).sum((1, 2)))
 
 
-__getattr__, __dir__ = forwarding(__name__, "ot.batch")
+__getattr__, __dir__ = forward(__name__, "ot.batch")

@@ -6,7 +6,7 @@ import torch
 
 from .balanced import METHODS, known, own, run, transport
 from .empirical import empirical_sinkhorn, empirical_sinkhorn2, empirical_sinkhorn_divergence
-from .forwarding import forwarding
+from .forwarding import forward
 
 __all__ = [
     "empirical_sinkhorn",
@@ -141,4 +141,4 @@ def sinkhorn2(
     return run(known(method, among), a, b, M, reg, loss=True, **own(locals()))
 
 
-__getattr__, __dir__ = forwarding(__name__, "ot.bregman")
+__getattr__, __dir__ = forward(__name__, "ot.bregman")

@@ -49,6 +49,7 @@ def streamed(problem: Problem, back: Callable[[Tensor], Any], limits: Limits, wa
         criterion=Marginal(limits.tol / float(problem.a.detach().sum())),
         start=scaled(start),
         max_iter=max(limits.max_iter, 1),
+        accelerate="none",
         on_check=_print_progress if limits.verbose else None,
         grad="unroll" if unroll else "envelope",
     )

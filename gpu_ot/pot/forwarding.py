@@ -12,7 +12,7 @@ from typing import Any
 BOOKKEEPING = ("__all__", "__version__")
 
 
-def forwarding(ours: str, theirs: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def forward(ours: str, theirs: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of our module `ours`, which stands in for POT's module `theirs`."""
 
     def look_up(name: str) -> Any:
@@ -42,7 +42,7 @@ class Ours(ModuleType):
         super().__init__(name, module.__doc__)
         self.__all__ = list(module.__all__)
         vars(self).update({function: getattr(module, function) for function in self.__all__})
-        self.__getattr__ = missing(name, module.__name__)
+        vars(self)["__getattr__"] = missing(name, module.__name__)
 
 
 def missing(ours: str, way: str) -> Callable[[str], Any]:

@@ -58,39 +58,20 @@ def solve(
 
     Returns an OTResult. Raises Elsewhere, a NotImplementedError that names POT's function, for what is not entropic.
     """
-    return solve_costs(M, a, b, reg, c, reg_type, unbalanced, unbalanced_type, method, max_iter, potentials_init, tol, verbose, grad)
-
-
-def solve_costs(
-    M: Any,
-    a: Any,
-    b: Any,
-    reg: Any,
-    c: Any,
-    reg_type: Any,
-    relaxed: Any,
-    unbalanced_type: str,
-    method: str | None,
-    max_iter: int | None,
-    init: Any,
-    tol: float | None,
-    verbose: bool,
-    grad: str,
-) -> OTResult:
     if grad not in GRADS:
         raise errors.unknown("grad", grad, GRADS)
     if grad == "last_step" and max_iter == 0:
         raise errors.ProblemError("The maximum number of iterations must be greater than 0 when using grad=last_step.")
-    entropy, penalty = kinds(reg_type, relaxed, unbalanced_type)
+    entropy, penalty = kinds(reg_type, unbalanced, unbalanced_type)
     if method is not None and method.lower() not in METHODS:
         if method.lower() in ELSEWHERE:
             raise elsewhere(f"method = {method!r}", ELSEWHERE[method.lower()])
         raise unknown_method(method, METHODS)
     if reg is None or number(reg) == 0:
-        raise elsewhere("reg = 0", "ot.solve(M, a, b, ...) or ot.emd" if relaxed is None else "ot.unbalanced.mm_unbalanced")
+        raise elsewhere("reg = 0", "ot.solve(M, a, b, ...) or ot.emd" if unbalanced is None else "ot.unbalanced.mm_unbalanced")
     if number(reg) < 0:
         raise errors.bad_eps("reg", reg)
-    asked = _Asked(reg, entropy, relaxed, penalty, init, verbose, grad, max_iter or 1000, 1e-9 if tol is None else tol)
+    asked = _Asked(reg, entropy, unbalanced, penalty, potentials_init, verbose, grad, max_iter or 1000, 1e-9 if tol is None else tol)
     M = lazily(M)
     if isinstance(M, Cost):
         (ta, tb), back = take(a=a, b=b)
@@ -98,7 +79,7 @@ def solve_costs(
     if not is_array(M):
         hint = " gpu_ot.solve(problem) takes a Problem." if isinstance(M, Problem) else ""
         raise errors.ProblemError(f"M must be an array, a tensor or a gpu_ot.Cost, found {type(M).__name__}.{hint}")
-    return _solve_balanced(M, a, b, asked) if relaxed is None else _solve_relaxed(M, a, b, c, asked)
+    return _solve_balanced(M, a, b, asked) if unbalanced is None else _solve_relaxed(M, a, b, c, asked)
 
 
 class _Asked(NamedTuple):
@@ -179,8 +160,8 @@ def _solve_relaxed(M: Any, a: Any, b: Any, c: Any, asked: _Asked) -> OTResult:
         log=False,
         unroll=asked.unroll,
     )
-    if done.state.status not in (CONVERGED, STALLED):
-        warn(f"{balanced.NOT_CONVERGED} Status {done.state.status}")
+    if done.solution.status not in (CONVERGED, STALLED):
+        warn(f"{balanced.NOT_CONVERGED} Status {done.solution.status}")
     with torch.set_grad_enabled(asked.unroll and torch.is_grad_enabled()):
         value, linear, P = done.total(), done.linear(), done.plan()
     if asked.grad == "envelope" and torch.is_grad_enabled():
@@ -189,7 +170,7 @@ def _solve_relaxed(M: Any, a: Any, b: Any, c: Any, asked: _Asked) -> OTResult:
         value=done.give(value),
         value_linear=done.give(linear),
         potentials=done.logarithms(),
-        plan=done.give(P),
+        plan=P,
         **done.story(),
     )
 

@@ -9,7 +9,6 @@ C = M - reg log(c / a⊗b), whose potentials are the same f and g: any reference
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -19,14 +18,13 @@ from torch import Tensor
 
 from .. import errors, gradients
 from ..costs import Cost
-from ..geometry.protocol import Geometry, weigh
 from ..penalties import KL, TV
 from ..problem import Problem, float_type, matched, vector_dtype
-from ..solution import Solution
 from ..solve import find, needs_gradient
 from ..solver.criterion import Change
 from ..solver.status import CONVERGED, STALLED
 from ..solver.step import Start
+from .answer import Answer, carried
 from .arrays import lazily, number, take, take_problem
 from .refusals import elsewhere, warn
 
@@ -69,62 +67,48 @@ def print_progress(changes: list[Tensor], rules: Method) -> None:
         print(f"{at:5d}|{float(change.amax()):8e}|")
 
 
-@dataclass
-class Relaxed:
-    """A solved problem in the caller's terms. `many` histograms are a batch in front."""
+@dataclass(frozen=True)
+class Unbalanced(Answer):
+    """A solution of relaxed marginals, translated. `many` histograms are a batch in front.
 
-    problem: Problem
-    geometry: Geometry
-    state: Solution
-    M: Tensor
-    reg: Tensor | float
-    taus: tuple[Tensor | float, Tensor | float]
-    a: Tensor  # (n,) as given, in the type of the potentials
-    b: Tensor  # (*batch, m)
-    reference_mass: Tensor  # sum c; 0 for the entropy, which is written sum P log P - P
-    entropy: bool
-    many: bool
-    differentiable: bool
-    back: Callable[[Tensor], Any]
+    a, b            weights as given, (n,) and (*batch, m), in the type of the potentials.
+    reference_mass  sum c; 0 for the entropy, which is written sum P log P - P.
+    """
 
-    def give(self, z: Tensor) -> Any:
-        return self.back(z.to(self.problem.given_dtype))
+    M: Tensor | None = None
+    reg: Tensor | float = 1.0
+    taus: tuple[Tensor | float, Tensor | float] = (math.inf, math.inf)
+    a: Tensor | None = None
+    b: Tensor | None = None
+    reference_mass: Tensor | float = 0.0
+    entropy: bool = False
 
     @cached_property
-    def _plan(self) -> Tensor:
-        problem, state = self.problem, self.state
-        if self.differentiable:
-            return gradients.plan(problem, self.geometry, state.f, state.g)
-        return self.geometry.plan(weigh(state.f, problem.a, problem.eps), weigh(state.g, problem.b, problem.eps), problem.eps)
-
-    def plan(self) -> Tensor:
+    def P(self) -> Tensor:
         """(*batch, n, m)."""
-        return self._plan
+        return self.solution.plan.to_dense()
+
+    def plan(self) -> Any:
+        return self.give(self.P)
 
     def linear(self) -> Tensor:
-        """<P, M>; forbidden pairs carry nothing."""
-        return (self.plan() * torch.where(self.M.isinf(), 0.0, self.M).to(self.problem.dtype)).sum((-2, -1))
+        return gradients.inner(self.P, cast(Tensor, self.M).to(self.P.dtype))
 
     def potentials(self) -> tuple[Tensor, Tensor]:
         """(log u, log v), (*batch, n) and (*batch, m), with P = c exp(log u + log v - M / reg)."""
-        # Where both marginals are hard and the masses unequal, a was rescaled; POT's c was not.
-        scale = (
-            self.problem.a.sum(-1, keepdim=True) / self.a.sum(-1, keepdim=True) if self._hard else torch.ones_like(self.state.f[..., :1])
-        )
-        return self.state.f / self.problem.eps + scale.log(), self.state.g / self.problem.eps
-
-    @property
-    def _hard(self) -> bool:
-        return self.problem.penalties[0].balanced and self.problem.penalties[1].balanced
+        s, log_u = self.solution, self.solution.f / self.solution.problem.eps
+        if all(penalty.balanced for penalty in s.problem.penalties):  # a was rescaled where the masses are unequal; POT's c was not
+            log_u = log_u + (s.problem.a.sum(-1, keepdim=True) / cast(Tensor, self.a).sum(-1, keepdim=True)).log()
+        return log_u, s.g / s.problem.eps
 
     def total(self) -> Tensor:
         """<P, M> + reg KL(P | c) + penalties, with generalised KL: sum p log(p / q) - p + q.
 
         log(P / c) is log u + log v - M / reg, so the first two terms are sums over the marginals.
         """
-        P = self.plan().to(self.state.f.dtype)
+        P = self.P.to(self.solution.f.dtype)
         log_u, log_v = self.potentials()
-        earned = _dot(P.sum(-1), log_u) + _dot(P.sum(-2), log_v)
+        earned = carried(P.sum(-1), log_u) + carried(P.sum(-2), log_v)
         value = self.reg * (earned + self.reference_mass - P.sum((-2, -1)))
         for tau, gap in zip(self.taus, self._gaps(P), strict=True):
             if number(tau) < math.inf:
@@ -133,8 +117,8 @@ class Relaxed:
 
     def _gaps(self, P: Tensor) -> tuple[Tensor, Tensor]:
         """The divergence of each marginal, (*batch,), that its tau multiplies."""
-        by_distance = isinstance(self.problem.penalties[0], TV)
-        pairs = ((P.sum(-1), self.a), (P.sum(-2), self.b))
+        by_distance = isinstance(self.solution.problem.penalties[0], TV)
+        pairs = ((P.sum(-1), cast(Tensor, self.a)), (P.sum(-2), cast(Tensor, self.b)))
         rows, columns = ((p - q).abs() if by_distance else _divergence(p, q) for p, q in pairs)
         return rows.sum(-1), columns.sum(-1)
 
@@ -143,11 +127,11 @@ class Relaxed:
 
         In reg and tau the primal gives them at once: they multiply KL(P | c) and the divergences of the marginals.
         """
-        problem, state = self.problem, self.state
-        dual = gradients.value(problem, self.geometry, state.f.detach(), state.g.detach())
+        s, problem = self.solution, self.solution.problem
+        dual = gradients.value(problem, s.geometry, s.f.detach(), s.g.detach())
         value = dual + number(self.reg) * (self.reference_mass - problem.a.sum(-1) * problem.b.sum(-1))
         with torch.no_grad():
-            P, total = self.plan().to(dual.dtype), self.total()
+            P, total = self.P.to(dual.dtype), self.total()
             gaps = self._gaps(P)
             paid = sum(number(tau) * gap for tau, gap in zip(self.taus, gaps, strict=True) if number(tau) < math.inf)
             divergence = (total - paid - self.linear()) / number(self.reg)
@@ -156,40 +140,30 @@ class Relaxed:
                 value = value + (factor - factor.detach()) * term
         for tau, kept, wanted in zip(self.taus, (problem.a, problem.b), (self.a, self.b), strict=True):
             if number(tau) < math.inf:  # atoms without support pay for staying
-                value = value + number(tau) * (wanted.sum(-1) - kept.sum(-1))
+                value = value + number(tau) * (cast(Tensor, wanted).sum(-1) - kept.sum(-1))
         return value
 
-    def logarithms(self) -> tuple[Any, Any]:
+    def logarithms(self, scale: float = 1.0) -> tuple[Any, Any]:
         """log u (n,) and log v (m,), or (n, k) and (m, k)."""
         both = []
-        for logs, w in zip(self.potentials(), (self.a, self.b), strict=True):
+        for logs, w in zip(self.potentials(), (cast(Tensor, self.a), cast(Tensor, self.b)), strict=True):
             if self.entropy:  # c = 1 does not know that an atom is empty, so u must: 1e-300, as POT guards its logarithms
                 logs = torch.where(w > 0, logs, math.log(1e-300))
-            both.append(self.give(logs.mT if self.many else logs))
+            both.append(self.give(scale * (logs.mT if self.many else logs)))
         return both[0], both[1]
 
     def log(self) -> dict[str, Any]:
         logu, logv = self.logarithms()
-        err = [self.give(e) for e in self.state.errors]
-        log: dict[str, Any] = {"err": err, "logu": logu, "logv": logv}
+        log: dict[str, Any] = {"err": self.err(), "logu": logu, "logv": logv}
         if not self.many:
             log |= {"cost": self.give(self.linear()), "total_cost": self.give(self.total())}
         return log | self.story()
 
     def story(self) -> dict[str, Any]:
-        """What POT does not tell: how the loop ended."""
-        converged = torch.tensor(self.state.status is CONVERGED, device=self.M.device)
-        return {
-            "status": self.state.status,
-            "converged": self.back(converged),
-            "n_iter": self.state.n_iter - 1,  # POT counts from 0
-            "errors": [self.give(e) for e in self.state.errors],
-        }
-
-
-def _dot(mass: Tensor, potential: Tensor) -> Tensor:
-    """Where no mass is, the potential may be anything."""
-    return (mass * torch.where(mass > 0, potential, 0.0)).sum(-1)
+        # Histograms stop together, by the largest change of all.
+        told, s = super().story(), self.solution
+        converged = torch.tensor(s.status is CONVERGED, device=s.f.device)
+        return told | {"converged": self.back(converged), "errors": [self.give(e.amax()) for e in s.errors]}
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -216,7 +190,7 @@ def run(
     log: bool = True,
     accelerate: bool | None = None,
     unroll: bool = True,
-) -> Relaxed:
+) -> Unbalanced:
     """Solve as POT's `method` does. `log` asks for the change in every iteration, as POT records it, at the price of running them singly.
 
     unroll      differentiate the potentials through the iterations; if not, only the `envelope` carries a gradient.
@@ -250,10 +224,8 @@ def run(
         cost = _with_reference(cost, eps, wa, wb, tc)
     cost = cost.to(dtype)
     sa, sb = _reachable(cost, wa, wb, ta, tb, relaxed)
-    penalties = tuple(
-        penalty(cast(float, tau / scale if learnt and open_ else number(tau) / number(scale)))
-        for tau, open_ in zip(taus, relaxed, strict=True)
-    )
+    both = [cast(float, tau / scale if learnt and soft else number(tau) / number(scale)) for tau, soft in zip(taus, relaxed, strict=True)]
+    penalties = penalty(both[0]), penalty(both[1])
     try:
         problem = Problem(cost, eps, sa, sb, penalties)
     except errors.UnequalMasses as refusal:
@@ -277,21 +249,8 @@ def run(
     if rules.warns and found.status not in (CONVERGED, STALLED):
         warn(f"{NOT_CONVERGED} Status {found.status}")
     mass = tc.to(wa).sum() if tc is not None else wa.sum(-1) * wb.sum(-1) * (not entropy)
-    return Relaxed(
-        problem=problem,
-        geometry=found.geometry,
-        state=found,
-        M=tM,
-        reg=reg if isinstance(reg, Tensor) and reg.requires_grad else number(reg),
-        taus=taus,
-        a=wa,
-        b=wb,
-        reference_mass=mass,
-        entropy=entropy,
-        many=many,
-        differentiable=differentiable,
-        back=back,
-    )
+    kept = reg if isinstance(reg, Tensor) and reg.requires_grad else number(reg)
+    return Unbalanced(found, back, 1.0, many, tM, kept, taus, wa, wb, mass, entropy)
 
 
 def _is_entropy(reg_type: Any) -> bool:

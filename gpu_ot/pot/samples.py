@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import errors
-from ..distributed.costs import Sharded, is_dtensor, local
+from ..distributed.costs import Sharded
+from ..distributed.dtensors import is_dtensor, local
 from ..problem import Problem
 from ..solution.solution import Solution
 from ..solve import solve as solve_problem
 from .arrays import number, take, tensors
 from .clouds import between
-from .linear import METHODS, kinds, solve_costs
+from .linear import METHODS, kinds, solve
 from .refusals import elsewhere, unknown_method
 from .relaxed import ELSEWHERE, pair
 from .result import OnDemand, OTResult, returned
@@ -94,13 +95,16 @@ def solve_sample(
         if x is None or y is None:
             raise errors.wrong_shape("X_a" if x is None else "X_b", (0,), "(n, d), one row a point")
         cost = between(x, y, metric)
-        options = (reg, c, reg_type, unbalanced, unbalanced_type, name, max_iter, potentials_init, tol, verbose, grad)
+        options: dict[str, Any] = dict(
+            reg=reg, reg_type=reg_type, unbalanced=unbalanced, unbalanced_type=unbalanced_type, method=name, max_iter=max_iter,
+            potentials_init=potentials_init, tol=tol, verbose=verbose, grad=grad,
+        )  # fmt: skip
         if not lazy:
-            return solve_costs(back(cost.dense()), a, b, *options)
+            return solve(back(cost.dense()), a, b, c=c, **options)
         if c is not None:
             raise errors.ProblemError("c is an n-by-m array, which lazy=True is there to avoid: pass lazy=False.")
         (ta, tb), _ = take(a=a, b=b)
-        result = solve_costs(cost, ta, tb, *options)
+        result = solve(cost, ta, tb, **options)
         return result if back is tensors else returned(result, back)
 
     result = _debiased(between_clouds, X_a, X_b, a, b) if debias else between_clouds(X_a, X_b, a, b)
@@ -121,8 +125,8 @@ def _solve_shared(
     taus = (math.inf, math.inf) if relaxed is None else pair(relaxed)
     cost = Sharded(between(x, y, metric), group, layout)
     problem = Problem(cost, number(reg), a, b, (penalty(number(taus[0])), penalty(number(taus[1]))))
-    given = dict(max_iter=max_iter, tol=tol, grad=None if grad == "autodiff" else grad)
-    return solve_problem(problem, **{name: value for name, value in given.items() if value is not None})
+    mode = "envelope" if grad == "autodiff" else grad
+    return solve_problem(problem, max_iter=10_000 if max_iter is None else max_iter, tol=1e-4 if tol is None else tol, grad=mode)
 
 
 def _scaled(scaler: Any, X: Any) -> Any:

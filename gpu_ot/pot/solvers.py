@@ -5,7 +5,7 @@ from __future__ import annotations
 from .. import errors
 from .arrays import take
 from .clouds import between
-from .forwarding import forwarding
+from .forwarding import forward
 from .linear import solve
 from .refusals import elsewhere
 from .result import OTResult
@@ -28,4 +28,4 @@ def dist(x1, x2=None, metric="sqeuclidean", p=2, w=None, backend="auto", nx=None
     return back(between(x, x if y is None else y, metric, p, weights).dense())
 
 
-__getattr__, __dir__ = forwarding(__name__, "ot.solvers")
+__getattr__, __dir__ = forward(__name__, "ot.solvers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import errors
-from .forwarding import forwarding
+from .forwarding import forward
 from .refusals import unknown_method, warn
 from .relaxed import ELSEWHERE, METHODS, run
 
@@ -125,7 +125,7 @@ def _own(method: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _plan(method: str, arguments: dict[str, Any]) -> Any:
     done = run(*(arguments[k] for k in ("a", "b", "M", "reg", "reg_m")), **_own(method, arguments))
-    result = done.give(done.linear() if done.many else done.plan())
+    result = done.give(done.linear()) if done.many else done.plan()
     return (result, done.log()) if arguments["log"] else result
 
 
@@ -137,4 +137,4 @@ def _known(method: str) -> str:
     return method.lower()
 
 
-__getattr__, __dir__ = forwarding(__name__, "ot.unbalanced")
+__getattr__, __dir__ = forward(__name__, "ot.unbalanced")

@@ -13,7 +13,6 @@ from torch import Tensor
 from .. import errors, gradients
 from ..communicator import ALONE, ROWS, Alone
 from ..costs.base import BLOCK, Cost
-from ..distributed.costs import Sharded
 from ..errors import ProblemError
 from ..geometry.protocol import Geometry
 from ..problem import Problem
@@ -30,13 +29,11 @@ class Live(NamedTuple):
     f: Tensor
     g: Tensor
 
-    def held(self) -> Live:
-        """The problem of the rows whose points are held here and all columns."""
-        problem, cost, ranks = self.problem, self.problem.cost, self.problem.cost.ranks
-        if not isinstance(cost, Sharded):
-            return self
-        a, b = ranks.share(problem.a, ROWS), ranks.apart(problem.b)
-        return Live(problem.between(cost.rows(), a, b), self.geometry, ranks.share(self.f, ROWS), ranks.apart(self.g))
+    def local(self) -> Live:
+        """The problem of this rank's rows and all columns."""
+        problem, ranks = self.problem, self.problem.cost.ranks
+        local = problem.between(ranks.local_rows(problem.cost), ranks.shard(problem.a, ROWS), ranks.replicate(problem.b))
+        return Live(local, self.geometry, ranks.shard(self.f, ROWS), ranks.replicate(self.g))
 
 
 class Plan:
@@ -77,9 +74,9 @@ class Plan:
         if self._live is None:
             with torch.no_grad():
                 return self._geometry.plan(self._k, self._h, self._eps).to(self.dtype)
-        if self._flipped and isinstance(self._live.problem.cost, Sharded):
+        if self._flipped and self._ranks is not ALONE:
             raise ProblemError("with derivatives, ranks that share the points hold rows of the plan: transpose them, P.to_dense().mT.")
-        problem, geometry, f, g = self._live.held()
+        problem, geometry, f, g = self._live.local()
         P = gradients.plan(problem, geometry, f, g)
         return (P.mT if self._flipped else P).to(self.dtype)
 
@@ -98,7 +95,7 @@ class Plan:
         if self._ranks is ALONE and (v.ndim == 0 or columns.shape[-2] != self.shape[-1]):
             raise errors.wrong_shape("v", v.shape, f"({self.shape[-1]},) or (*batch, {self.shape[-1]}, c)")
         if self._live is not None:
-            out = self._ranks.share(self._apply(self._ranks.whole(columns, 1 - self._flipped, -2)), int(self._flipped), -2)
+            out = self._ranks.shard(self._apply(self._ranks.gather(columns, 1 - self._flipped, -2)), int(self._flipped), -2)
         else:
             with torch.no_grad():
                 out = self._geometry.product(self._k, self._h, self._eps, columns)
@@ -148,8 +145,8 @@ class Plan:
         # The first row whose running total exceeds the draw: one without mass never does. A draw that rounds up to the total would
         # find none.
         top = torch.nextafter(total[..., -1:], torch.zeros_like(total[..., -1:]))
-        u = self._ranks.common(torch.rand(*total.shape[:-1], k, dtype=total.dtype, device=total.device, generator=generator))
-        rows = self._ranks.own(torch.searchsorted(total, torch.minimum(u * total[..., -1:], top), right=True), int(self._flipped))
+        u = self._ranks.broadcast(torch.rand(*total.shape[:-1], k, dtype=total.dtype, device=total.device, generator=generator))
+        rows = self._ranks.local_indices(torch.searchsorted(total, torch.minimum(u * total[..., -1:], top), right=True), int(self._flipped))
         return rows, self.sample_columns(rows, generator)
 
     def sample_columns(self, rows: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -169,7 +166,8 @@ class Plan:
             chosen = torch.full_like(part, -1)
             width = max(1, BLOCK // (copies * max(1, part.shape[-1])))  # no rows: another rank's, who gathers the columns with this one
             for j in range(0, m, width):
-                scores = self._scores(part, slice(j, min(j + width, m))).div_(self._eps)
+                columns = slice(j, min(j + width, m))
+                scores = (self._h[..., columns].unsqueeze(-2) - self._costs(part, columns)).div_(self._eps)
                 noise = torch.empty_like(scores).exponential_(generator=generator)
                 score, at = scores.sub_(noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_()).max(-1)
                 chosen = torch.where(score > best, at + j, chosen)
@@ -186,17 +184,17 @@ class Plan:
                 size = max(1, C.numel() // max(1, h.shape[:-1].numel() * C.shape[-1]))  # histograms that share a cost have a plan each
                 for i in range(0, C.shape[-2], size):
                     block, levels = C[..., i : i + size, :], k[..., rows][..., i : i + size]
-                    yield block, (h.unsqueeze(-2) - block).add_(levels.unsqueeze(-1)).div_(self._eps).exp_()
+                    yield block, entries(levels, h, block, self._eps)
 
     def _entries(self, rows: slice, columns: slice) -> Tensor:
         """P_ij of some rows and columns, in the type of the potentials."""
-        return self._scores(rows, columns).add_(self._k[..., rows].unsqueeze(-1)).div_(self._eps).exp_()
-
-    def _scores(self, rows: slice | Tensor, columns: slice) -> Tensor:
-        """h_j - C_ij, a new array in the type of the potentials."""
         with torch.no_grad():
-            C = self._cost.part(columns, rows).dense().mT if self._flipped else self._cost.part(rows, columns).dense()
-            return self._h[..., columns].unsqueeze(-2) - C.to(self._h.dtype)
+            return entries(self._k[..., rows], self._h[..., columns], self._costs(rows, columns), self._eps)
+
+    def _costs(self, rows: slice | Tensor, columns: slice) -> Tensor:
+        with torch.no_grad():
+            C = self._cost.entries(columns, rows).mT if self._flipped else self._cost.entries(rows, columns)
+            return C.to(self._h.dtype)
 
     @property
     def _ranks(self) -> Alone:
@@ -211,6 +209,11 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan{tuple(self.shape)}"
+
+
+def entries(k: Tensor, h: Tensor, C: Tensor, eps: float) -> Tensor:
+    """exp((k_i + h_j - C_ij) / eps), the same to the bit from either side."""
+    return (k.unsqueeze(-1) + h.unsqueeze(-2)).sub_(C).div_(eps).exp_()
 
 
 def _slice(index: Any, size: int) -> slice:

@@ -88,21 +88,21 @@ class Solution:
                 raise ProblemError(f"this cost is a sum over {len(found)} clouds: say which target points to carry over, y=...")
             y = found
         ranks, h, eps = self.problem.cost.ranks, self._h, self.problem.eps
-        targets = ranks.share(h, COLUMNS).shape[-1]
+        targets = ranks.shard(h, COLUMNS).shape[-1]
         if y.ndim < 2 or y.shape[-2] != targets:
             raise errors.wrong_shape("y", y.shape, f"(*batch, {targets}, c), a row for each target point")
         if x_new is None and self._live:
-            sent = gradients.barycentric(self.problem, self.geometry, self.g, ranks.whole(y.to(self.g), COLUMNS, -2))
-            return ranks.share(sent, ROWS, -2).to(self.problem.given_dtype)
+            sent = gradients.barycentric(self.problem, self.geometry, self.g, ranks.gather(y.to(self.g), COLUMNS, -2))
+            return ranks.shard(sent, ROWS, -2).to(self.problem.given_dtype)
         y = y.detach().to(h)
         if x_new is not None:
-            cost, y = self._detached_cost.at(x=x_new), ranks.whole(y, COLUMNS, -2)
+            cost, y = self._detached_cost.at(x=x_new), ranks.gather(y, COLUMNS, -2)
             parts = [((h.unsqueeze(-2) - part.dense().to(h.dtype)) / eps).softmax(-1) @ y for _, part in cost.strips()]
             return torch.cat(parts, -2).to(self.problem.given_dtype)
         with torch.no_grad():
             s = self.geometry.softmin(h, eps)  # each row's own total, so that rows without weight have an image too
             sent = self.geometry.product(torch.where(s.isfinite(), s, 0.0), h, eps, y)
-            return torch.where(ranks.share(s, ROWS).isfinite().unsqueeze(-1), sent, math.nan).to(self.problem.given_dtype)
+            return torch.where(ranks.shard(s, ROWS).isfinite().unsqueeze(-1), sent, math.nan).to(self.problem.given_dtype)
 
     def potential_a(self, x_new: Points | Cost) -> Tensor:
         """f as a function, at points x_new (*batch, k, d): the update damp(softmin over y of C(x_new, y) with g), (*batch, k), wide.
@@ -131,8 +131,8 @@ class Solution:
         Exact entry by entry, in blocks, for up to 2^24 pairs a problem and for costs that do not fold. Beyond, by one sweep with C's folded
         form, alpha P1 + P beta - <u, P v>, whose rounding error is that of the largest of these terms.
         """
-        total, live = self.problem.cost.ranks.total, self._live
-        return (self._sharp_cost if live is None else total(gradients.plan_cost(*live.held()))).to(self.problem.given_dtype)
+        ranks, live = self.problem.cost.ranks, self._live
+        return (self._sharp_cost if live is None else ranks.sum(gradients.plan_cost(*live.local()))).to(self.problem.given_dtype)
 
     @cached_property
     def normalized_entropy(self) -> Tensor:
@@ -174,8 +174,8 @@ class Solution:
         with torch.no_grad():
             folded = self.problem.cost.to(self.f.dtype).fold() if self.shape[-2:].numel() > LARGE else None
         if folded is None:
-            parts = [torch.where(P > 0, P * C, 0.0).sum((-1, -2)) for C, P in plan.strips()]
-            return self.problem.cost.ranks.total(torch.stack([self.f.new_zeros(self.shape[:-2]), *parts]).sum(0))
+            parts = [P.mul_(C).nan_to_num_(0.0).sum((-1, -2)) for C, P in plan.strips()]  # 0 of a forbidden pair's cost is 0
+            return self.problem.cost.ranks.sum(torch.stack([self.f.new_zeros(self.shape[:-2]), *parts]).sum(0))
         alpha, beta, u, v = folded
         sent = plan._apply(torch.cat((torch.ones_like(beta).unsqueeze(-1), beta.unsqueeze(-1), v), -1))
         return (alpha * sent[..., 0] + sent[..., 1] - (u * sent[..., 2:]).sum(-1)).sum(-1)
@@ -193,7 +193,7 @@ class Solution:
                 return own
             if points is old:
                 return own
-            return new.ranks.whole(self._extended(side, points), side)
+            return new.ranks.gather(self._extended(side, points), side)
         cost, dim = self._detached_cost, side - 2
         cost = cost.at(x=new) if side == 0 else cost.at(y=new)
         h, eps = other.unsqueeze(dim), self.problem.eps

@@ -110,7 +110,7 @@ def _descent(step: Alternating, warm: list[float], predict: bool) -> Iterator[Bl
 def _worth_annealing(step: Alternating, monitor: Monitor) -> list[float]:
     """The eps to pass on the way to the target, where that takes fewer iterations than going on seems to; else none."""
     problem, errors = step.problem, monitor.errors
-    if min(problem.shape[-2:]) <= FEW or len(errors) < PROBE_ITERATIONS:
+    if min(problem.shape[-2:]) <= FEW or len(errors) < PROBE_ITERATIONS or monitor.done is None:
         return []
     try:
         spread = problem.cost.sample(32).double()
@@ -121,8 +121,8 @@ def _worth_annealing(step: Alternating, monitor: Monitor) -> list[float]:
         return []
     steps = math.ceil(math.log(max(float(spread.std(correction=0)) / step.eps, 1.0)) / -math.log(ANNEAL_FACTOR))
     before, now = (z.double().clamp(min=1e-300).log() for z in (errors[-3], errors[-1]))
-    rate, criterion = (before - now) / 2, monitor.criterion
-    to_go = torch.where(criterion.met(errors[-1]), 0.0, (now - math.log(max(criterion.tol, 1e-300))) / rate.clamp(min=1e-9))
+    rate, tol = (before - now) / 2, max(monitor.criterion.tol, 1e-300)
+    to_go = torch.where(monitor.done, 0.0, (now - math.log(tol)) / rate.clamp(min=1e-9))
     if steps < 2 or float(to_go.amax()) <= steps + SETTLE:
         return []
     return [step.eps * ANNEAL_FACTOR**-k for k in range(steps, 0, -1)]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,33 +20,40 @@ ROUNDING = 8.0
 NORMS = ("l1", "l1_absolute", "l2", "l2_joint")
 
 
-class Criterion(Protocol):
+class Measured(NamedTuple):
+    """A state as it is returned, (*batch, n) and (*batch, m), and its error and the error that rounding alone makes, (*batch,) each."""
+
+    f: Tensor
+    g: Tensor
+    error: Tensor
+    floor: Tensor
+
+
+class Criterion(ABC):
+    """A rule for stopping."""
+
     tol: float
+    #: Whether the error must be below `tol`, rather than at most that.
+    strict: bool = False
+    #: Whether `measure` compares with one iteration earlier, so that a check takes an iteration of its own.
+    pairwise: bool = False
 
     def seen(self, step: Alternating, state: State) -> tuple[Tensor, Tensor]:
         """(f, g) as they are returned."""
-        ...
+        return state.f, state.g
 
-    def error(self, step: Alternating, state: State, before: State, floor: Tensor) -> Tensor:
-        """(*batch,): how far the state is from the end; `before` is the state when it was last checked, or one iteration earlier."""
-        ...
+    @abstractmethod
+    def measure(self, step: Alternating, state: State, before: State, dtype: torch.dtype) -> Measured:
+        """How far the state is from the end. `before` is the state at the last check, which is one iteration earlier for a pairwise
+        criterion; `dtype` the type of the sweeps."""
 
-    def next_error(self, step: Alternating, state: State) -> Tensor:
-        """A lower bound of the error of the next iteration, which costs no sweep. Asked of pairwise criteria only."""
-        ...
-
-    def floor(self, step: Alternating, state: State, dtype: torch.dtype) -> Tensor:
-        """(*batch,): the error that rounding to `dtype` makes."""
-        ...
-
-    def met(self, error: Tensor) -> Tensor: ...
-
-    #: Whether `error` compares with one iteration earlier, so that a check takes an iteration of its own.
-    pairwise: bool
+    def next_error(self, step: Alternating, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(a lower bound of the error of the next iteration, the floor), 0-d, at no sweep. Asked of pairwise criteria only."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Marginal:
+class Marginal(Criterion):
     """The error of the column marginal; rows are exact.
 
     tol    in the unit of the norm.
@@ -56,46 +64,36 @@ class Marginal:
 
     tol: float = 1e-4
     norm: str = "l1"
-    pairwise = False
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise unknown("norm", self.norm, NORMS)
 
-    def seen(self, step: Alternating, state: State) -> tuple[Tensor, Tensor]:
-        return state.f, state.g
-
-    def error(self, step: Alternating, state: State, before: State, floor: Tensor) -> Tensor:
-        b = step.problem.b
-        error = self._size(torch.where(b > 0, b * expm1(step.gap(state)), 0.0), b)
-        # Exponents rounded to more than a tenth: no sum over them means anything, however small it comes out.
-        return torch.where(floor > 0.1 * self._size(b, b), torch.maximum(error, floor), error)
-
-    def next_error(self, step: Alternating, state: State) -> Tensor:
-        raise NotImplementedError
-
-    def floor(self, step: Alternating, state: State, dtype: torch.dtype) -> Tensor:
-        """In the sums of the sweep, and in forming g / eps."""
+    def measure(self, step: Alternating, state: State, before: State, dtype: torch.dtype) -> Measured:
+        """The floor: rounding in the sums of the sweep, and in forming g / eps."""
         b, g = step.problem.b, state.g
+        excess = torch.where(b > 0, b * expm1(step.gap(state)), 0.0)
         sums = ROUNDING * torch.finfo(dtype).eps
         differences = torch.finfo(g.dtype).eps * torch.where(b > 0, g.abs(), 0.0).amax(-1, keepdim=True) / step.eps
-        return self._size(b * (sums + differences), b)
+        error, floor, unit = self._sizes(torch.stack((excess, b * (sums + differences), b.expand_as(excess))), b)
+        # Exponents rounded to more than a tenth: no sum over them means anything, however small it comes out.
+        error = torch.where(floor > 0.1 * unit, torch.maximum(error, floor), error)
+        return Measured(state.f, g, error, floor)
 
-    def met(self, error: Tensor) -> Tensor:
-        return error <= self.tol
-
-    def _size(self, excess: Tensor, b: Tensor) -> Tensor:
+    def _sizes(self, z: Tensor, b: Tensor) -> Tensor:
+        """The norms of several vectors, stacked in front."""
         if self.norm == "l1":
-            return excess.abs().sum(-1) / b.sum(-1)
+            return z.abs().sum(-1) / b.sum(-1)
         if self.norm == "l1_absolute":
-            return excess.abs().sum(-1)
-        if self.norm == "l2":
-            return excess.square().sum(-1).sqrt()
-        return excess.square().sum().sqrt().expand(b.shape[:-1])
+            return z.abs().sum(-1)
+        size = z.square().sum(-1)
+        if self.norm == "l2_joint":
+            size = size.view(len(z), -1).sum(-1).view(-1, *[1] * (z.ndim - 2)).expand(z.shape[:-1])
+        return size.sqrt()
 
 
 @dataclass(frozen=True)
-class Change:
+class Change(Criterion):
     """POT's rule for relaxed marginals: u = exp(g / eps) and v = exp(f / eps) move by less than `tol` of their largest entry, or of 1.
 
     both_sides       the mean of the changes of u and v, rather than that of u alone.
@@ -110,34 +108,37 @@ class Change:
     relative_after: float = math.inf
     pairwise = True
 
+    @property
+    def strict(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.both_sides
+
     def seen(self, step: Alternating, state: State) -> tuple[Tensor, Tensor]:
         if state.n_iter and state.n_iter > self.translate_after:
-            return translate(step.problem, state.f, state.g)
+            problem = step.problem
+            return translate(problem.penalties, problem.eps, problem.a, problem.b, state.f, state.g)
         return state.f, state.g
 
-    def error(self, step: Alternating, state: State, before: State, floor: Tensor) -> Tensor:
+    def measure(self, step: Alternating, state: State, before: State, dtype: torch.dtype) -> Measured:
         (f, g), (old_f, old_g), problem = self.seen(step, state), self.seen(step, before), step.problem
         relative = state.n_iter > self.relative_after
         change = _change(g, old_g, problem.b, step.eps, relative)
         if self.both_sides or relative:
             change = 0.5 * (change + _change(f, old_f, problem.a, step.eps, relative))
-        return change.expand(problem.b.shape[:-1])
+        each = problem.b.shape[:-1]
+        return Measured(f, g, change.expand(each), self.floor(step, f, g, dtype).expand(each))
 
-    def next_error(self, step: Alternating, state: State) -> Tensor:
-        """A lower bound of the error of the next iteration, which costs no sweep: the change that g is about to make."""
-        g, update = self.seen(step, state)[1], state.g_next - state.g
+    def next_error(self, step: Alternating, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The change that g is about to make."""
+        (f, g), update = self.seen(step, state), state.g_next - state.g
         if state.n_iter > self.translate_after:  # without its constant, which is settled otherwise: rather too small than too large
             update = update - (step.share * update).sum(-1, keepdim=True)
-        return 0.5 * _change(g + update, g, step.problem.b, step.eps, state.n_iter > self.relative_after)
+        change = 0.5 * _change(g + update, g, step.problem.b, step.eps, state.n_iter > self.relative_after)
+        return change, self.floor(step, f, g, dtype)
 
-    def floor(self, step: Alternating, state: State, dtype: torch.dtype) -> Tensor:
-        f, g = self.seen(step, state)
+    def floor(self, step: Alternating, f: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+        """The change that rounding alone makes: in the sums of a sweep, and in forming f / eps."""
         size = torch.maximum(*(torch.where(z.isfinite(), z.abs(), 0.0).amax() for z in (f, g)))
-        floor = ROUNDING * torch.finfo(dtype).eps + torch.finfo(f.dtype).eps * size / step.eps
-        return floor.expand(step.problem.b.shape[:-1])
-
-    def met(self, error: Tensor) -> Tensor:
-        return error < self.tol if self.both_sides else error <= self.tol
+        return ROUNDING * torch.finfo(dtype).eps + torch.finfo(f.dtype).eps * size / step.eps
 
 
 def _change(new: Tensor, old: Tensor, w: Tensor, eps: float, relative: bool) -> Tensor:

@@ -55,6 +55,7 @@ class Monitor:
         self.errors: list[Tensor] = []
         self.status: Status | None = None
         self.kept: tuple[Tensor, Tensor] | None = None  # (f, g), whose error is the last of `errors`
+        self.done: Tensor | None = None
         self.near = False  # whether the end was found near, see `end_is_near`
         self.progress = _Progress()
         self._ceiling: Tensor | None = None
@@ -62,53 +63,51 @@ class Monitor:
 
     def check(self, state: State, before: State, plain: bool) -> State:
         """The state, in which problems that are done are marked. `plain`: whether its last iteration was a plain one."""
-        step, criterion = self.step, self.criterion
-        floor = criterion.floor(step, state, self.dtype)
-        error = criterion.error(step, state, before, floor)
-        f, g = criterion.seen(step, state)
-        if self.kept is not None:
-            done = criterion.met(self.errors[-1])
+        f, g, error, floor = self.criterion.measure(self.step, state, before, self.dtype)
+        if self.kept is not None and self.done is not None:
             # Plain iterations only improve, and go on together. An accelerated one may be a trial, and a problem that is done stays.
-            worse = done.all() if plain else done | ~(error < self.errors[-1])
+            worse = self.done.all() if plain else self.done | ~(error < self.errors[-1])
             worse = worse if state.inexact is None else worse | state.inexact
             error = torch.where(worse, self.errors[-1], error)
-            worse = worse.expand_as(error).unsqueeze(-1)
-            f, g = (torch.where(worse, old, new) for old, new in zip(self.kept, (f, g), strict=True))
-        self.kept = f, g
+            worse, (old_f, old_g) = worse.expand_as(error).unsqueeze(-1), self.kept
+            f, g = torch.where(worse, old_f, f), torch.where(worse, old_g, g)
+        self.kept, self.done = (f, g), error < self.criterion.tol if self.criterion.strict else error <= self.criterion.tol
         self.errors.append(error)
-        done = criterion.met(error)
         if self.on_check is not None:
             self.on_check(state.n_iter, error)
         if self.keep is not None:
-            self.keep(state.n_iter, step.eps, f, g)
-        pending = to_host(self._flags(error, done, floor, state.n_iter))
-        pending, self._pending = (self._pending, pending) if error.is_cuda else (pending, None)
-        if pending is not None:
-            self.status = self.progress.judge(pending())
-        return replace(state, done=done)
+            self.keep(state.n_iter, self.step.eps, f, g)
+        flags = self._flags(error, self.done, floor, state.n_iter)
+        if not flags.is_cuda:
+            self.status = self.progress.judge(flags.tolist())
+        else:
+            pending, self._pending = self._pending, to_host(flags)
+            if pending is not None:
+                self.status = self.progress.judge(pending())
+        return replace(state, done=self.done)
 
     def end_is_near(self, state: State) -> bool:
         """Whether one of the last iterations, or the next, may have met the criterion. Costs no sweep."""
-        error, floor = self.criterion.next_error(self.step, state), self.criterion.floor(self.step, state, self.dtype)
-        self.near = not bool(((error >= self.criterion.tol) & (error > floor)).all())
+        error, floor = self.criterion.next_error(self.step, state, self.dtype)
+        self.near = not bool((error >= self.criterion.tol) & (error > floor))
         return self.near
 
     def _flags(self, error: Tensor, done: Tensor, floor: Tensor, n_iter: int) -> Tensor:
         """(4,): all done; all done, at the rounding floor or infeasible; the largest error in floors; anything infeasible."""
-        worst = (error / floor).amax()
-        settled, infeasible = done | (error <= floor), self._infeasible(n_iter)
+        worst, settled = (error / floor).amax(), done | (error <= floor)
+        infeasible = self._infeasible(n_iter) if self.step.problem.forbids and n_iter >= INFEASIBILITY_AFTER else None
         if infeasible is None:
             return torch.stack([done.all().to(worst), settled.all().to(worst), worst, torch.zeros_like(worst)])
         return torch.stack([done.all().to(worst), (settled | infeasible).all().to(worst), worst, infeasible.any().to(worst)])
 
     def _infeasible(self, n_iter: int) -> Tensor | None:
         """Where the dual has passed what any plan could cost, <C, P> + eps KL(P | a⊗b) <= |a| max C + eps H(b): then there is none."""
-        problem, (f, g) = self.step.problem, self.kept or ()
-        if self._ceiling is None and n_iter >= INFEASIBILITY_AFTER and problem.forbids:
-            self._ceiling = _dearest_plan(problem, self.step.eps)
+        problem = self.step.problem
         if self._ceiling is None:
+            self._ceiling = _dearest_plan(problem, self.step.eps)
+        if self._ceiling is None or self.kept is None:
             return None
-        a, b = problem.a, problem.b
+        a, b, (f, g) = problem.a, problem.b, self.kept
         dual = torch.where(a > 0, a * f, 0.0).sum(-1) + torch.where(b > 0, b * g, 0.0).sum(-1)
         return dual > self._ceiling + 1e-9 * self._ceiling.abs()
 

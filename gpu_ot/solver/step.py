@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..geometry.protocol import Geometry, weigh
 from ..penalties import best_shift
 from ..problem import Problem
@@ -52,6 +53,11 @@ class Start(NamedTuple):
     f: Tensor
     weight: Tensor
     g: Tensor | None = None
+
+    def numbers(self) -> Start:
+        """Without what autograd or torch.func knows of them."""
+        f, weight, g = (None if z is None else transforms.numbers(z).detach() for z in self)
+        return Start(f, weight, g)  # pyright: ignore[reportArgumentType]
 
 
 def scaled(rows: Tensor) -> Start:

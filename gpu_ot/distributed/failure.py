@@ -1,0 +1,59 @@
+"""How ranks learn that one of them has failed: from its word in the store of torch.distributed, or from the transport."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from .. import errors
+
+
+class Failures:
+    """The first failure in a group, recorded under `key` in the store that its processes met by.
+
+    A rank that ends without a word closes its connections, and one that stops answering lets the timeout of the group pass: the transport
+    raises either way, and `guard` turns that into RankFailed.
+    """
+
+    def __init__(self, rank: int, size: int, first: int) -> None:
+        self.rank, self.size, self._key = rank, size, f"gpu_ot/failure/{first}/{size}"
+
+    @contextlib.contextmanager
+    def guard(self, doing: str) -> Iterator[None]:
+        """RankFailed in place of the transport's error, with its text and what the rank that failed has recorded."""
+        try:
+            yield
+        except RuntimeError as error:
+            said = str(error).strip().split("\n")[0]
+            raise errors.rank_failed(self.rank, self.size, doing, self._recorded(), said) from error
+
+    @contextlib.contextmanager
+    def report(self) -> Iterator[None]:
+        """On an error, record it in the store so that the other ranks can name it."""
+        try:
+            yield
+        except (errors.RankFailed, errors.RankRefused, errors.RanksDiffer):  # the others know
+            raise
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # the first word stays
+                _store().compare_set(self._key, "", f"rank {self.rank} raised {type(error).__name__}: {error}".removesuffix(": "))
+            raise
+
+    def forget(self) -> None:
+        """Drops what an earlier solve has recorded. An exchange must follow, lest a rank records something new before."""
+        if self.size > 1 and self.rank == 0:
+            with contextlib.suppress(Exception):
+                _store().delete_key(self._key)
+
+    def _recorded(self) -> str | None:
+        with contextlib.suppress(Exception):  # the store ends with the process that holds it
+            if _store().check([self._key]):
+                return _store().get(self._key).decode() or None
+        return None
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
