@@ -104,7 +104,6 @@ def test_files_are_read_in_one_go():
     assert not long
 
 
-@pytest.mark.xfail(strict=False, reason="kinds of cost are being asked for what they can do")
 def test_costs_are_asked_what_they_can_do():
     """And not which kind they are: fewer than fifteen places look at the class of a cost."""
     nodes = [(path, node) for path in FILES for node in parsed(path)]
