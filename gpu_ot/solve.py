@@ -171,9 +171,10 @@ def find(
         step = _step(problem, order, accelerate, after)
         with torch.no_grad():
             outcome = sinkhorn(geometry, step, rule, at, max_iter=max_iter, schedule=schedule, auto=auto, **run)
-            exact = geometry.exact  # where gradients are asked for, they reach the cost through this
-            if exact is geometry:
-                return geometry, outcome
+        exact = geometry.exact  # bound with gradients on: they reach the cost through it
+        if exact is geometry:
+            return geometry, outcome
+        with torch.no_grad():
             left, again = max(max_iter - outcome.n_iter, 1), Start(outcome.f, problem.a.detach())
             corrected = sinkhorn(exact, step, rule, again, max_iter=left, **run)
         corrected.n_iter += outcome.n_iter

@@ -1,36 +1,37 @@
-"""Problems that tests share. Nothing here is imported by the package."""
+"""What tests share beside problems.py: fixtures, and the process in which Triton's kernels are interpreted."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import io
+import json
 import os
+import queue
 import runpy
+import subprocess
+import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from problems import random_problem
+
 with contextlib.redirect_stdout(io.StringIO()):  # geomloss, which POT imports, greets on stdout through KeOps
     pytest.importorskip("ot")
+
+pytest.register_assert_rewrite("conformance")
 
 # Small problems, and maybe other work on the machine: a second thread would mostly wait for its turn.
 torch.set_num_threads(1)
 
 
-def random_problem(n: int, m: int, d: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64):
-    """(a, b, M): random weights of mass 1 and squared distances with largest entry 1."""
-    gen = torch.Generator().manual_seed(seed)
-    x, y = torch.rand(n, d, generator=gen, dtype=torch.float64), torch.rand(m, d, generator=gen, dtype=torch.float64) + 0.2
-    a, b = torch.rand(n, generator=gen, dtype=torch.float64) + 0.1, torch.rand(m, generator=gen, dtype=torch.float64) + 0.1
-    M = torch.cdist(x, y).square()
-    return (a / a.sum()).to(dtype), (b / b.sum()).to(dtype), (M / M.max()).to(dtype)
-
-
 @pytest.fixture
 def problem():
-    """The factory above, as a fixture: tests are imported by path and cannot import each other."""
+    """(a, b, M) of a size: see problems.py."""
     return random_problem
 
 
@@ -70,3 +71,87 @@ def lerobot():
         kept = runpy.run_path(str(site / "sitecustomize.py"))  # operators go when their library does
         yield
         kept.clear()
+
+
+# Triton decides once, when it is imported, whether it interprets. Tests marked `interpreted` therefore run in a second process, beside the
+# others, and this one hands on the report of each as if it had run it.
+
+CHANNEL = "GPU_OT_TEST_REPORTS"
+
+
+def pytest_configure(config):
+    if CHANNEL in os.environ:
+        config.pluginmanager.register(Child(config))
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        config.pluginmanager.register(Interpreter(config))
+
+
+class Child:
+    """Sends its reports to the process that started it, one a line."""
+
+    def __init__(self, config):
+        self.config, self.channel = config, os.fdopen(int(os.environ.pop(CHANNEL)), "w")
+
+    def pytest_runtest_logreport(self, report):
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        print(json.dumps(data), file=self.channel, flush=True)
+
+
+class Interpreter:
+    def __init__(self, config):
+        self.config, self.process, self.reports, self.arrived = config, None, {}, queue.Queue()
+
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: item.get_closest_marker("interpreted") is not None)  # last: by then they have been run
+
+    def pytest_collection_finish(self, session):
+        chosen = [item.nodeid for item in session.items if item.get_closest_marker("interpreted")]
+        if chosen and not self.config.option.collectonly:
+            self.start(chosen)
+
+    def start(self, chosen):
+        source, sink = os.pipe()
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", *chosen],
+            cwd=self.config.rootpath,
+            env=os.environ | {"TRITON_INTERPRET": "1", CHANNEL: str(sink)},
+            stdout=self.log,
+            stderr=self.log,
+            pass_fds=[sink],
+        )
+        os.close(sink)
+        threading.Thread(target=self.listen, args=[source], daemon=True).start()
+
+    def listen(self, source):
+        with os.fdopen(source) as lines:
+            for line in lines:
+                self.arrived.put(json.loads(line))
+        self.arrived.put(None)
+
+    def pytest_runtest_protocol(self, item):
+        if self.process is None or not item.get_closest_marker("interpreted"):
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in self.reports_of(item):
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def reports_of(self, item):
+        own = self.reports.setdefault(item.nodeid, [])
+        while not any(report.when == "teardown" for report in own):
+            data = self.arrived.get()
+            if data is None:
+                self.arrived.put(None)  # for whoever asks next
+                self.log.seek(0)
+                why = "the process of the interpreter ended before this test:\n" + self.log.read()[-8000:]
+                return [pytest.TestReport(item.nodeid, item.location, {}, "failed", why, "call")]
+            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+            self.reports.setdefault(report.nodeid, []).append(report)
+        return own
+
+    def pytest_unconfigure(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()

@@ -1,10 +1,8 @@
-"""Every machine against the stored matrix in float64: one suite for all, and how one of them is chosen."""
+"""How a backend is chosen, and what it says when it cannot serve."""
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
-import math
 import subprocess
 import sys
 
@@ -12,226 +10,29 @@ import pytest
 import torch
 
 import gpu_ot
-from gpu_ot import BackendError, Cosine, Dot, Euclidean, Formula, Matrix, ProblemError, SqEuclidean
-from gpu_ot.geometry import chunked, keops
+from gpu_ot import BackendError, Euclidean, Formula, ProblemError, SqEuclidean
+from gpu_ot.geometry import keops
 from gpu_ot.geometry.chunked import Chunked
-from gpu_ot.geometry.dense import Dense
 from gpu_ot.geometry.keops import Keops
 from gpu_ot.geometry.select import BACKENDS, bind
 from gpu_ot.problem import Problem
-
-
-def manhattan(x, y):
-    return Formula(lambda x_i, y_j: (x_i - y_j).abs().sum(-1), x, y)
-
-
-COSTS = {
-    "squared": SqEuclidean,
-    "euclidean": Euclidean,
-    "dot": Dot,
-    "cosine": Cosine,
-    "formula": manhattan,
-    "folding sum": lambda x, y: 0.3 * SqEuclidean(x, y) + 2.0 * Cosine(x, y),
-    "mixed sum": lambda x, y: 0.3 * SqEuclidean(x, y) + 0.5 * Euclidean(x, y) + 0.1 * Dot(x, y) + 0.2 * Cosine(x, y),
-}
-SIZES = [(1, 1, 1), (63, 257, 3), (128, 100, 17)]
+from problems import clouds
 
 no_compiler = pytest.mark.skipif(
     importlib.util.find_spec("pykeops") is None or keops.compiler() is None, reason="KeOps needs pykeops and a C++ compiler"
 )
 
 
-# KeOps compiles a formula for every cost and dimension, for some seconds each: only one of them is tested each time.
-def cases(quick, *of):
-    """`of` (tuples of) parameters for both machines; for KeOps all but `quick` are slow."""
-    for backend in ("chunked", "keops"):
-        for values in itertools.product(*of):
-            marks = [no_compiler] if backend == "keops" else []
-            if backend == "keops" and values != quick:
-                marks.append(pytest.mark.slow)
-            yield pytest.param(backend, *values, id="-".join([backend, *(str(value).replace(" ", "") for value in values)]), marks=marks)
-
-
-EVERY_COST = list(cases(("squared",), COSTS))
-EVERY_SIZE = list(cases(("squared", (63, 257, 3)), COSTS, SIZES))
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """So small that every size here has several blocks both ways, the last of them uneven."""
-    monkeypatch.setattr(chunked, "CPU_ENTRIES", 700)
-
-
-@pytest.fixture
-def no_matrix(monkeypatch):
-    """Forbids the n-by-m array: `dense()` may be called on blocks, never on the whole."""
-
-    def guarded(dense):
-        def call(self):
-            assert self.shape[-2:].numel() <= 2 * chunked.CPU_ENTRIES, f"formed an array of shape {tuple(self.shape)}"
-            return dense(self)
-
-        return call
-
-    for kind in (SqEuclidean, Euclidean, Dot, Cosine, Formula):
-        monkeypatch.setattr(kind, "dense", guarded(kind.dense))
-
-
-def clouds(n, m, d, batch=(), dtype=torch.float64, offset=0.0, seed=0):
-    gen = torch.Generator().manual_seed(seed + n + m + d)
-    x, y = (torch.randn(*batch, k, d, generator=gen, dtype=torch.float64) + offset for k in (n, m))
-    return x.to(dtype), y.to(dtype)
-
-
-def largest(cost):
-    """The cost's unit; a lone pair of parallel points has cosine cost 0."""
-    return float(cost.dense().detach().abs().max()) or 1.0
-
-
-def machine(backend, cost):
-    return Chunked(cost) if backend == "chunked" else Keops(cost)
-
-
-def potentials(cost, eps, seed=1, empty=True):
-    """Row and column vectors as the loop makes them: of the cost's size, some atoms empty, the first among them."""
-    gen = torch.Generator().manual_seed(seed)
-    *batch, _, m = cost.shape
-    h = 0.3 * cost.dense().double().abs().amax() * torch.randn(*batch, m, generator=gen, dtype=torch.float64)
-    if empty and m > 2:
-        h[..., 0] = h[..., m // 2] = -math.inf
-    return Dense(cost.dense().double()).softmin(h, eps), h
-
-
-@pytest.mark.parametrize("sharpness", [1.0, 0.05, 1e-3])
-@pytest.mark.parametrize("backend, name, size", EVERY_SIZE)
-def test_both_verbs_both_ways(backend, name, size, sharpness):
-    cost = COSTS[name](*clouds(*size))
-    geometry, truth = machine(backend, cost), Dense(cost.dense())
-    eps = sharpness * largest(cost)
-    k, h = potentials(cost, eps)
-    n, m, d = size
-    v = torch.randn(m, 1 + d, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    scale = largest(cost)
-    torch.testing.assert_close(geometry.softmin(h, eps), truth.softmin(h, eps), rtol=0, atol=1e-12 * scale)
-    torch.testing.assert_close(geometry.T.softmin(k, eps), truth.T.softmin(k, eps), rtol=0, atol=1e-12 * scale)
-    torch.testing.assert_close(geometry.T.T.softmin(h, eps), truth.softmin(h, eps), rtol=0, atol=1e-12 * scale)
-    torch.testing.assert_close(geometry.apply(k, h, eps, v), truth.apply(k, h, eps, v), rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(
-        geometry.T.apply(h, k, eps, v.new_ones(n, 1)), truth.T.apply(h, k, eps, v.new_ones(n, 1)), rtol=1e-9, atol=1e-10
-    )
-    torch.testing.assert_close(geometry.plan(k, h, eps), truth.plan(k, h, eps), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("backend, name, size", EVERY_SIZE)
-def test_pull_back_is_the_gradient_of_the_matrix(backend, name, size, transposed):
-    x, y = (z.requires_grad_() for z in clouds(*size))
-    cost = COSTS[name](x, y)
-    eps = 0.1 * largest(cost)
-    (k, h), C, geometry = potentials(cost, eps), cost.dense(), machine(backend, cost)
-    if transposed:
-        k, h, C, geometry = h, k, C.mT, geometry.T
-    w = torch.randn(k.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    expected = torch.autograd.grad(C, (x, y), Dense(C.detach()).pull_back(k, h, eps, w)[0], retain_graph=True)
-    reached = [(z, grad) for z, grad in zip(geometry.inputs, geometry.pull_back(k, h, eps, w), strict=True) if z.requires_grad]
-    found = torch.autograd.grad([z for z, _ in reached], (x, y), [grad for _, grad in reached])
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("backend, name", EVERY_COST)
-def test_whole_solves(backend, name, no_matrix):
-    """Value, potentials, gradients in the points and the weights, and never the n-by-m array."""
-    given = clouds(63, 57, 3)
-    gen = torch.Generator().manual_seed(4)
-    weights = [torch.rand(k, generator=gen, dtype=torch.float64) for k in (63, 57)]
-    weights[0][0] = weights[1][:3] = 0
-
-    def run(backend, cost):
-        x, y, a, b = leaves = [z.clone().requires_grad_() for z in (*given, *(w / w.sum() for w in weights))]
-        bound = Matrix(torch.cat([COSTS[name](x[i : i + 9], y).dense() for i in range(0, 63, 9)])) if cost is None else cost(x, y)
-        solution = gpu_ot.solve(Problem(bound, 0.05, a, b, gpu_ot.KL(1.0)), backend=backend, tol=0.0, max_iter=40)
-        return solution, torch.autograd.grad(solution.value, leaves)
-
-    (truth, expected), (ours, found) = run("softmin", None), run(backend, COSTS[name])
-    torch.testing.assert_close(ours.value, truth.value, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close((ours.f, ours.g), (truth.f, truth.g), rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
-    ones = torch.ones(57, 4, dtype=torch.float64)
-    torch.testing.assert_close(ours.plan @ ones, truth.plan @ ones, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("sharpness", [1.0, 0.05, 1e-3])
-@pytest.mark.parametrize("backend, name, size", EVERY_SIZE)
-def test_float32_points_are_as_accurate_as_torch(backend, name, size, sharpness):
-    """The budget is torch's own error in the same type, measured against float64."""
-    exact = COSTS[name](*clouds(*size, dtype=torch.float32)).to(torch.float64)
-    eps = sharpness * largest(exact)
-    _, h = potentials(exact, eps)
-    truth = Dense(exact.dense()).softmin(h, eps)
-    cost = exact.to(torch.float32)
-    torchs = -eps * torch.logsumexp((h.float() - cost.dense()) / eps, -1)
-    ours = machine(backend, cost).softmin(h, eps)
-    allowed = 2 * float((torchs.double() - truth).abs().max()) + 1e-6
-    assert ours.dtype == torch.float64 and float((ours - truth).abs().max()) <= allowed
-
-
-@pytest.mark.parametrize("backend", ["chunked", pytest.param("keops", marks=no_compiler)])
-def test_clouds_far_off_centre(backend):
-    x, y = clouds(40, 50, 3, offset=1e4, dtype=torch.float32)
-    near = [z.double() - 1e4 for z in (x, y)]
-    truth = gpu_ot.solve(Problem(SqEuclidean(*near), 0.1), tol=1e-10, max_iter=3000).plan.to_dense()
-    ours = gpu_ot.solve(Problem(SqEuclidean(x, y), 0.1), backend=backend, tol=1e-7, max_iter=3000)
-    assert ours.converged and (ours.plan.to_dense() - truth).abs().max() <= 1e-4 * truth.max()
-
-
-@pytest.mark.parametrize("backend", ["chunked", pytest.param("keops", marks=no_compiler)])
-def test_rows_that_meet_only_empty_atoms(backend):
-    geometry = machine(backend, SqEuclidean(*clouds(4, 6, 3)))
-    nothing = torch.full((6,), -math.inf, dtype=torch.float64)
-    assert (geometry.softmin(nothing, 0.1) == math.inf).all()
-    k, one = torch.zeros(4, dtype=torch.float64), torch.ones(6, 4, dtype=torch.float64)
-    assert (geometry.apply(k, nothing, 0.1, one) == 0).all()
-    assert (geometry.T.apply(nothing, k - math.inf, 0.1, one[:4]) == 0).all()
-
-
-@pytest.mark.parametrize("batch, weights", [((3,), (3,)), ((2, 3), (2, 3)), ((), (4,)), ((3,), (2, 3))], ids=str)
-@pytest.mark.parametrize("name", ["squared", "euclidean", "formula", "mixed sum"])
-def test_batches(name, batch, weights):
-    """Of clouds, of weights over the same clouds, and of both."""
-    x, y = (z.requires_grad_() for z in clouds(9, 14, 3, batch=batch))
-    b = torch.rand(*weights, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) + 0.1
-    found, expected = (
-        gpu_ot.solve(Problem(COSTS[name](x, y), 0.3, None, b / b.sum(-1, keepdim=True)), backend=backend, tol=0.0, max_iter=20)
-        for backend in ("chunked", "softmin")
-    )
-    torch.testing.assert_close((found.value, found.f, found.g), (expected.value, expected.f, expected.g))
-    torch.testing.assert_close(found.plan.to_dense(), expected.plan.to_dense())
-    grads = [torch.autograd.grad(s.value.square().sum(), (x, y)) for s in (found, expected)]
-    torch.testing.assert_close(*grads)
-
-
-@pytest.mark.parametrize("penalty", [gpu_ot.KL(), gpu_ot.KL(0.5), (gpu_ot.KL(), gpu_ot.TV(0.3))], ids=str)
-@pytest.mark.parametrize("eps", [1.0, 0.05, 2e-3])
-@pytest.mark.parametrize("name", ["squared", "euclidean"])
-def test_one_exponential_for_both_half_steps(name, eps, penalty):
-    """The chunked iteration against the one every geometry inherits, from a start so far off that the first guess must fail."""
-    cost = COSTS[name](*clouds(33, 41, 2))
-    gen = torch.Generator().manual_seed(6)
-    a, b = torch.rand(33, generator=gen, dtype=torch.float64), torch.rand(41, generator=gen, dtype=torch.float64)
-    a[0] = b[0] = 0
-    problem = Problem(cost, eps, a / a.sum(), b / b.sum(), penalty)
-    start = 50 * torch.randn(41, generator=gen, dtype=torch.float64)
-    geometry, plain = Chunked(cost), Dense(cost.dense())
-    for k in (1, 2, 15):
-        torch.testing.assert_close(geometry.advance(problem, start, eps, k), plain.advance(problem, start, eps, k), rtol=1e-9, atol=1e-9)
+def manhattan(x, y):
+    return Formula(lambda x_i, y_j: (x_i - y_j).abs().sum(-1), x, y)
 
 
 def test_the_second_iteration_needs_no_maximum(monkeypatch):
     cost = SqEuclidean(*clouds(33, 41, 2))
     problem, geometry = Problem(cost, 0.5), Chunked(cost)
-    g = geometry.advance(problem, torch.zeros(41, dtype=torch.float64), 0.5, 1)[2]
+    g = geometry.iterate(problem, torch.zeros(41, dtype=torch.float64), 0.5, 1)[2]
     monkeypatch.setattr(Chunked, "softmin", None)
-    geometry.advance(problem, g, 0.5, 3)
+    geometry.iterate(problem, g, 0.5, 3)
 
 
 def test_a_stored_matrix_stays_whole():
@@ -285,6 +86,8 @@ def test_refusals_give_the_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BackendError, match=r'"triton".*(not installed|cpu|cannot be imported)'):
         bind(Problem(SqEuclidean(x.float(), y.float()), 0.1), "triton")
+    with pytest.raises(BackendError, match=r'"resident".*GPU'):
+        bind(Problem(torch.rand(4, 5), 0.1), "resident")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name in ("triton", "pykeops"):
         assert f"{name} is not installed" in gpu_ot.explain(Problem(SqEuclidean(x, y), 0.1))

@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 from gpu_ot import KL, TV, Cosine, Dot, Euclidean, Formula, Matrix, NotConverged, Problem, ProblemError, SqEuclidean
 from gpu_ot.losses.divergence import divergence, self_term
 from gpu_ot.solve import solve
+from problems import measures, pairwise
 
 BACKENDS = ["dense", "chunked", "softmin"]
 PENALTIES = [KL(), KL(0.3), TV(0.3), (KL(), KL(0.2))]
-
-
-def clouds(n=7, m=5, d=2, seed=0, shift=0.3, dtype=torch.float64):
-    """(x, y, a, b) with masses that are not 1."""
-    gen = torch.Generator().manual_seed(seed)
-    x, y = torch.rand(n, d, generator=gen, dtype=torch.float64), torch.rand(m, d, generator=gen, dtype=torch.float64) + shift
-    a, b = torch.rand(n, generator=gen, dtype=torch.float64) + 0.1, torch.rand(m, generator=gen, dtype=torch.float64) + 0.1
-    return [z.to(dtype) for z in (x, y, a, b * 1.7)]
 
 
 def fitting(a, b, penalty):
@@ -45,7 +38,7 @@ def assert_differences_agree(value, inputs, step=1e-5):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_its_definition(backend, penalty):
     """S = OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2 + eps/2 (|a| - |b|)^2, each term by the ordinary loop."""
-    x, y, a, b = clouds(30, 20)
+    x, y, a, b = measures(30, 20)
     a, b = fitting(a, b, penalty)
     pair = penalty if isinstance(penalty, tuple) else (penalty, penalty)
 
@@ -59,9 +52,7 @@ def test_its_definition(backend, penalty):
     torch.testing.assert_close(found.value, truth, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
-@pytest.mark.parametrize("kind", [SqEuclidean, Euclidean, Cosine])
-@pytest.mark.parametrize("backend", ["dense", "chunked"])
+@pytest.mark.parametrize("penalty, kind, backend", pairwise(PENALTIES, [SqEuclidean, Euclidean, Cosine], ["dense", "chunked"]), ids=str)
 def test_gradients(backend, kind, penalty):
     """In the points and the weights, through both sides of the self terms: central differences in float64."""
 
@@ -71,12 +62,12 @@ def test_gradients(backend, kind, penalty):
         assert bool(found.converged)
         return found.value
 
-    assert_differences_agree(value, [z.requires_grad_() for z in clouds()])
+    assert_differences_agree(value, [z.requires_grad_() for z in measures()])
 
 
 def test_gradients_reach_each_cloud_of_a_sum():
-    x, y, a, _ = clouds(6, 5)
-    u, v = clouds(6, 5, d=3, seed=1)[:2]
+    x, y, a, _ = measures(6, 5)
+    u, v = measures(6, 5, d=3, seed=1)[:2]
 
     def value(x, y, u, v):
         cost = 0.7 * SqEuclidean(x, y) + 0.3 * Euclidean(u, v)
@@ -87,7 +78,7 @@ def test_gradients_reach_each_cloud_of_a_sum():
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 def test_matrices_bring_their_costs_within(penalty):
-    x, y, a, b = clouds()
+    x, y, a, b = measures()
     a, b = fitting(a, b, penalty)
     C_xy, C_xx, C_yy = (SqEuclidean(p, q).dense().clone().requires_grad_() for p, q in ((x, y), (x, x), (y, y)))
     x.requires_grad_()
@@ -105,7 +96,7 @@ def test_matrices_bring_their_costs_within(penalty):
 
 
 def test_what_it_refuses():
-    x, y, a, b = clouds()
+    x, y, a, b = measures()
     with pytest.raises(ProblemError, match=r"pass cost_aa, \(7, 7\)"):
         divergence(Problem(SqEuclidean(x, y).dense(), 0.1))
     with pytest.raises(ProblemError, match="cost_bb"):
@@ -132,7 +123,7 @@ def test_what_it_refuses():
 )
 def test_never_negative(n, m, d, kind, eps, penalty, shift, mass, seed):
     """At the default tolerance, up to what rounding leaves of numbers the size of the terms; also between nearly the same measures."""
-    x, y, a, b = clouds(n, m, d, seed, shift)
+    x, y, a, b = measures(n, m, d, seed=seed, shift=shift)
     if seed % 2:  # the same measure but for the shift
         y, b = x + shift, a.clone()
     a, b = (z * mass for z in fitting(a, b, penalty))
@@ -145,7 +136,7 @@ def test_never_negative(n, m, d, kind, eps, penalty, shift, mass, seed):
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 def test_not_negative_however_early_it_stops(penalty, max_iter):
     """The start makes half the squared kernel distance of the scaled measures a lower bound, and iterations only raise the dual."""
-    x, _, a, _ = clouds(40)
+    x, _, a, _ = measures(40)
     y = x + 1e-3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     found = divergence(Problem(SqEuclidean(x, y), 0.01, a, a, penalty), tol=1e-13, max_iter=max_iter)
     assert found.status.name == "max_iter" and not bool(found.converged) and float(found.value) >= 0
@@ -155,20 +146,21 @@ def test_not_negative_however_early_it_stops(penalty, max_iter):
 
 @pytest.mark.parametrize("penalty", PENALTIES[:3], ids=str)
 def test_zero_between_the_same_measures_and_only_there(penalty):
-    x, _, a, _ = clouds(25)
+    x, _, a, _ = measures(25)
     order = torch.randperm(25, generator=torch.Generator().manual_seed(0))
     same = divergence(Problem(SqEuclidean(x, x[order]), 0.02, a, a[order], penalty), tol=1e-8).value  # its error is of second order
     moved = divergence(Problem(SqEuclidean(x, x[order] + 0.05), 0.02, a, a[order], penalty)).value
     assert abs(float(same)) <= 1e-13 and float(moved) > 1e-4
 
 
-@pytest.mark.parametrize("penalty", [KL(), KL(0.5), TV(0.3)], ids=str)
-@pytest.mark.parametrize("kind", [SqEuclidean, Euclidean, Dot])
-@pytest.mark.parametrize("share", [1.0, 0.1, 0.01, 0.001])
-@pytest.mark.parametrize("backend", ["dense", "chunked"])
+@pytest.mark.parametrize(
+    "share, kind, penalty, backend",
+    pairwise([1.0, 0.1, 0.01, 0.001], [SqEuclidean, Euclidean, Dot], [KL(), KL(0.5), TV(0.3)], ["dense", "chunked"]),
+    ids=str,
+)
 def test_self_terms_take_a_dozen_sweeps(backend, share, kind, penalty):
     """Whatever eps: a contraction by 1/2 at worst, and mixing makes it less. The same fixed point as the ordinary loop's."""
-    x, _, a, _ = clouds(80, 1, 3)
+    x, _, a, _ = measures(80, 1, 3)
     cost, eps = kind(x, x), share * float(kind(x, x).scale("std"))
     found = self_term(cost, eps, a, penalty, tol=1e-6, backend=backend)
     assert found.status.name == "converged" and found.n_iter <= 14
@@ -189,7 +181,7 @@ def test_self_terms_of_costs_that_are_no_kernel():
 
 
 def test_a_side_that_stays_is_not_solved_again():
-    x, y, a, b = clouds()
+    x, y, a, b = measures()
     a, b = fitting(a, b, KL())
     y.requires_grad_()
     first = divergence(Problem(SqEuclidean(x, y), 0.1, a, b))
@@ -204,7 +196,7 @@ def test_a_side_that_stays_is_not_solved_again():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("penalty", PENALTIES[:3], ids=str)
 def test_batches_are_their_problems_and_empty_atoms_are_absent(backend, penalty):
-    parts = [clouds(9, 8, seed=s) for s in range(3)]
+    parts = [measures(9, 8, seed=s) for s in range(3)]
     for k, (_, _, a, b) in enumerate(parts):
         a[:k], b[: 2 * k] = 0, 0
         b *= a.sum() / b.sum()
@@ -217,12 +209,14 @@ def test_batches_are_their_problems_and_empty_atoms_are_absent(backend, penalty)
         torch.testing.assert_close(together.f[k, k:], alone.f, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("far, unit", [(0.0, 1.0), (1e4, 1.0), (0.0, 1e-8), (0.0, 1e8), (3e3, 1e-6)])
-@pytest.mark.parametrize("penalty", [1.0, math.inf], ids=["KL", "hard"])
-@pytest.mark.parametrize("backend", ["dense", "chunked"])
-def test_float32(backend, far, unit, penalty):
+PLACES = [(0.0, 1.0), (1e4, 1.0), (0.0, 1e-8), (0.0, 1e8), (3e3, 1e-6)]
+
+
+@pytest.mark.parametrize("place, penalty, backend", pairwise(PLACES, [1.0, math.inf], ["dense", "chunked"]), ids=str)
+def test_float32(place, penalty, backend):
     """Clouds off centre, in tiny and in huge units: against float64 at the same, rounded points, by the rounding of the costs."""
-    x, y, a, b = clouds(60, 50)
+    far, unit = place
+    x, y, a, b = measures(60, 50)
     x, y = (((z + far) * unit).float() for z in (x, y))
     a, b = (a / a.sum()).float(), (b / b.sum()).float()
     values, grads = [], []
@@ -239,7 +233,7 @@ def test_float32(backend, far, unit, penalty):
 
 def test_potentials_are_the_derivatives_in_the_weights():
     """For hard marginals, up to a constant: what geomloss returns for potentials=True."""
-    x, y, a, b = clouds(20, 15)
+    x, y, a, b = measures(20, 15)
     a, b = (z.requires_grad_() for z in fitting(a / a.sum(), b, KL()))
     found = divergence(Problem(SqEuclidean(x, y), 0.05, a, b), tol=1e-10)
     for grad, potential in zip(torch.autograd.grad(found.value, (a, b)), (found.f, found.g), strict=True):
@@ -258,7 +252,7 @@ def test_implicit_second_derivatives(backend, penalty):
             a, b = a / a.sum(), b / b.sum()
         return divergence(Problem(SqEuclidean(x, y), 0.1, a, b, penalty), grad=grad, tol=1e-12, backend=backend)
 
-    inputs = [z.requires_grad_() for z in clouds()]
+    inputs = [z.requires_grad_() for z in measures()]
     gen = torch.Generator().manual_seed(3)
     along = [torch.randn(z.shape, generator=gen, dtype=z.dtype) for z in inputs]
     found = solved(inputs, "implicit")
@@ -282,7 +276,7 @@ def test_implicit_second_derivatives(backend, penalty):
 
 
 def test_an_envelope_has_first_derivatives_only():
-    x, y, *_ = clouds()
+    x, y, *_ = measures()
     x.requires_grad_()
     with pytest.raises(NotImplementedError, match="implicit"):
         torch.autograd.grad(divergence(Problem(SqEuclidean(x, y), 0.1)).value, x, create_graph=True)

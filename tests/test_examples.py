@@ -1,4 +1,4 @@
-"""The scripts of bench/examples do what they say; those of the losses are held to it in test_losses.py."""
+"""The scripts of bench/examples do what they say."""
 
 from __future__ import annotations
 
@@ -66,3 +66,36 @@ def test_co_training_aligns_what_imitation_does_not(tmp_path):
     pytest.importorskip("matplotlib")
     cotraining.picture({name: policy for name, (policy, _) in trained.items()}, found, tmp_path / "cotraining.png")
     assert (tmp_path / "cotraining.png").stat().st_size > 10_000
+
+
+def test_gradient_flow_arrives(tmp_path):
+    flow = script("gradient_flow")
+    gen = torch.Generator().manual_seed(0)
+    x, y = flow.disc(40, gen), flow.spiral(40, gen)
+    clouds, values = flow.flow(x, y, steps=15)
+    assert values[-1] <= values[0] / 100 and min(values) >= 0
+    nearest = torch.cdist(clouds[-1], y).amin(0)  # every target has a point near it: a biased loss leaves the ends bare
+    assert nearest.mean() <= 0.1 * torch.cdist(x, y).amin(0).mean()
+    pytest.importorskip("matplotlib")
+    flow.picture(clouds, values, y, tmp_path / "flow.png")
+    assert (tmp_path / "flow.png").stat().st_size > 10_000
+
+
+def test_barycentre_of_two_diracs_is_their_midpoint():
+    module = script("barycentre")
+    points = module.grid(5)
+    ends = torch.eye(25, dtype=torch.float64)[[0, 24]]
+    w, objectives = module.barycentre(ends, torch.tensor([0.5, 0.5]), points, steps=60)
+    assert abs(float(w.sum()) - 1) <= 1e-12 and int(w.argmax()) == 12 and float(w[12]) >= 0.95
+    # Half the squared half-diagonal, to each end.
+    assert objectives[-1] == pytest.approx(float((points[0] - points[12]).square().sum()) / 2, rel=0.02)
+
+
+def test_barycentre_of_digits_lies_between():
+    pytest.importorskip("sklearn")
+    module = script("barycentre")
+    ends, points = module.digits(0, 1), module.grid(8)
+    w, objectives = module.barycentre(ends, torch.tensor([0.5, 0.5]), points, steps=30)
+    assert abs(float(w.sum()) - 1) <= 1e-12 and objectives[-1] < objectives[0] / 4
+    mean, (first, second) = w @ points, ends @ points  # the barycentre's mean is the mean of the means
+    torch.testing.assert_close(mean, (first + second) / 2, rtol=0, atol=0.01)

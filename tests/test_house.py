@@ -1,8 +1,9 @@
-"""The house stands: rooms import only their own floor or below, packaging names every folder, importing costs little."""
+"""The house stands: rooms import only from below, README shows the same, packaging names every folder, importing costs little."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -18,42 +19,37 @@ else:
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpu_ot"
 
-#: Room -> floor. A room may import its own floor and those below. design: README, "The house".
-FLOORS = {
-    "kernels": 0,
-    "errors": 0,
-    "communicator": 0,
-    "transforms": 0,
-    "vectors": 0,
-    "penalties": 1,
-    "costs": 1,
-    "problem": 2,
-    "geometry": 3,
-    "solver": 4,
-    "gradients": 4,
-    "solution": 5,
-    "distributed": 5,
-    "solve": 6,
-    "initial": 7,
-    "lerobot": 7,
-    "pot": 7,
-    "losses": 7,
-    "plots": 7,
-    "patch": 7,
-    "cli": 7,
-    "demo": 7,
-}
+#: The rooms of each floor, from the ground up. A room imports from floors below; on the top floor also from its own, without circles.
+FLOORS = (
+    ("kernels", "errors", "communicator", "transforms", "vectors"),
+    ("penalties", "costs"),
+    ("problem",),
+    ("geometry",),
+    ("solver", "gradients"),
+    ("solution", "distributed"),
+    ("solve",),
+    ("initial", "lerobot", "pot", "losses", "plots", "patch", "cli", "demo"),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+TOP = len(FLOORS) - 1
+
+FILES = [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE]
 
 
 def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def parsed(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imported_rooms(path: Path) -> set[str]:
     """The rooms of this package that a file imports, wherever in the file it does."""
     package = ["gpu_ot", *path.relative_to(PACKAGE).parts[:-1]]
     rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in parsed(path):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             stem = base + (node.module.split(".") if node.module else [])
@@ -66,14 +62,58 @@ def imported_rooms(path: Path) -> set[str]:
     return rooms
 
 
-FILES = [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE]
+def neighbours(room):
+    """The other rooms that the files of a room import."""
+    return set().union(*(imported_rooms(path) for path in FILES if room_of(path) == room)) & set(FLOOR) - {room}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_downwards(path):
-    floor = FLOORS[room_of(path)]
-    upwards = {room for room in imported_rooms(path) if room in FLOORS and FLOORS[room] > floor}
-    assert not upwards, f"{path.name} on floor {floor} imports {upwards} from above"
+    room = room_of(path)
+    others = imported_rooms(path) & set(FLOOR) - {room}
+    wrong = {other for other in others if FLOOR[other] > FLOOR[room] or FLOOR[other] == FLOOR[room] < TOP}
+    assert not wrong, f"{path.name} on floor {FLOOR[room]} imports {wrong}, which is no floor below"
+
+
+def test_the_imports_draw_the_house():
+    """No longer chain of imports between rooms than there are floors, and no circle, which would have no length."""
+    rooms = {room_of(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert len(FLOORS) <= 8 and set(FLOOR) == rooms | {"kernels"}
+
+    def height(room, above=()):
+        assert room not in above, f"a circle of imports: {[*above, room]}"
+        return 1 + max((height(other, (*above, room)) for other in neighbours_of[room]), default=0)
+
+    neighbours_of = {room: neighbours(room) for room in FLOOR}
+    assert max(map(height, FLOOR)) <= len(FLOORS)
+
+
+def test_the_readme_shows_the_house():
+    shown = re.search(r"<!-- house -->(.*?)<!-- /house -->", (ROOT / "README.md").read_text(), re.S)
+    floors = re.findall(r"^(\d)  (\w+)", shown[1], re.M)
+    assert {room: int(floor) for floor, room in floors} == FLOOR and len(floors) == len(FLOOR)
+
+
+@pytest.mark.xfail(strict=False, reason="files are being split")
+def test_files_are_read_in_one_go():
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+        if (lines := len(path.read_text().splitlines())) > 350 and path.parent.name != "lerobot"
+    }
+    assert not long
+
+
+def test_costs_are_asked_what_they_can_do():
+    """And not which kind they are: fewer than fifteen places look at the class of a cost."""
+    nodes = [(path, node) for path in FILES for node in parsed(path)]
+    classes = {node.name: {ast.unparse(base) for base in node.bases} for _, node in nodes if isinstance(node, ast.ClassDef)}
+    kinds = {"Cost"}
+    while more := {name for name, bases in classes.items() if kinds & bases} - kinds:
+        kinds |= more
+    calls = [(path, node) for path, node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"]
+    checks = [f"{path.name}:{node.lineno}" for path, node in calls if kinds & set(re.findall(r"\w+", ast.unparse(node.args[1])))]
+    assert len(checks) < 15, checks
 
 
 def test_algorithms_see_the_protocol_and_no_machine():
@@ -85,7 +125,7 @@ def test_algorithms_see_the_protocol_and_no_machine():
 
 def test_kernels_import_triton_and_torch_only():
     for path in (ROOT / "kernels").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in parsed(path):
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 assert (node.module or "").split(".")[0] in {"torch", "triton", *sys.stdlib_module_names}, path
 
@@ -102,14 +142,15 @@ def test_no_room_for_leftovers():
 
 
 def test_importing_is_light():
-    """No more than 0.2 s of work beyond torch (the best of three), and nothing heavy until something needs it."""
+    """Beyond torch and numpy nothing is imported but this package, and that is little work, counted in calls: 38 thousand today."""
     code = (
-        "import time, torch, numpy, sys; t = time.process_time(); import gpu_ot; print(time.process_time() - t);"
-        "print([m for m in ('triton', 'pykeops', 'ot', 'geomloss', 'matplotlib', 'sklearn') if m in sys.modules])"
+        "import cProfile, pstats, sys, torch, numpy; before = set(sys.modules); profile = cProfile.Profile();"
+        "profile.runcall(__import__, 'gpu_ot'); print(pstats.Stats(profile).total_calls);"
+        "print([m for m in set(sys.modules) - before if m.split('.')[0] != 'gpu_ot'])"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n") for _ in range(3)]
-    assert min(float(seconds) for seconds, *_ in runs) <= 0.2
-    assert runs[0][1] == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    calls, foreign = done.stdout.split("\n")[:2]
+    assert int(calls) <= 60_000 and foreign == "[]"
 
 
 def test_the_folder_kernels_refuses_the_name_of_another_project():

@@ -1,16 +1,12 @@
-"""Every kernel against its naive twin in float64, in Triton's interpreter. Budgets are torch's own error in fp32.
+"""Every kernel against its naive twin in float64, in Triton's interpreter. Budgets are torch's own error in fp32."""
 
-Triton decides once, when it is imported, whether it interprets: test_kernels_static.py runs this module in a process of its own.
-"""
-
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs with TRITON_INTERPRET=1, see test_kernels_static.py", allow_module_level=True)
+from problems import pairwise
+
 pytest.importorskip("triton")
 
 from gpu_ot.kernels import scaling, tuning
@@ -23,7 +19,7 @@ from gpu_ot import KL, Problem, solve
 from gpu_ot.geometry.products import Power, Products
 
 # Overflow is what a bad shift is for; the interpreter says so, a GPU does not.
-pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned")]
+pytestmark = [pytest.mark.interpreted, pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned")]
 
 SIZES = [(1, 1, 1), (63, 257, 3), (128, 100, 17), (70, 140, 8), (33, 50, 64), (20, 140, 130), (10, 30, 300)]
 INF = float("inf")
@@ -72,27 +68,6 @@ def test_any_shift_gives_the_same_softmin(precision, eps):
         bad = plain + torch.tensor([0.0, 500 * eps, -500 * eps, INF, -INF, float("nan"), 20 * eps]).repeat(n)[:n]
         for shift in (plain, plain + eps * torch.randn(n), bad, torch.zeros(n)):
             torch.testing.assert_close(softmin(u, v, h, eps, shift=shift, precision=precision), plain, rtol=2e-6, atol=4e-6)
-
-
-@pytest.mark.parametrize("shifted", [False, True])
-def test_a_row_that_meets_only_empty_atoms_is_inf(shifted):
-    u, v, h = problem(5, 40, 3)
-    s = softmin(u, v, torch.full_like(h, -INF), 0.1, shift=torch.zeros(5) if shifted else None)
-    assert (s == INF).all()
-    assert (apply(u, v, s, torch.full_like(h, -INF), 0.1, v) == 0).all(), "the plan of an empty measure is empty, not NaN"
-
-
-@pytest.mark.parametrize("d", [2, 40])
-def test_batches_are_independent(d):
-    u, v, h = problem(40, 150, d, 3)
-    h[1] = -INF
-    v[2] *= 100  # its own unit
-    s = softmin(u, v, h, 0.5)
-    assert (s[1] == INF).all()
-    for b in (0, 2):
-        within(s[b], naive_softmin, u[b], v[b], h[b], 0.5)
-    w = torch.randn(3, 150, 5)
-    within(apply(u, v, s.nan_to_num(posinf=0), h, 0.5, w)[2], naive_apply, u[2], v[2], s[2], h[2], 0.5, w[2])
 
 
 @pytest.mark.parametrize("n, m, d", [(5, 1500, 3), (70, 1111, 20)])
@@ -144,16 +119,6 @@ def test_a_plan_of_any_scale():
     torch.testing.assert_close(ours / size, truth / size, rtol=0, atol=2e-5)
 
 
-def test_far_off_centre_after_centring():
-    """Clouds of unit size at distance 1e4 from the origin, both centred on one common mean as the costs do."""
-    torch.manual_seed(1)
-    x, y = torch.randn(50, 3, dtype=torch.float64) + 1e4, torch.randn(70, 3, dtype=torch.float64) + 1e4
-    mean = torch.cat([x, y]).mean(0)
-    u, v = (2**0.5 * (z - mean) for z in (x, y))
-    h = -v.square().sum(1) / 2
-    within(softmin(u.float(), v.float(), h.float(), 0.05), naive_softmin, u.float(), v.float(), h.float(), 0.05)
-
-
 @pytest.mark.parametrize("precision, bits", [("tf32", 11), ("fp16", 11), ("bf16", 8)])
 @pytest.mark.parametrize("d", [3, 16, 40])
 def test_lower_precisions_solve_a_rounded_problem_exactly(precision, bits, d):
@@ -196,8 +161,13 @@ def naive_sinkhorn(C, a, b, eps, tau_a, tau_b, g, tol, max_iter):
         g = fresh
 
 
-@pytest.mark.parametrize("tau_a, tau_b", [(INF, INF), (0.9, 0.4), (INF, 0.05)])
-@pytest.mark.parametrize("n, m, eps", [(1, 1, 0.1), (5, 7, 0.1), (63, 40, 0.05), (63, 40, 1e-3), (70, 130, 0.02), (130, 256, 10.0)])
+@pytest.mark.parametrize(
+    "n, m, eps, tau_a, tau_b",
+    [
+        *((1, 1, 0.1, 0.9, 0.4), (5, 7, 0.1, INF, 0.05), (63, 40, 0.05, INF, INF), (63, 40, 1e-3, 0.9, 0.4)),
+        *((70, 130, 0.02, INF, 0.05), (130, 256, 10.0, INF, INF), (130, 256, 10.0, 0.9, 0.4)),
+    ],
+)
 def test_a_resident_problem_runs_the_same_loop(n, m, eps, tau_a, tau_b):
     """Same potentials, iterations and error as the naive loop; a problem that stops early leaves the others running."""
     torch.manual_seed(0)
@@ -230,17 +200,16 @@ def test_a_resident_problem_starts_where_it_is_told():
     assert (P.sum(1) - a).abs().sum() <= 1e-5 and (P.sum(0) - b).abs().sum() <= 1.1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("tau", [INF, 2.0, 0.01])
-@pytest.mark.parametrize(
-    "n, m, batch, processors",
-    [
-        *((1, 1, (), 1), (63, 257, (), 3), (130, 100, (), 4), (40, 1, (), 2), (1, 40, (), 2)),
-        *((21, 5000, (), 1), (67, 33, (3,), 8), (5, 7, (2, 2), 1)),
-    ],
-)
-def test_both_products_from_one_read(monkeypatch, n, m, batch, processors, tau, dtype):
+SHAPES = [
+    *((1, 1, (), 1), (63, 257, (), 3), (130, 100, (), 4), (40, 1, (), 2), (1, 40, (), 2)),
+    *((21, 5000, (), 1), (67, 33, (3,), 8), (5, 7, (2, 2), 1)),
+]
+
+
+@pytest.mark.parametrize("shape, tau, dtype", pairwise(SHAPES, [INF, 2.0, 0.01], [torch.float32, torch.float64]), ids=str)
+def test_both_products_from_one_read(monkeypatch, shape, tau, dtype):
     """Entries and weights of any size, dropped entries, empty atoms; rows that no program's share or tile divides."""
+    n, m, batch, processors = shape
     monkeypatch.setattr(tuning, "processors", lambda device: processors)
     torch.manual_seed(n + m)
     K = torch.rand(*batch, n, m, dtype=torch.float64).mul(-30).exp()
@@ -295,16 +264,14 @@ def test_a_sum_that_is_not_a_number_stays_visible():
     assert s[0] == 0 and s[1] == INF and s[2] == 20 and not t.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("batch", [(), (2,)])
-@pytest.mark.parametrize("penalty", [KL(), KL(0.3)], ids=str)
+@pytest.mark.parametrize("penalty, batch, dtype", pairwise([KL(), KL(0.3)], [(), (2,)], [torch.float32, torch.float64]), ids=str)
 def test_a_dense_solve_by_whole_rows(monkeypatch, penalty, batch, dtype):
     """The iterations of a stored matrix with this kernel for its products, against the readable form of the same."""
     calls, init, kernel = [], Products.__init__, scaling.both
 
     def asked(self, K):
         init(self, K)
-        self.whole_rows = True
+        self.lone, self.whole_rows = False, True
 
     monkeypatch.setattr(Products, "__init__", asked)
     monkeypatch.setattr(scaling, "both", lambda *given: calls.append(given) or kernel(*given))

@@ -10,6 +10,7 @@ import torch
 
 import gpu_ot
 from gpu_ot import Plan, Problem, ProblemError, SqEuclidean, plots
+from problems import measures, weights
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -23,14 +24,11 @@ def _closed():
 
 
 def clouds(n, m, batch=()):
-    gen = torch.Generator().manual_seed(0)
-    return tuple(torch.rand(*batch, k, 2, generator=gen, dtype=torch.float64) for k in (n, m))
+    return measures(n, m, 2, batch, shift=0.0)[:2]
 
 
-def solved(n=30, m=40, batch=(), eps=0.01, **options):
-    gen = torch.Generator().manual_seed(1)
-    a = torch.rand(n, generator=gen, dtype=torch.float64) + 0.1
-    return gpu_ot.solve(Problem(SqEuclidean(*clouds(n, m, batch)), eps, a / a.sum()), tol=1e-6, **options)
+def solved(n=30, m=40, batch=()):
+    return gpu_ot.solve(Problem(SqEuclidean(*clouds(n, m, batch)), 0.01, weights(n)), tol=1e-6)
 
 
 def test_the_curve_is_the_errors():

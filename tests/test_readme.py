@@ -56,13 +56,3 @@ def test_every_block_is_of_a_kind_that_is_checked():
 def test_links_lead_to_files():
     for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
         assert (ROOT / target).exists(), target
-
-
-def test_the_tree_is_the_tree():
-    """Every room named in README's tree exists, and every room is named."""
-    tree = next(code for code in blocks("text") if code.startswith("gpu_ot/"))
-    named = set(re.findall(r"^  (\w+(?:\.py|/))", tree, re.M))
-    rooms = {p.name + ("/" if p.is_dir() else "") for p in (ROOT / "gpu_ot").iterdir() if p.name not in ("__pycache__", "__init__.py")}
-    kernels = {p.name for p in (ROOT / "kernels").glob("*.py") if p.name != "__init__.py"}
-    assert rooms | kernels <= named | {"__init__.py"}, (rooms | kernels) - named
-    assert named <= rooms | kernels, named - rooms - kernels

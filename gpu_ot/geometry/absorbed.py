@@ -118,7 +118,7 @@ class Absorbed(Dense):
         """Absorbed at the start and the cheapest pair of each column, so that the start costs no second round of exponentials."""
         h = weigh(f, a, eps)
         finite, level = torch.stack([h.isfinite().all(), (h == h[..., :1]).all()]).tolist()
-        if h.ndim != self.C.ndim - 1 or not finite:
+        if h.ndim != self.C.ndim - 1 or self._shared(h) or not finite:
             return super().first(f, a, eps)
         if level:  # the usual start: no need to subtract before looking for the cheapest
             g0 = self.C.amin(-2).to(h.dtype) - h[..., :1]
@@ -151,6 +151,8 @@ class Absorbed(Dense):
         """At g and the cheapest pair of each row. Histograms over one cost share the kernel of their mean potential."""
         extra = g.ndim - (self.C.ndim - 1)
         g0 = g.mean(tuple(range(extra))) if extra > 0 else g
+        shared = self._shared(g0)
+        g0 = g0.mean(shared, keepdim=True) if shared else g0
         tops = [self._gaps(g0, rows).amax(-1) for rows in self._blocks(g0)]
         self._build(-torch.cat(tops, -1), g0, eps)
 
@@ -163,6 +165,10 @@ class Absorbed(Dense):
         kernel.products, kernel.f0, kernel.g0, kernel.eps, kernel.sides = products, f0, g0, eps, None
         self._extra += 1
         return products
+
+    def _shared(self, g: Tensor) -> list[int]:
+        """The batch axes of g along which there is one cost."""
+        return [i for i, (own, asked) in enumerate(zip(self.C.shape[:-2], g.shape[:-1], strict=True)) if own < asked]
 
     def _at(self, eps: float) -> bool:
         """Whether there is a kernel at eps."""
@@ -214,7 +220,9 @@ class Absorbed(Dense):
             return None
         w = exp((h - (kernel.f0 if columns else kernel.g0)) / eps).to(self.dtype)
         sums = kernel.products.columns(w) if columns else kernel.products.rows(w)
-        exact = (sums >= self.safe * w.sum(-1, keepdim=True)) & sums.isfinite()
+        info = torch.finfo(self.dtype)
+        least = (self.safe * w.sum(-1, keepdim=True)).clamp(min=info.tiny / info.eps)  # below it, scalings that underflowed would count
+        exact = (sums >= least) & sums.isfinite()
         return sums if bool(exact.all().item()) else None
 
     def scalings(self, k: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:

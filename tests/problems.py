@@ -1,0 +1,94 @@
+"""Clouds, weights and matrices that tests share, each the same in every run; and which of many combinations a test needs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+INF = math.inf
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rand(*shape, seed=0, dtype=torch.float64):
+    """Uniform on [0, 1)."""
+    return torch.rand(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def clouds(n, m, d=3, batch=(), *, offset=0.0, seed=0, dtype=torch.float64):
+    """(x, y), standard normal around `offset`."""
+    gen = generator(seed + n + m + d)
+    x, y = (torch.randn(*batch, k, d, generator=gen, dtype=torch.float64) + offset for k in (n, m))
+    return x.to(dtype), y.to(dtype)
+
+
+def weights(n, batch=(), *, empty=0, decades=0.0, seed=1, dtype=torch.float64):
+    """(*batch, n) of mass 1 over so many decades, the first `empty` of them 0 where there are more."""
+    w = 10 ** (-decades * rand(*batch, n, seed=seed + n)) if decades else rand(*batch, n, seed=seed + n) + 0.1
+    if n > empty:
+        w[..., :empty] = 0
+    return (w / w.sum(-1, keepdim=True)).to(dtype)
+
+
+def measures(n=7, m=5, d=2, batch=(), *, shift=0.3, seed=0, dtype=torch.float64):
+    """(x, y, a, b): clouds in unit cubes, `shift` apart, and positive weights whose masses are not 1."""
+    gen = generator(seed)
+    x, y = (torch.rand(*batch, k, d, generator=gen, dtype=torch.float64) for k in (n, m))
+    a, b = (torch.rand(*batch, k, generator=gen, dtype=torch.float64) + 0.1 for k in (n, m))
+    return [z.to(dtype) for z in (x, y + shift, a, 1.7 * b)]
+
+
+def random_problem(n, m, d=2, seed=0, dtype=torch.float64):
+    """(a, b, M): weights of mass 1 and squared distances with largest entry 1."""
+    x, y, a, b = measures(n, m, d, shift=0.2, seed=seed)
+    M = torch.cdist(x, y).square()
+    return (a / a.sum()).to(dtype), (b / b.sum()).to(dtype), (M / M.max()).to(dtype)
+
+
+#: One small problem: 6 and 5 points in the plane, and weights of mass 1.
+X, Y = rand(6, 2, seed=1), rand(5, 2, seed=2) + 0.2
+A, B = ((w + 0.2) / (w + 0.2).sum() for w in (rand(6, seed=3), rand(5, seed=4)))
+
+
+def leaves(*tensors):
+    """Copies that gradients are asked in."""
+    return [z.detach().clone().requires_grad_() for z in tensors]
+
+
+def differences(function, at, step):
+    """Central differences of fourth order of numbers of tensors `function([z])`, for z along d, of all (z, d) in `at`."""
+    far, near, on, beyond = (function([z + t * step * d for z, d in at]) for t in (-2, -1, 1, 2))
+    return [(p - 8 * q + 8 * r - s) / (12 * step) for p, q, r, s in zip(far, near, on, beyond, strict=True)]
+
+
+def pairwise(*axes):
+    """So few rows, one value of each axis in a row, that any two values of two axes meet in one of them."""
+    axes = [list(axis) for axis in axes]
+    if not all(axes):
+        return []
+    sizes = [range(len(axis)) for axis in axes]
+    both = itertools.combinations(range(len(axes)), 2)
+    missing = {(i, p, j, q) for i, j in both for p, q in itertools.product(sizes[i], sizes[j])}
+    rows = []
+    while missing:
+        row = min(missing)
+        chosen = {row[0]: row[1], row[2]: row[3]}
+        for k in range(len(axes)):
+            if k not in chosen:
+                chosen[k] = max(sizes[k], key=lambda v: sum(pair in missing for pair in _pairs({**chosen, k: v}, k)))
+        missing -= {pair for k in chosen for pair in _pairs(chosen, k)}
+        rows.append(tuple(axes[k][chosen[k]] for k in range(len(axes))))
+    return rows or [(value,) for value in axes[0]]
+
+
+def _pairs(chosen, k):
+    """The pairs that value k of a row makes with its other values."""
+    return [(*min((k, chosen[k]), (j, v)), *max((k, chosen[k]), (j, v))) for j, v in chosen.items() if j != k]
