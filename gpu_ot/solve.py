@@ -244,4 +244,5 @@ def start_rows(start: Tensor | Solution | None, problem: Problem) -> Tensor:
 
 def needs_gradient(problem: Problem) -> bool:
     """Whether anything in the problem asks for a gradient here and now."""
-    return torch.is_grad_enabled() and transforms.any_asks(problem.a, problem.b, *problem.cost.inputs.values())
+    numbers = [z for z in problem.learnt if z is not None]
+    return torch.is_grad_enabled() and transforms.any_asks(problem.a, problem.b, *problem.cost.inputs.values(), *numbers)

@@ -9,7 +9,7 @@ import torch
 import gpu_ot
 from gpu_ot import KL, TV
 from gpu_ot.problem import Problem
-from problems import leaves, pairwise, random_problem
+from problems import leaves, pairwise, randn, random_problem
 
 #: One iteration count for every perturbation, so that differences see a smooth function.
 FIXED = dict(numItermax=30, stopThr=0.0, warn=False)
@@ -213,12 +213,12 @@ def test_eps_and_tau_are_learnt_beside_the_points(problem):
 def test_what_is_not_known_in_eps_and_tau_is_refused(problem):
     a, b, M = problem(6, 5)
     number = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    for grad in ("implicit", "unroll"):
-        for posed in (Problem(M.clone().requires_grad_(), number, a, b), Problem(M.clone().requires_grad_(), 0.1, a, b, KL(number))):
-            with pytest.raises(gpu_ot.ProblemError, match="divide the cost"):
-                gpu_ot.solve(posed, grad=grad)
+    of_eps, of_tau = Problem(M.clone().requires_grad_(), number, a, b), Problem(M.clone().requires_grad_(), 0.1, a, b, KL(number))
+    for posed, grad in ((of_eps, "implicit"), (of_tau, "implicit"), (of_eps, "unroll")):
+        with pytest.raises(gpu_ot.ProblemError, match="divide the cost"):
+            gpu_ot.solve(posed, grad=grad)
     with pytest.raises(gpu_ot.ProblemError, match="tau of TV"):
-        Problem(M, 0.1, a, b, TV(number))
+        gpu_ot.solve(Problem(M, 0.1, a, b, TV(number)))
     value = gpu_ot.solve(Problem(M, number, a, b)).value
     with pytest.raises(NotImplementedError, match="second derivatives"):
         torch.autograd.grad(value, number, create_graph=True)
@@ -226,6 +226,23 @@ def test_what_is_not_known_in_eps_and_tau_is_refused(problem):
         torch.func.grad(torch.func.grad(lambda eps: gpu_ot.solve(Problem(M, eps, a, b)).value))(number.detach())
     plain = Problem(M, 0.1, a, b, KL(0.3))
     assert Problem(M, number.detach(), a, b, KL(torch.tensor(0.3, dtype=torch.float64))).penalties == plain.penalties
+
+
+@pytest.mark.parametrize("penalty, at", [(KL, 0.4), (TV, 0.15)])
+def test_tau_through_the_iterations(problem, penalty, at):
+    """Of whatever was computed: here after seven iterations."""
+    a, b, M = problem(6, 5)
+
+    def outputs(tau):
+        done = gpu_ot.solve(Problem(M, 0.1, a, 1.2 * b, penalty(tau)), grad="unroll", tol=0.0, max_iter=7)
+        return (done.value + (randn(6, 5) * done.plan.to_dense()).sum() + done.f.sum()).sum()
+
+    tau = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(outputs(tau), tau)
+    step = 1e-6
+    with torch.no_grad():
+        expected = (outputs(tau + step) - outputs(tau - step)) / (2 * step)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_no_graph_is_kept_when_none_is_asked_for(problem):

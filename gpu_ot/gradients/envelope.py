@@ -28,7 +28,7 @@ def value(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
     """
     at = (problem.penalties, problem.eps, geometry, f, g, problem.a, problem.b)
     if transforms.asks(f) or transforms.asks(g):
-        return dual(*at)[0]
+        return dual(problem.asked[1], *at[1:])[0]
     D = _Envelope.apply(*at, *geometry.inputs)[0]
     for number, slope in _slopes(problem, geometry, f, g):
         D = D + _Along.apply(number, slope)
