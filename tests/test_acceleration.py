@@ -215,6 +215,8 @@ ADVERSARIAL = {
 
 #: How far plain iterations are from the plan where 2000 of them are not enough.
 SLOW = {"one forbidden": 1e-3, "weights over twelve decades": 0.05}
+#: Twice the error of the log-domain loop in float32, where that is more than 2e-4.
+SINGLE = {"weights over twelve decades": 5e-4}
 
 
 @pytest.mark.parametrize("accelerate", ["none", *WAYS])
@@ -233,7 +235,8 @@ def test_adversarial(name, eps, dtype, accelerate):
     # Slow is no defect of plain iterations: of one forbidden pair the only plan is at g = -inf, approached like 1 / k.
     slow = accelerate == "none" and solution.status.name == "max_iter"
     assert slow or solution.status.name in ("converged", "stalled")
-    assert transport_error(solution, P.double()) <= (SLOW[name] if slow else 2e-4 if dtype == torch.float32 else 1e-4)
+    allowed = SLOW[name] if slow else SINGLE.get(name, 2e-4) if dtype == torch.float32 else 1e-4
+    assert transport_error(solution, P.double()) <= allowed
 
 
 @pytest.mark.parametrize("eps", [1e-2, 1e-4, 1e-8, 1e-30, 1e-300])

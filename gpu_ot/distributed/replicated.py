@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -70,10 +68,9 @@ class Replicated(Spread):
             if self.local is not None:
                 f, _, part = self.local.iterate(self.local_problem, g, eps, 1)
             g_next = self.problem.penalties[1].damp(self.join(part, g, eps), eps)
+        if self.local is not None:
+            self.extra_sweeps, self.local.extra_sweeps = self.extra_sweeps + self.local.extra_sweeps, 0
         return self.gather(f, ROWS), g, g_next
-
-    def counted(self, state: Any) -> Any:
-        return state if self.local is None else self.local.counted(state)
 
     def join(self, s: Tensor | None, like: Tensor, eps: float) -> Tensor:
         """The softmin of the ranks' softmins of the columns; None on a rank without rows."""

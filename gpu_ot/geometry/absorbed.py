@@ -60,7 +60,6 @@ class Absorbed(Dense):
         super().__init__(C)
         self.kernel = _Kernel()
         self.stride = 1  # iterations to run before looking at the range; doubled while it holds
-        self._extra = 0
         self._told: Callable[[], list[float]] | None = None  # whether the last block was inexact, on its way to the host
         # exp(-64) and exp(-650) keep even K_ij v_j clear of subnormal numbers, which CPUs multiply slowly.
         self.log_dropped = -64.0 if self.dtype == torch.float32 else -650.0
@@ -87,7 +86,7 @@ class Absorbed(Dense):
                 done += step
                 self.stride = min(2 * self.stride, LONGEST_STRIDE)
                 continue
-            self._extra += 2 * step
+            self.extra_sweeps += 2 * step
             if new and step == 1:
                 f, g, g_next = super().iterate(problem, g, eps, 1)
                 done += 1
@@ -107,12 +106,6 @@ class Absorbed(Dense):
             state = replace(state, inexact=waiting.inexact)
         self._told = None if waiting.inexact is None else to_host(waiting.inexact.view(1).to(self.dtype))
         return self.counted(state)
-
-    def counted(self, state: Any) -> Any:
-        if not self._extra:
-            return state
-        extra, self._extra = self._extra, 0
-        return replace(state, n_sweeps=state.n_sweeps + extra)
 
     def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:
         """Absorbed at the start and the cheapest pair of each column, so that the start costs no second round of exponentials."""
@@ -163,7 +156,7 @@ class Absorbed(Dense):
             torch.threshold_(block, self.log_dropped, -math.inf).exp_()
         products, kernel = Products(K), self.kernel
         kernel.products, kernel.f0, kernel.g0, kernel.eps, kernel.sides = products, f0, g0, eps, None
-        self._extra += 1
+        self.extra_sweeps += 1
         return products
 
     def _shared(self, g: Tensor) -> list[int]:

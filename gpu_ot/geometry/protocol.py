@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class Geometry(ABC):
     stored: bool = False
     #: Whether a block of iterations is one launch: what takes one iteration at a time, such as annealing, does not pay then.
     single_launch: bool = False
+    #: Sweeps made beside those of the iterations, since they were last counted.
+    extra_sweeps: int = 0
     #: The tensors that gradients flow to, as the backend holds them: (C,) for a matrix; alpha, beta, u and v, in this order, for a cost
     #: that folds.
     inputs: tuple[Tensor, ...]
@@ -91,11 +94,12 @@ class Geometry(ABC):
             state = step.moved(self, state, state.g_next, None, plain)
         for _ in range(k - plain):
             state = step.advance(self, state)
-        return self.counted(state)
+        return self.counted(state) if self.extra_sweeps else state
 
     def counted(self, state: Any) -> Any:
-        """The state, with the sweeps that the backend made beside those of the iterations since this was last called."""
-        return state
+        """The state, with the extra sweeps, which are then forgotten."""
+        extra, self.extra_sweeps = self.extra_sweeps, 0
+        return replace(state, n_sweeps=state.n_sweeps + extra)
 
 
 class Attached(Geometry):

@@ -77,7 +77,12 @@ class Monitor:
             self.on_check(state.n_iter, error)
         if self.keep is not None:
             self.keep(state.n_iter, self.step.eps, f, g)
-        flags = self._flags(error, self.done, floor, state.n_iter)
+        # All done; all done, at the rounding floor or infeasible; the largest error in floors; anything infeasible.
+        worst, settled = (error / floor).amax(), self.done | (error <= floor)
+        infeasible = self._infeasible() if self.step.problem.forbids and state.n_iter >= INFEASIBILITY_AFTER else None
+        settled = settled if infeasible is None else settled | infeasible
+        some = torch.zeros_like(worst) if infeasible is None else infeasible.any().to(worst)
+        flags = torch.stack([self.done.all().to(worst), settled.all().to(worst), worst, some])
         if not flags.is_cuda:
             self.status = self.progress.judge(flags.tolist())
         else:
@@ -92,15 +97,7 @@ class Monitor:
         self.near = not bool((error >= self.criterion.tol) & (error > floor))
         return self.near
 
-    def _flags(self, error: Tensor, done: Tensor, floor: Tensor, n_iter: int) -> Tensor:
-        """(4,): all done; all done, at the rounding floor or infeasible; the largest error in floors; anything infeasible."""
-        worst, settled = (error / floor).amax(), done | (error <= floor)
-        infeasible = self._infeasible(n_iter) if self.step.problem.forbids and n_iter >= INFEASIBILITY_AFTER else None
-        if infeasible is None:
-            return torch.stack([done.all().to(worst), settled.all().to(worst), worst, torch.zeros_like(worst)])
-        return torch.stack([done.all().to(worst), (settled | infeasible).all().to(worst), worst, infeasible.any().to(worst)])
-
-    def _infeasible(self, n_iter: int) -> Tensor | None:
+    def _infeasible(self) -> Tensor | None:
         """Where the dual has passed what any plan could cost, <C, P> + eps KL(P | a⊗b) <= |a| max C + eps H(b): then there is none."""
         problem = self.step.problem
         if self._ceiling is None:
