@@ -1,7 +1,7 @@
 """Where a policy's own embedding of an observation lives, with its gradient.
 
-Asked in turn: the policy's method `encode_feature_for_ot(key, x)`, the dotted path of the configuration, and what is known of LeRobot's
-policies. Nothing here needs LeRobot: policies are recognised by their `name`.
+Asked in turn: the policy's method `encode_feature_for_ot(key, x)`, which may give None, the dotted path of the configuration, and what is
+known of LeRobot's policies. Nothing here needs LeRobot: policies are recognised by their `name`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ def embed(policy: nn.Module, key: str, x: Tensor, observation: Observation, path
     Sequences are embedded frame by frame and laid side by side. Raises ProblemError where nothing is known that embeds this feature, and
     for an embedding without a gradient.
     """
-    if hasattr(policy, "encode_feature_for_ot"):
-        encoder, source = _by_method, "the policy's encode_feature_for_ot"
-    elif path is not None:
-        encoder, source = _by_path(policy, path), f'"{path}"'
-    else:
-        encoder, source = _known(policy, key), f"{_name(policy)}'s encoder"
-    z = encoder(policy, key, x, observation)
+    z, source = None, ""
+    if hook := getattr(policy, "encode_feature_for_ot", None):
+        z, source = hook(key, dict(observation) if key == WHOLE else x), "the policy's encode_feature_for_ot"
+    if z is None:
+        encoder, source = _found(policy, key, path)
+        z = encoder(policy, key, x, observation)
     if not isinstance(z, Tensor) or z.shape[:1] != x.shape[:1]:
         found = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
         raise ProblemError(f'{source} must give a tensor with {len(x)} rows for "{key}", found {found}.')
@@ -51,8 +50,31 @@ def embed(policy: nn.Module, key: str, x: Tensor, observation: Observation, path
     return z.flatten(1)
 
 
-def _by_method(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    return policy.encode_feature_for_ot(key, dict(observation) if key == WHOLE else x)
+def served_by(policy: nn.Module, key: str, path: str | None = None) -> str:
+    """What embeds this feature, in words. Raises ProblemError where nothing does."""
+    own = "the policy's encode_feature_for_ot" if hasattr(policy, "encode_feature_for_ot") else ""
+    try:
+        return ", or ".join(filter(None, (own, _found(policy, key, path)[1])))
+    except ProblemError:
+        if not own:
+            raise
+        return own
+
+
+def unwrapped(policy: nn.Module) -> nn.Module:
+    """The policy inside torch.compile, DistributedDataParallel and their like."""
+    while True:
+        inner = getattr(policy, "_orig_mod", None)
+        if inner is None and type(policy).__module__.startswith(("torch.", "accelerate.", "deepspeed.")):
+            inner = getattr(policy, "module", None)
+        if not isinstance(inner, nn.Module):
+            return policy
+        policy = inner
+
+
+def _found(policy: nn.Module, key: str, path: str | None) -> tuple[Encoder, str]:
+    """The encoder of this feature beside the policy's own method, and what to call it."""
+    return (_by_path(policy, path), f'"{path}"') if path is not None else (_known(policy, key), f"{_name(policy)}'s encoder of {key}")
 
 
 def _by_path(policy: nn.Module, path: str) -> Encoder:
@@ -71,8 +93,8 @@ def _known(policy: nn.Module, key: str) -> Encoder:
     kind = next((name for name in KNOWN if name == _name(policy)), None)
     if kind is None:
         raise ProblemError(
-            f"how {_name(policy)} embeds an observation is not known. Give the policy a method encode_feature_for_ot(key, x), name the "
-            f"part of it that embeds with embed_path, or use one of {', '.join(KNOWN)}."
+            f'how {_name(policy)} embeds an observation is not known, "{key}" here. Give the policy a method encode_feature_for_ot(key, x) '
+            f"that returns a tensor, name the part of it that embeds with embed_path, or use one of {', '.join(KNOWN)}."
         )
     for matches, encoder in KNOWN[kind]:
         if key == matches or (matches == IMAGES and _is_camera(key)):

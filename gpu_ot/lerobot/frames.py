@@ -40,6 +40,12 @@ def generator(seed: int, purpose: int, *counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=words))
 
 
+def draw_number(n: int) -> int:
+    if n < 0:
+        raise IndexError(f"draws are numbered from 0, found {n}")
+    return int(n)
+
+
 class FrameCache:
     """Decoded frames, the least recently used dropped first when there are too many bytes. Empty again in every worker."""
 

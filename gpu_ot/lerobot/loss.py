@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ..solution.solution import Solution
 from ..solve import solve
 from ..solver.status import CONVERGED, STALLED
 from .config import COST_SCALES, REFERENCES, OTCostConfig, OTLossConfig, TransportConfig, call
-from .encoders import Observation
+from .encoders import unwrapped
 from .features import Term, terms
 
 #: Below this share of the mass the plan has collapsed: the loss is off.
@@ -35,11 +35,13 @@ Metrics = dict[str, Tensor]
 
 
 class Aligned(NamedTuple):
-    """The loss, its metrics, and the plan (n, m), detached, for whoever wants to see it."""
+    """The loss, its metrics, the plan (n, m), detached, for whoever wants to see it, and the term's names with whether all numbers of each
+    are finite, a tensor where the loss is: see `refuse_nan`."""
 
     loss: Tensor
     metrics: Metrics
     plan: Callable[[], Tensor]
+    finite: tuple[list[str], Tensor]
 
 
 class CostScale:
@@ -79,8 +81,8 @@ class CostScale:
 
 def compute_ot_loss_for_policy(
     policy: nn.Module,
-    src_obs: Observation,
-    tgt_obs: Observation,
+    src_obs: Mapping[str, Any],
+    tgt_obs: Mapping[str, Any],
     cfg: OTLossConfig,
     *,
     scale: CostScale | None = None,
@@ -90,6 +92,8 @@ def compute_ot_loss_for_policy(
 ) -> tuple[Tensor, Metrics]:
     """(loss, metrics) of aligning two batches of observations, (n, ...) and (m, ...), in the policy's own embedding.
 
+    policy     as it is, or inside torch.compile or DistributedDataParallel.
+    src_obs, tgt_obs  feature -> tensor or array; a side {"obs": {...}, "actions": ...} of LeRobotOTPairDataset as well.
     scale      a CostScale that lives through the training, for cfg.cost_scale.
     reference  a measure (n, m) of one's own in place of cfg.reference; rows and columns without any get no mass.
     gather     one problem over the batches of all ranks of torch.distributed; the gradient is scaled so that the mean over ranks, which
@@ -101,7 +105,8 @@ def compute_ot_loss_for_policy(
     ot_share/<term>, its share of the mean of M, and ot_moved/<term>, its part of ot_loss.
 
     Raises ProblemError for a key, slice or embedding that does not fit, reference: diagonal of n != m, and NaN in a feature; with
-    reference: diagonal that is only looked for along with metrics, since its closed form never waits for the device.
+    reference: diagonal that is only looked for along with metrics, since its closed form never waits for the device: `attach_ot` looks
+    for it a step later.
     """
     aligned = align(policy, src_obs, tgt_obs, cfg, scale=scale, reference=reference, gather=gather, metrics=metrics)
     return aligned.loss, aligned.metrics
@@ -109,8 +114,8 @@ def compute_ot_loss_for_policy(
 
 def align(
     policy: nn.Module,
-    src_obs: Observation,
-    tgt_obs: Observation,
+    src_obs: Mapping[str, Any],
+    tgt_obs: Mapping[str, Any],
     cfg: OTLossConfig,
     *,
     scale: CostScale | None = None,
@@ -119,24 +124,27 @@ def align(
     metrics: bool = True,
 ) -> Aligned:
     """`compute_ot_loss_for_policy`, with the plan."""
-    found = terms(policy, src_obs, tgt_obs, cfg.features)
+    found = terms(unwrapped(policy), src_obs, tgt_obs, cfg.features, cfg.detach_label)
     with torch.autocast(found[0].x.device.type, enabled=False):
         ranks = 1
         if gather and torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size()
             _same_sizes(found[0])
             found = [term._replace(x=_everyone(term.x), y=_everyone(term.y)) for term in found]
+        finite = [term.name for term in found], torch.stack([term.x.isfinite().all() & term.y.isfinite().all() for term in found])
         try:
-            aligned = _of_terms(found, cfg, scale or CostScale(), reference, metrics)
+            loss, told, plan = _of_terms(found, cfg, scale or CostScale(), reference, metrics)
         except ProblemError:
-            for term in found:
-                if not bool(term.x.isfinite().all() & term.y.isfinite().all()):
-                    raise ProblemError(
-                        f'the term "{term.name}" holds NaN or infinity: look at its features and their normalisation.'
-                    ) from None
+            refuse_nan(*finite)
             raise
-        loss = aligned.loss
-        return aligned if ranks == 1 else aligned._replace(loss=loss.detach() + ranks * (loss - loss.detach()))
+        return Aligned(loss if ranks == 1 else loss.detach() + ranks * (loss - loss.detach()), told, plan, finite)
+
+
+def refuse_nan(names: list[str], finite: Tensor) -> None:
+    """Raises ProblemError for the first term that is not finite. Waits for the device."""
+    for name, fine in zip(names, finite.tolist(), strict=True):
+        if not fine:
+            raise ProblemError(f'the term "{name}" holds NaN or infinity: look at its features and their normalisation.')
 
 
 def compute_ot_loss_from_terms(
@@ -210,7 +218,9 @@ class _Moved:
     solution: Solution | None
 
 
-def _of_terms(found: list[Term], cfg: TransportConfig, scale: CostScale, reference: Tensor | None, metrics: bool) -> Aligned:
+def _of_terms(
+    found: list[Term], cfg: TransportConfig, scale: CostScale, reference: Tensor | None, metrics: bool
+) -> tuple[Tensor, Metrics, Callable[[], Tensor]]:
     x = torch.cat([term.weight**0.5 * term.x for term in found], -1)
     y = torch.cat([term.weight**0.5 * term.y for term in found], -1)
     size = scale.of(SqEuclidean(x.detach(), y.detach()), cfg)
@@ -218,7 +228,7 @@ def _of_terms(found: list[Term], cfg: TransportConfig, scale: CostScale, referen
     x, y = x / units.sqrt(), y / units.sqrt()
     moved = _transport(SqEuclidean(x, y), cfg, reference, lambda: (x - y).square().sum(-1))
     if not metrics:
-        return Aligned(moved.loss, {}, moved.plan)
+        return moved.loss, {}, moved.plan
     if moved.solution is None and not bool(moved.loss.detach().isfinite()):  # the solver, which looks for itself, was not asked
         raise ProblemError("the costs hold NaN or infinity.")
     with torch.no_grad():
@@ -231,7 +241,7 @@ def _of_terms(found: list[Term], cfg: TransportConfig, scale: CostScale, referen
             mean = squares[0].mean() + squares[1].mean() - 2 * (u.mean(0) * v.mean(0)).sum()
             cost = (rows * squares[0]).sum() + (columns * squares[1]).sum() - 2 * (u * w).sum()
             parts.append((term.name, term.weight, mean, cost.clamp(min=0) / units))
-        return Aligned(moved.loss, _metrics(moved, parts), moved.plan)
+        return moved.loss, _metrics(moved, parts), moved.plan
 
 
 def _transport(cost: Cost, cfg: TransportConfig, reference: Tensor | None, paired: Callable[[], Tensor]) -> _Moved:

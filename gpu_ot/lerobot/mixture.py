@@ -1,0 +1,155 @@
+"""The frames to imitate: a mixture of the source's and the target's by shares, in which draw n depends on (seed, n) alone."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import ProblemError
+from .frames import MIXTURE, FrameCache, FrameDataset, Frames, draw_number, episodes_of, generator, transforms_of
+from .pairs import Pairs
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A share of a mixture: frames of a dataset, all of them or those of some episodes, without the last `drop_last` of each episode."""
+
+    name: str
+    dataset: FrameDataset
+    share: float
+    episodes: Sequence[int] | None = None
+    drop_last: int = 0
+
+
+class MixedDataset:
+    """Frames of several datasets by shares; item n is draw n, for any n >= 0, with replacement.
+
+    A draw takes a part with probability proportional to its share, then one of its frames uniformly. Items are the datasets' own, with the
+    columns that all parts have; `image_transforms` and `cache_bytes` as for the pairs. len() is the frames of all parts.
+    Raises ProblemError for a part without frames, shares without a positive sum, and columns of different shapes.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        *,
+        seed: int = 0,
+        image_transforms: Callable[[Tensor], Tensor] | None = None,
+        cache_bytes: int = 256 << 20,
+    ) -> None:
+        parts = [part for part in parts if part.share != 0]
+        shares = np.array([part.share for part in parts], dtype=np.float64)
+        if len(parts) == 0 or not (np.isfinite(shares) & (shares > 0)).all():
+            given = ", ".join(f"{part.name} {part.share}" for part in parts) or "only zeros"
+            raise ProblemError(f"shares must be finite and >= 0 with a positive sum, found {given}.")
+        transforms = image_transforms or next((t for part in reversed(parts) if (t := transforms_of(part.dataset))), None)
+        cache = FrameCache(cache_bytes)
+        self.seed, self.parts, self.cumulated = seed, parts, np.cumsum(shares / shares.sum())
+        by_id: dict[int, Frames] = {}  # one table and one place in the cache for a dataset that several parts share
+        self.frames = [by_id.setdefault(id(p.dataset), Frames(p.dataset, p.name, None, transforms, cache)) for p in parts]
+        self._runs = [_runs(part, frames) for part, frames in zip(parts, self.frames, strict=True)]
+        self._dropped = _not_shared(parts, self.frames, transforms is not None)
+
+    def __len__(self) -> int:
+        return sum(int(ends[-1]) for _, ends in self._runs)
+
+    @property
+    def law(self) -> str:
+        runs = [(starts.tolist(), ends.tolist()) for starts, ends in self._runs]
+        return hashlib.blake2b(repr((self.seed, self.cumulated.tolist(), runs)).encode(), digest_size=8).hexdigest()
+
+    def draw(self, n: int) -> tuple[int, int]:
+        """(part, row of its dataset) of draw n."""
+        rng = generator(self.seed, MIXTURE, draw_number(n))
+        part = min(int(np.searchsorted(self.cumulated, rng.random(), "right")), len(self.parts) - 1)
+        starts, ends = self._runs[part]
+        k = int(rng.integers(ends[-1]))
+        run = bisect.bisect_right(ends, k)
+        return part, int(starts[run] + k - (ends[run - 1] if run else 0))
+
+    def item(self, n: int) -> dict[str, Any]:
+        """The frame of draw n."""
+        part, row = self.draw(n)
+        item = self.frames[part].frame(row, (self.seed, int(n), 0))
+        return {key: value for key, value in item.items() if key not in self._dropped}
+
+
+def co_training(
+    src_dataset: FrameDataset,
+    tgt_dataset: FrameDataset,
+    pairs: Pairs,
+    *,
+    src_weight: float = 0.9,
+    paired_share: float | None = None,
+    per_frame: bool = False,
+    topk_src_episodes: int | None = None,
+    drop_last: int = 0,
+    **options: Any,
+) -> MixedDataset:
+    """The batch to imitate: paired source episodes, the other source episodes, and the target; by default the paper's 0.45, 0.45, 0.1.
+
+    src_weight         share of the source; the target has the rest.
+    paired_share       of that, the share of paired episodes; by default half. Where all source episodes are paired, or none of those
+                       there are, the others have no frames and these have all of it.
+    per_frame          src_weight and 1 - src_weight weigh a frame of the source and one of the target, so the larger set gets more.
+    topk_src_episodes  what counts as paired: among the nearest so many of a target episode.
+    drop_last          frames at the end of each episode that are not drawn, as some policies ask for.
+    options            of `MixedDataset`.
+    """
+    for name, share in (("src_weight", src_weight), ("paired_share", paired_share)):
+        if share is not None and not 0 <= share <= 1:
+            raise ProblemError(f"{name} must be a share from 0 to 1, found {share}.")
+    there = episodes_of(src_dataset, "source").side
+    chosen = {int(pairs.source_episode[k]) for t in pairs.target.episodes.tolist() for k in pairs.of(t)[:topk_src_episodes]}
+    paired = [e for e in there.episodes.tolist() if e in chosen]
+    others = [e for e in there.episodes.tolist() if e not in chosen]
+    share = (0.5 if paired_share is None else paired_share) if paired and others else float(bool(paired))
+    source, target = src_weight, 1 - src_weight
+    if per_frame:
+        source, target = source * there.frames, target * len(tgt_dataset)
+    parts = [
+        Part("paired source", src_dataset, source * share, paired, drop_last),
+        Part("other source", src_dataset, source * (1 - share), others, drop_last),
+        Part("target", tgt_dataset, target, None, drop_last),
+    ]
+    return MixedDataset(parts, **options)
+
+
+def _runs(part: Part, frames: Frames) -> tuple[np.ndarray, np.ndarray]:
+    """(first row of each chosen episode, frames up to its end)."""
+    if part.episodes is None:
+        chosen = np.arange(len(frames.side.episodes))
+    else:
+        place = {episode: k for k, episode in enumerate(frames.side.episodes.tolist())}
+        if strange := [episode for episode in part.episodes if int(episode) not in place]:
+            raise ProblemError(f"{part.name} has no episode {strange[0]}.")
+        chosen = np.array([place[int(episode)] for episode in part.episodes], dtype=np.int64)
+    ends = np.cumsum((frames.side.lengths[chosen] - part.drop_last).clip(min=0))
+    if len(chosen) == 0 or ends[-1] == 0:
+        raise ProblemError(f"{part.name} has a share of {part.share:g} and no frames to give. Give that share to another part.")
+    return frames.starts[chosen], ends
+
+
+def _not_shared(parts: Sequence[Part], frames: Sequence[Frames], transformed: bool) -> frozenset[str]:
+    """Columns that some parts lack: a batch cannot hold them."""
+    known = [(part.name, f) for part, f in zip(parts, frames, strict=True) if f.features]
+    if len(known) < 2:
+        return frozenset()
+    every = [set(f.features or ()) for _, f in known]
+    shared = set.intersection(*every)
+    for key in sorted(shared):
+        if transformed and known[0][1].cameras and key in known[0][1].cameras:
+            continue  # transforms may bring them to one size
+        shapes = {name: tuple((f.features or {})[key].get("shape") or ()) for name, f in known}
+        if len(set(shapes.values())) > 1:
+            found = ", ".join(f"{shape} in {name}" for name, shape in shapes.items())
+            raise ProblemError(f'"{key}" has the shapes {found}: no batch can hold them. Resize images with image_transforms, pad states.')
+    dropped = set.union(*every) - shared
+    named = {"task_index": "task", "subtask_index": "subtask"}  # texts that LeRobot adds for an index
+    return frozenset(dropped | {f"{key}_is_pad" for key in dropped} | {named[key] for key in dropped if key in named})
