@@ -15,16 +15,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, default_collate
 
 from gpu_ot import cli
 from gpu_ot.errors import ProblemError
 from gpu_ot.lerobot import dtw as dtw_module
-from gpu_ot.lerobot.dataset import DrawLoader, Draws, LeRobotOTPairDataset, MixedDataset, PairSampling, Part, co_training
+from gpu_ot.lerobot.dataset import LeRobotOTPairDataset, PairSampling
+from gpu_ot.lerobot.draws import DrawLoader
 from gpu_ot.lerobot.dtw import align, dtw
 from gpu_ot.lerobot.episodes import Recording, Side, digest, read_recording
 from gpu_ot.lerobot.frames import FrameCache
+from gpu_ot.lerobot.mixture import MixedDataset, Part, co_training
+from gpu_ot.lerobot.pairfile import read_pairs
 from gpu_ot.lerobot.pairing import pair_episodes
-from gpu_ot.lerobot.pairs import PairOptions, read_pairs
+from gpu_ot.lerobot.pairs import PairOptions
 
 NUMBA = importlib.util.find_spec("numba") is not None
 needs_numba = pytest.mark.skipif(not NUMBA, reason="numba is not installed")
@@ -427,14 +431,36 @@ def test_an_epoch_is_every_target_frame_once_and_the_next_is_another_order():
 def test_items_are_the_frames_that_were_drawn():
     data = paired(PairSampling(window_size=3))
     for n in range(50):
-        item, drawn = data[n], data.draw(n)
-        for role, episode in (("source", drawn.source_episode), ("target", drawn.target_episode)):
-            row, frames = item["pair"][role], getattr(data, role)
-            state = item[role]["observation.state"]
+        item, drawn = data.item(n), data.draw(n)
+        assert set(item) == {"src", "tgt"}
+        for side, role, episode in (("src", "source", drawn.source_episode), ("tgt", "target", drawn.target_episode)):
+            assert set(item[side]) == {"obs", "actions"} and torch.equal(item[side]["actions"], torch.zeros(1))
+            row, frames, state = getattr(drawn, role), getattr(data, role), item[side]["obs"]["observation.state"]
             assert state[0] == episode == frames.dataset.episode[row]
             assert state[1] == frames.dataset.frame[row]
-            assert torch.equal(item[role]["observation.images.top"], torch.full((3, 2, 2), int(state[1])) / 255)
-        assert item["pair"]["draw"] == n and item["pair"]["distance"] == drawn.distance
+            assert torch.equal(item[side]["obs"]["observation.images.top"], torch.full((3, 2, 2), int(state[1])) / 255)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_plain_loader_ends_after_an_epoch_and_the_next_draws_anew(workers):
+    data = paired(PairSampling(window_size=5, sharpness=0))
+    loader = DataLoader(data, 8, shuffle=True, num_workers=workers)
+    epochs = [[row for batch in loader for row in flat(batch)] for _ in range(2)]
+    every = [(e, f) for e, n in zip(data.target.side.episodes, data.target.side.lengths, strict=True) for f in range(n)]
+    for epoch in epochs:
+        assert len(epoch) == len(data) and sorted(row[2:] for row in epoch) == every
+    sources = [{row[2:]: row[:2] for row in epoch} for epoch in epochs]
+    assert sum(sources[0][at] != sources[1][at] for at in every) > len(every) / 2
+    torch.manual_seed(5)
+    first = [flat(batch) for batch in loader]
+    torch.manual_seed(5)
+    assert [flat(batch) for batch in loader] == first
+    with pytest.raises(IndexError, match="an epoch has"):
+        data[len(data)]
+    some = paired(episodes=[0, 2])
+    assert len(some) == 28 + 30 and {some.draw(n).target_episode for n in range(200)} == {0, 2}
+    with pytest.raises(ProblemError, match="no episode 7"):
+        paired(episodes=[7])
 
 
 def test_source_frames_are_aligned_ones_and_jitter_stays_in_its_window_and_episode():
@@ -514,11 +540,12 @@ def test_a_draw_depends_on_its_number_and_the_seed_alone():
     assert one.law == two.law != other.law
     copied = pickle.loads(pickle.dumps(one))
     assert [copied.draw(n) for n in range(0, 400, 7)] == forwards[::7]
-    assert torch.equal(copied[3]["source"]["observation.state"], one[3]["source"]["observation.state"])
+    assert flat(default_collate([copied.item(3)])) == flat(default_collate([one.item(3)]))
 
 
 def flat(batch):
-    return [(*map(int, row),) for row in zip(*(batch["pair"][k] for k in ("draw", "source", "target")), strict=True)]
+    """(source episode, its frame, target episode, its frame) of each row."""
+    return [(*map(int, row),) for row in torch.cat([batch[side]["obs"]["observation.state"] for side in ("src", "tgt")], 1)]
 
 
 def test_ranks_share_the_draws_of_one_and_never_draw_the_same():
@@ -526,17 +553,17 @@ def test_ranks_share_the_draws_of_one_and_never_draw_the_same():
     pair = [DrawLoader(paired(), 4, rank=r, world=2) for r in (0, 1)]
     for _ in range(20):
         whole, parts = flat(next(alone)), [flat(next(each)) for each in pair]
-        assert sorted(parts[0] + parts[1]) == whole
-        assert {t for *_, t in parts[0]}.isdisjoint(t for *_, t in parts[1])
+        assert [row for rows in zip(*parts, strict=True) for row in rows] == whole
+        assert {row[2:] for row in parts[0]}.isdisjoint(row[2:] for row in parts[1])
 
 
 def test_ranks_come_from_the_launcher(monkeypatch):
+    expected = flat(next(DrawLoader(paired(), 9, rank=0, world=1)))[2::3]
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    draws = iter(Draws())
-    assert [next(draws) for _ in range(3)] == [2, 5, 8]
+    assert flat(next(DrawLoader(paired(), 3))) == expected
     with pytest.raises(ProblemError, match="rank = 3"):
-        Draws(rank=3)
+        DrawLoader(paired(), 3, rank=3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -557,7 +584,7 @@ def test_a_resumed_loader_goes_on_with_the_very_next_batch(workers):
 
 def test_a_state_of_other_draws_is_refused():
     loader = DrawLoader(paired(), 4)
-    with pytest.raises(ProblemError, match="seed, sampling options, pair file or datasets"):
+    with pytest.raises(ProblemError, match=r"seed, sampling options, .*--restart-pairs"):
         loader.load_state_dict(DrawLoader(paired(PairSampling(seed=5)), 4).state_dict())
 
 
@@ -565,11 +592,6 @@ def test_drawing_leaves_torchs_random_numbers_alone():
     before = torch.get_rng_state()
     next(DrawLoader(paired(image_transforms=lambda image: image + torch.rand(())), 4))
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_a_pass_of_draws_goes_on_where_the_last_one_ended():
-    draws = Draws(rank=1, world=2, length=3)
-    assert [*draws, *draws] == [1, 3, 5, 7, 9, 11] and len(draws) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
@@ -580,10 +602,8 @@ def test_one_transform_serves_both_sides_and_follows_the_draw(dtype):
 
     data, again = (LeRobotOTPairDataset(*fakes(image=dtype), image_transforms=noise) for _ in range(2))
     for n in (3, 11, 3):
-        a, b = data[n], again[n]
-        seen = {role: a[role]["observation.images.top"] for role in ("source", "target")}
-        assert all(torch.equal(seen[role], b[role]["observation.images.top"]) for role in seen)
-        assert not torch.equal(seen["source"], seen["target"])
+        a, b = ([data.item(n)[side]["obs"]["observation.images.top"] for side in ("src", "tgt")] for data in (data, again))
+        assert all(map(torch.equal, a, b)) and not torch.equal(*a)
     assert len(data.source.cache) == 4
     drawn = data.draw(3)
     kept = data.target.cache.get((id(data.target), drawn.target), dict)["observation.images.top"]
@@ -602,10 +622,9 @@ def test_transforms_of_the_datasets_are_applied_after_the_cache(image):
     target.image_transforms = brighter
     data = LeRobotOTPairDataset(source, target, pairs, PairSampling(window_size=0))
     for _ in range(2):
-        item = data[5]
-        for role in ("source", "target"):
+        for side in data.item(5).values():
             assert torch.equal(
-                item[role]["observation.images.top"], torch.full((3, 2, 2), int(item[role]["observation.state"][1])) / 255 + 1
+                side["obs"]["observation.images.top"], torch.full((3, 2, 2), int(side["obs"]["observation.state"][1])) / 255 + 1
             )
     assert len(seen) == 4 and max(seen) <= 1
     assert target.image_transforms is brighter, "the dataset that was given is left as it is"
@@ -631,11 +650,11 @@ def test_frames_are_decoded_once_while_they_fit():
     data = paired()
     n = len(data)
     for k in range(2 * n):
-        data[k]
+        data.item(k)
     assert sorted(data.target.dataset.reads) == list(range(n))
     bare = paired(cache_bytes=0)
     for k in (1, 1, 1):
-        bare[k]
+        bare.item(k)
     assert len(bare.source.dataset.reads) == 3
 
 
@@ -654,7 +673,7 @@ def test_the_cache_holds_no_more_than_its_bytes_and_drops_the_oldest():
 
 def test_keys_are_kept_by_name_and_wildcard():
     data = paired(keys=["observation.images.*", "action"])
-    assert set(data[0]["source"]) == {"observation.images.top", "action", "action_is_pad"}
+    assert set(data[0]["src"]["obs"]) == {"observation.images.top", "action_is_pad"} and "actions" in data[0]["src"]
     with pytest.raises(ProblemError, match=r"observation\.wrist.*there are observation\.state"):
         paired(keys=["observation.wrist"])
 
@@ -697,7 +716,7 @@ def test_shares_of_the_mixture_are_kept():
         assert abs(len(rows) / 8000 - share) < 4.5 * math.sqrt(share * (1 - share) / 8000)
         frames = [k for k in range(len(source)) if (source.episode[k] in chosen) == (part == 0)] if part < 2 else range(len(target))
         assert set(rows) == set(frames)
-    names = {mixed[n]["task"] for n in range(60)}
+    names = {mixed.item(n)["task"] for n in range(60)}
     assert names == {"task of sim", "task of real"}
 
 
@@ -740,7 +759,7 @@ def test_columns_that_only_some_have_are_dropped_and_other_shapes_refused():
     source, target = Fake([5], "sim", extra=["depth"]), Fake([5], "real")
     parts = [Part("sim", source, 0.5), Part("real", target, 0.5)]
     mixed = MixedDataset(parts)
-    assert set(mixed[0]) == set(target[0]) and {mixed.draw(n)[0] for n in range(20)} == {0, 1}
+    assert set(mixed.item(0)) == set(target[0]) and {mixed.draw(n)[0] for n in range(20)} == {0, 1}
     target.meta.features["observation.images.top"] = {"shape": (3, 8, 8)}
     with pytest.raises(ProblemError, match=r'"observation.images.top" has the shapes \(3, 2, 2\) in sim, \(3, 8, 8\) in real'):
         MixedDataset(parts)
@@ -872,7 +891,7 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
     for arguments, words in (
         (["--src", str(tmp_path)], "no meta/info.json"),
         (["--src", "x", "--out", str(tmp_path / "pairs.json")], "JSON is only read"),
-        (["--src", "x", "--band", "0"], "band must be at least 1"),
+        (["--src", "x", "--band", "0"], "band must be a finite number of at least 1"),
         (["--src", "x", "--slice", "3", "1"], "[3, 1]"),
     ):
         assert cli.main(["pair", "--tgt", "y", "--out", str(tmp_path / "p.npz"), *arguments]) == 2
@@ -919,12 +938,11 @@ def test_real_datasets_are_paired_and_drawn(real):
     here = DrawLoader(data, 4, rank=0, world=1)
     for _ in range(3):
         batch, expected = next(spawned), next(here)
-        assert flat(batch) == flat(expected)
-        for role in ("source", "target"):
-            assert torch.equal(batch[role]["observation.images.top"], expected[role]["observation.images.top"])
-            frame = expected[role]["frame_index"].float()
-            assert torch.allclose(expected[role]["observation.images.top"].mean((1, 2, 3)), frame / 255)
-            assert expected[role]["task"] == ["pick"] * 4
+        for one, other in ((batch[side]["obs"], expected[side]["obs"]) for side in ("src", "tgt")):
+            assert torch.equal(one["index"], other["index"])
+            assert torch.equal(one["observation.images.top"], other["observation.images.top"])
+            assert torch.allclose(other["observation.images.top"].mean((1, 2, 3)), other["frame_index"].float() / 255)
+            assert other["task"] == ["pick"] * 4
 
 
 @pytest.mark.lerobot
@@ -943,10 +961,11 @@ def test_real_datasets_by_repo_id_in_part_with_history_and_transforms(real, monk
     )
     data = LeRobotOTPairDataset(some, target, pairs)
     for n in range(20):
-        item, drawn = data[n], data.draw(n)
-        assert item["source"]["episode_index"] == drawn.source_episode and drawn.source_episode in (0, 2)
-        assert item["source"]["action"].shape == (3,) and item["source"]["action_is_pad"].shape == (3,)
-        assert all((item[role]["observation.images.top"] == -1).all() for role in ("source", "target"))
+        item, drawn = data.item(n), data.draw(n)
+        source = item["src"]["obs"]
+        assert source["episode_index"] == drawn.source_episode and drawn.source_episode in (0, 2)
+        assert item["src"]["actions"].shape == (3,) and source["action_is_pad"].shape == (3,)
+        assert all((side["obs"]["observation.images.top"] == -1).all() for side in item.values())
     assert (some[0]["observation.images.top"] == -1).all(), "the dataset that was given keeps its transforms"
 
     with pytest.raises(ProblemError, match="labels have other values"):

@@ -21,6 +21,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FRAMES, SIM, REAL = 16, 5, 3
+CAMERAS = ("observation.images.front", "observation.images.side")
 TRAIN = shlex.split(
     "--policy.device=cpu --policy.push_to_hub=false --policy.pretrained_backbone_weights=null --batch_size=8 --num_workers=0 --steps=20 "
     "--log_freq=5 --save_freq=10 --wandb.enable=false --seed=1 --policy.optimizer_lr=3e-4"
@@ -40,6 +41,10 @@ def features(camera="observation.images.front", **more):
     image = dict(src_key=camera, use_learned_embed=True, weight_embed=0.1, weight_label=0, term_name="image")
     state = dict(src_key="observation.state", weight_label=0.5, term_name="state")
     return dict(reg=0.1, tau_src=1.0, tau_tgt=1.0, cost_scale="mean", features=[image, state]) | more
+
+
+#: The joints that the wide robot and the other have in common.
+SLICED = dict(src_key="observation.state", dim_slice=[0, 4])
 
 
 @pytest.mark.parametrize("name", ["act_state", "act_three_cameras", "diffusion_observation", "released"])
@@ -117,15 +122,17 @@ def home(lerobot, tmp_path_factory):
 
 
 def record() -> None:
-    """In the current folder: movements, as a state and as a square that moves on a ground of each domain's own colour."""
+    """In the current folder: movements, as a state and as a square that moves on a ground of each domain's own colour, seen by two cameras
+    whose videos hold several episodes each. `wide` is `sim` with a fifth joint."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    for name, episodes, seed, ground in (("sim", SIM, 0, (30, 60, 90)), ("real", REAL, 1, (90, 60, 30))):
+    for name, episodes, seed, ground in (("sim", SIM, 0, (30, 60, 90)), ("real", REAL, 1, (90, 60, 30)), ("wide", SIM, 0, (30, 60, 90))):
         rng = np.random.default_rng(seed)
         joints = dict(dtype="float32", shape=(4,), names=list("abcd"))
-        image = dict(dtype="image", shape=(3, 64, 64), names=["channel", "height", "width"])
-        columns = {"observation.state": joints, "observation.images.front": image, "action": joints}
-        dataset = LeRobotDataset.create(name, fps=10, features=columns, root=Path(name), use_videos=False)
+        wide = dict(dtype="float32", shape=(5,), names=list("abcde")) if name == "wide" else joints
+        video = dict(dtype="video", shape=(3, 64, 64), names=["channel", "height", "width"])
+        columns = {"observation.state": wide, "action": joints} | ({} if name == "wide" else dict.fromkeys(CAMERAS, video))
+        dataset = LeRobotDataset.create(name, fps=10, features=columns, root=Path(name), use_videos=True)
         for _ in range(episodes):
             phase = rng.random(4) * 2 * np.pi
             for t in range(FRAMES):
@@ -133,8 +140,9 @@ def record() -> None:
                 picture = np.full((64, 64, 3), ground, np.uint8)
                 row, column = ((state[:2] + 1) * 28).astype(int)
                 picture[row : row + 8, column : column + 8] = 255
-                frame = {"observation.state": state, "observation.images.front": picture, "action": np.roll(state, 1), "task": "move"}
-                dataset.add_frame(frame)
+                seen = {} if name == "wide" else dict(zip(CAMERAS, (picture, 255 - picture.swapaxes(0, 1)), strict=True))
+                frame = {"observation.state": np.resize(state, wide["shape"]), "action": np.roll(state, 1), "task": "move"}
+                dataset.add_frame(frame | seen)
             dataset.save_episode()
         dataset.finalize()
 
@@ -173,20 +181,35 @@ def behaved(said: str) -> list[float]:
 
 @pytest.mark.lerobot
 def test_act_learns_saves_and_resumes_the_same_sequence(home):
-    cfg = write(home, "act.json", bc_src_weight=0.5, plan_every=20, grad_norms_every=5, loss_config=features("observation.images.*"))
+    changes = dict(bc_src_weight=0.5, plan_every=20, grad_norms_every=5, retrieval_every=10, warmup_steps=10)
+    cfg = write(home, "act.json", **changes, loss_config=features("observation.images.*"))
     said = train(home, cfg, "act", *ACT)
-    losses, ot, pull = behaved(said), reported(said, "loss"), reported(said, "grad_norm")
+    losses, ot, pull = behaved(said), reported(said, "ot_loss"), reported(said, "ot_grad_norm")
     assert len(losses) == len(ot) == len(pull) == 4 and all(map(math.isfinite, losses + ot))
     assert losses[-1] < losses[0]
     assert min(pull) > 0  # the term reaches the encoder
-    assert reported(said, "pi_sum")[0] > 0.1 and "cost/image/front" in said and "share/state" in said
+    assert reported(said, "ot_pi_sum")[0] > 0.1 and reported(said, "ot_pi_diag") and "ot_share/state" in said
+    assert "ot_cost/image/front" in said and "ot_cost/image/side" in said
+    assert reported(said, "lambda_ot") == [0.05, 0.1, 0.1, 0.1]  # the warm-up
+    for weighted, loss, weight in zip(reported(said, "ot_loss_weighted"), ot, reported(said, "lambda_ot"), strict=True):
+        assert math.isclose(weighted, loss * weight, rel_tol=2e-3)
+    assert not re.search(r"ot step:.* loss:", said)
+    assert len(top1 := reported(said, "ot_retrieval_top1")) == 2 and all(0 <= share <= 1 for share in top1)
     assert (home / "act" / "ot_plans" / "000020.png").stat().st_size > 5000
 
     # From the checkpoint of step 10, without naming the configuration again.
     saved = home / "act" / "checkpoints" / "000010"
     assert json.loads((saved / "training_state" / "ot_state.json").read_text())["step"] == 10
-    again = run(home, "gpu-ot", "train", "--", f"--config_path={saved / 'pretrained_model' / 'train_config.json'}", "--resume=true")
-    assert behaved(again) == losses[2:] and reported(again, "loss") == ot[2:]
+    resume = ("--", f"--config_path={saved / 'pretrained_model' / 'train_config.json'}", "--resume=true")
+    again = run(home, "gpu-ot", "train", *resume)
+    assert behaved(again) == losses[2:] and reported(again, "ot_loss") == ot[2:]
+
+    # With other settings: those of the loss are told, those of the draws are refused, unless they are to begin anew.
+    refused = run(home, "gpu-ot", "train", "--ot.window_size=3", *resume, ok=False)
+    assert "window_size 2 -> 3" in refused and "--restart-pairs" in refused and "Traceback" not in refused
+    other = run(home, "gpu-ot", "train", "--ot.lambda_ot=0.2", "--ot.window_size=3", "--restart-pairs", *resume)
+    assert "lambda_ot 0.1 -> 0.2" in other and "begin anew" in other
+    assert reported(other, "lambda_ot") == [0.2, 0.2] and reported(other, "ot_loss") != ot[2:]
 
     # The checkpoint is LeRobot's own: it loads where this package does not exist.
     load = (
@@ -197,12 +220,35 @@ def test_act_learns_saves_and_resumes_the_same_sequence(home):
 
 
 @pytest.mark.lerobot
+def test_check_tells_what_would_be_aligned_and_trains_nothing(home):
+    cfg = write(home, "check.json", loss_config=features("observation.images.*", cost_scale="none"))
+    said = train(home, cfg, "checked", *ACT, command=("gpu-ot", "check", "--ot.reg=0.2"))
+    assert not (home / "checked").exists() and "step:" not in said
+    for role, episodes in (("source me/sim", SIM), ("target real", REAL)):
+        assert f"{role.replace('me/', '')}: {episodes} episodes, {episodes * FRAMES} frames, 10 a second" in said
+    assert re.search(r"observation.images.side +video +3x64x64", said)
+    assert re.search(
+        r"image/side +observation.images.side +observation.images.side +embed 0.1 +act's encoder of observation.images.side", said
+    )
+    assert re.search(r"state +observation.state .*label 0.5 +nothing: a label", said)
+    assert f"{REAL} target episodes, each with {SIM} of {SIM} source episodes" in said
+    costs = {name: float(value) for name, value in re.findall(r"^  (image/front|image/side|state) +(\S+) +\S+% ", said, re.M)}
+    assert len(costs) == 3 and min(costs.values()) > 0
+    numbers = {name: float(value) for name, value in re.findall(r"^  (\w+): (\S+)", said, re.M)}
+    assert 0 < numbers["ot_pi_diag"] < numbers["ot_pi_sum"] <= 1 and numbers["cutoff"] > 0
+    # What is suggested keeps the plan's mass.
+    taus = (f"--ot.{name}={numbers[name]}" for name in ("reg", "tau_src", "tau_tgt"))
+    again = train(home, cfg, "checked", *ACT, command=("gpu-ot", "check", *taus))
+    assert float(re.search(r"ot_pi_sum: (\S+)", again)[1]) > 0.3
+
+
+@pytest.mark.lerobot
 def test_diffusion_aligns_its_whole_observation(home):
     cfg = write(home, "diffusion.json", grad_norms_every=5, loss_config=features("observation"))
     said = train(home, cfg, "diffusion", *DIFFUSION)
     losses = behaved(said)
     assert len(losses) == 4 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
-    assert min(reported(said, "grad_norm")) > 0 and min(reported(said, "cost/image")) > 0
+    assert min(reported(said, "ot_grad_norm")) > 0 and min(reported(said, "ot_cost/image")) > 0
 
 
 @pytest.mark.lerobot
@@ -211,14 +257,14 @@ def test_two_ranks_draw_pairs_of_their_own(home):
     spy.write_text(
         "import os, sys\n"
         "import gpu_ot.lerobot.attach as attach\n"
-        "original = attach.CoTraining._next\n"
-        "def told(self, policy):\n"
-        "    source, target = original(self, policy)\n"
+        "original = attach.CoTraining.seen\n"
+        "def told(self, policy, pair):\n"
+        "    source, target = original(self, policy, pair)\n"
         "    values = [round(float(z), 4) for z in target['observation.state'][:, 0]]\n"
         "    with open(f'drawn{os.environ[\"RANK\"]}.txt', 'a') as file:\n"
         "        print(values, file=file)\n"
         "    return source, target\n"
-        "attach.CoTraining._next = told\n"
+        "attach.CoTraining.seen = told\n"
         "from gpu_ot.cli import main\n"
         "sys.exit(main(['train', *sys.argv[1:]]))\n"
     )
@@ -227,7 +273,7 @@ def test_two_ranks_draw_pairs_of_their_own(home):
     said = train(home, cfg, "ranks", *ACT, "--steps=4", "--log_freq=2", command=launch)
     drawn = [(home / f"drawn{rank}.txt").read_text().splitlines() for rank in (0, 1)]
     assert len(drawn[0]) == len(drawn[1]) == 4 and not set(drawn[0]) & set(drawn[1])
-    assert all(map(math.isfinite, behaved(said))) and len(reported(said, "loss")) == 2
+    assert all(map(math.isfinite, behaved(said))) and len(reported(said, "ot_loss")) == 2
 
 
 @pytest.mark.lerobot
@@ -235,19 +281,38 @@ def test_bfloat16_trains_with_costs_in_float32(home, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     cfg = write(home, "bf16.json", loss_config=features())
     said = train(home, cfg, "bf16", *ACT, "--steps=4", "--log_freq=2")
-    assert all(map(math.isfinite, behaved(said) + reported(said, "loss"))) and max(reported(said, "marginal_error")) < 1e-4
+    assert all(map(math.isfinite, behaved(said) + reported(said, "ot_loss"))) and max(reported(said, "ot_marginal_error")) < 1e-4
 
 
 @pytest.mark.lerobot
 @pytest.mark.parametrize("change, said", [
     (dict(pair_info_path=None), "pair_info_path is missing"),
     (dict(pair_info_path="nowhere.npz"), "nowhere.npz"),
-    (dict(loss_config=features("observation.images.side")), "observation.images.side"),
+    (dict(pair_info_path="damaged.npz"), "damaged.npz is no pair file, or a damaged one"),
+    (dict(loss_config=features("observation.images.top")), "observation.images.top"),
+    (dict(loss_config=features("observation.images.t*")), "which has action, episode_index"),
     (dict(lamda_ot=1.0), 'did you mean "lambda_ot"'),
+    (dict(src_repo_id="wide", src_root="wide", pair_info_path="wide.npz", loss_config=dict(features=[SLICED])), "(5,) in the source"),
+    (dict(pair_info_path="wide.npz"), "labels have other values"),
+    (dict(loss_config=dict(features=[SLICED | dict(dim_slice=[0, 8])])), "dim_slice [0, 8]"),
+    (dict(retrieval_every=5, held_out_episodes=3), "none is left to align"),
 ])  # fmt: skip
-def test_mistakes_end_before_the_first_step(home, change, said):
-    out = train(home, write(home, "wrong.json", **(dict(loss_config=features()) | change)), "wrong", *ACT, ok=False)
-    assert said in out and "Traceback" not in out
+def test_mistakes_end_before_the_policy_is_built(home, capfd, monkeypatch, change, said):
+    from lerobot.scripts import lerobot_train
+
+    from gpu_ot import cli
+
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(lerobot_train, "init_logging", lambda *args, **options: None)
+    monkeypatch.setattr(lerobot_train, "make_policy", lambda *args, **options: pytest.fail("the policy is built"))
+    data = (home / "pairs.npz").read_bytes()
+    (home / "damaged.npz").write_bytes(data[: len(data) // 2])
+    if not (home / "wide.npz").exists():  # the first four are what both have
+        assert cli.main(["pair", "--src", "wide", "--tgt", "real", "--out", "wide.npz", "--slice", "0", "4"]) == 0
+    cfg = write(home, "wrong.json", **(dict(loss_config=features()) | change))
+    arguments = ["--dataset.repo_id=real", "--dataset.root=real", "--output_dir=wrong", *TRAIN, *ACT]
+    assert cli.main(["train", "--ot-config", cfg, "--", *arguments]) == 2
+    assert said in capfd.readouterr().err
 
 
 @pytest.mark.lerobot

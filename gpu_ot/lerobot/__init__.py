@@ -3,19 +3,24 @@
 Thin over the solver, and beside the unmodified `lerobot` package, which nothing here imports before it is asked for.
 """
 
-from .attach import CoTraining, attach_ot, detach_ot
+from .attach import CoTraining, attach_ot, detach_ot, retrieval
 from .config import OTConfig, OTCostConfig, OTFeatureSpec, OTLossConfig, OTTermConfig, TransportConfig
+from .dataset import LeRobotOTPairDataset, PairSampling
+from .draws import DrawLoader
 from .encoders import embed
 from .loss import CostScale, alarm, compute_ot_loss_for_policy, compute_ot_loss_from_terms, floats
 
 __all__ = [
     "CoTraining",
     "CostScale",
+    "DrawLoader",
+    "LeRobotOTPairDataset",
     "OTConfig",
     "OTCostConfig",
     "OTFeatureSpec",
     "OTLossConfig",
     "OTTermConfig",
+    "PairSampling",
     "TransportConfig",
     "alarm",
     "attach_ot",
@@ -24,4 +29,5 @@ __all__ = [
     "detach_ot",
     "embed",
     "floats",
+    "retrieval",
 ]

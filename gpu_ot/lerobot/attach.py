@@ -85,7 +85,7 @@ class CoTraining:
         every = cfg.retrieval_every
         if self.main and every and step % every == 0:
             held = self.held_out() if callable(self.held_out) else self.held_out
-            top1 = retrieval(policy, *self._seen(policy, held), cfg.loss_config)
+            top1 = retrieval(policy, *self.seen(policy, held), cfg.loss_config)
             self._report(step, top1)
             info = {**(info or {}), **top1}
         self.step = step
@@ -96,7 +96,7 @@ class CoTraining:
         due = self.log_every > 0 and step % self.log_every == 0
         if self._batches is None:
             self._batches = self._endless()
-        source, target = self._seen(policy, next(self._batches))
+        source, target = self.seen(policy, next(self._batches))
         aligned = align(policy, source, target, cfg.loss_config, scale=self.scale, gather=cfg.gather, metrics=due)
         self._watch(*aligned.finite)
         weighted = weight * aligned.loss
@@ -110,7 +110,7 @@ class CoTraining:
             _picture(aligned.plan(), self.out_dir / "ot_plans" / f"{step:06d}.png", step)
         return loss + weighted.to(loss.dtype), info
 
-    def _seen(self, policy: nn.Module, pair: Pair) -> tuple[Observation, Observation]:
+    def seen(self, policy: nn.Module, pair: Pair) -> tuple[Observation, Observation]:
         """Both sides as the policy is given its batches: normalised, on its device, and no more than the features ask for."""
         device = next(policy.parameters()).device
         sides = []
@@ -207,8 +207,9 @@ def attach_ot(
     main: bool = True,
     held_out: Pair | Callable[[], Pair] | None = None,
 ) -> CoTraining:
-    """Adds lambda_ot times the alignment to what `policy.forward(batch)` returns while it trains: (loss, info), or the loss. A policy inside
-    torch.compile or DistributedDataParallel is reached through it. Arguments as CoTraining.
+    """Adds lambda_ot times the alignment to what `policy.forward(batch)` returns while it trains: (loss, info), or the loss alone.
+
+    A policy inside torch.compile or DistributedDataParallel is reached through it. Arguments as CoTraining.
 
     >>> training = attach_ot(policy, pair_loader, OTConfig.from_file("ot.yaml"), preprocess=preprocessor)
     >>> loss, info = policy.forward(batch)  # info holds the metrics on every 100th step

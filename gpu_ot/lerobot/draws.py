@@ -19,9 +19,11 @@ class DrawLoader:
     """Batches of draws without end, and where it stands.
 
     Rank r of w takes draws r, r + w, r + 2w, ...; rank and world default to those of torch.distributed, else of the launcher's environment.
-    `start` counts the draws of all ranks. The state counts batches that were handed out, not those that workers have ready, so the next batch after `load_state_dict` is the
+    `start` counts the draws of all ranks. `options` are DataLoader's.
+
+    The state counts batches that were handed out, not those that workers have ready, so the next batch after `load_state_dict` is the
     one that would have come next: with any number of workers, and from the same draw on with another batch size or number of ranks.
-    Do not pass it to accelerate's `prepare`: it is already divided among ranks. `options` are DataLoader's.
+    Do not pass it to accelerate's `prepare`: it is already divided among ranks.
     """
 
     def __init__(
@@ -65,13 +67,17 @@ class DrawLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ProblemError if the state belongs to other data, options or seed: the sequence could not be continued."""
-        if state.get("law") != (law := self.dataset.law):
-            raise ProblemError(
-                f"the saved sampler drew by law {state.get('law')}, and this one draws by {law}: seed, sampling options, pair file or "
-                "datasets have changed. Resume with the same, or start the sequence anew: gpu-ot train --restart-pairs, or leave its state out."
-            )
+        same_law(state, self.dataset)
         self._iterator = None  # workers that run ahead are on the old course
         self.start, self.batches = int(state["draw"]), 0
+
+
+def same_law(state: dict[str, Any], dataset: LeRobotOTPairDataset | MixedDataset) -> None:
+    if state.get("law") != dataset.law:
+        raise ProblemError(
+            f"the saved draws follow law {state.get('law')}, and these would follow {dataset.law}: seed, sampling options, shares, "
+            "pair file or datasets have changed. Resume with the same, or begin the draws anew: --restart-pairs of gpu-ot train."
+        )
 
 
 class _Drawn(Dataset[dict[str, Any]]):

@@ -183,10 +183,13 @@ def _sliced(x: Tensor, spec: OTFeatureSpec, key: str) -> Tensor:
             f'dim_slice of "{spec.name}" cuts vectors, and "{key}" holds images of shape {tuple(x.shape[1:])}: leave it out.'
         )
     start, stop = spec.dim_slice
-    width = x.shape[-1]
-    if not all(z is None or -width <= z <= width for z in (start, stop)) or not len(range(width)[start:stop]):
+    if not fits(spec.dim_slice, width := x.shape[-1]):
         raise ProblemError(f'dim_slice {spec.dim_slice} of "{spec.name}" is outside "{key}", which has {width} numbers.')
     return x[..., start:stop]
+
+
+def fits(ends: list[int | None], width: int) -> bool:
+    return all(z is None or -width <= z <= width for z in ends) and len(range(width)[slice(*ends)]) > 0
 
 
 def _seen(x: Tensor) -> Tensor:
