@@ -6,6 +6,7 @@ and what is saved is the plain policy.
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import importlib
 import logging
@@ -193,8 +194,9 @@ class _Aligned:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """What is saved or copied is the plain policy: it loads where this package is not, and a copy is not co-trained."""
-        make, (_, *args), state, *rest = super().__reduce_ex__(max(2, int(protocol)))  # pyright: ignore[reportAssignmentType]
-        return make, (type(self).__mro__[2], *args), {key: z for key, z in state.items() if key != "_co_training"}, *rest
+        _, _, state, *rest = super().__reduce_ex__(max(2, int(protocol)))  # pyright: ignore[reportAssignmentType]
+        plain = {key: z for key, z in state.items() if key != "_co_training"}
+        return copyreg._reconstructor, (type(self).__mro__[2], object, None), plain, *rest  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def attach_ot(

@@ -6,6 +6,7 @@ known of LeRobot's policies. Nothing here needs LeRobot: policies are recognised
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -128,7 +129,7 @@ def _frames(encoder: Callable[[Tensor], Tensor], x: Tensor, image: bool) -> Tens
 def _pooled(z: object) -> Tensor:
     """(batch, d): feature maps and tokens averaged."""
     if isinstance(z, Mapping):
-        z = z["feature_map"] if "feature_map" in z else next(iter(z.values()))
+        z = next((z[name] for name in ("feature_map", "pooler_output") if name in z), next(iter(z.values())))
     if not isinstance(z, Tensor):
         raise ProblemError(f"an embedding must be a tensor, found {type(z).__name__}.")
     return z.mean((-2, -1)) if z.ndim == 4 else z.mean(-2) if z.ndim == 3 else z
@@ -184,28 +185,40 @@ def _tdmpc_image(policy: Any, key: str, x: Tensor, observation: Observation) -> 
     return _frames(policy.model._encoder.image_enc_layers, x, True)
 
 
-def _smolvla_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    image = policy.prepare_images({key: x})[0][0]  # the last frame, resized, from -1 to 1
-    return _pooled(policy.model.vlm_with_expert.embed_image(image))
+def _tokens(prepare: str, embed: str) -> Encoder:
+    """A policy that resizes images by a method of its own and embeds them as tokens; of a sequence, the last frame."""
 
+    def encoder(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+        images = getattr(policy, prepare)({key: x[:, -1] if x.ndim == 5 else x})[0]
+        return _pooled(operator.attrgetter(embed)(policy.model)(images[0] if isinstance(images, list) else images[:, 0]))
 
-def _pi0_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    image = policy._preprocess_images({key: x})[0][0]
-    return _pooled(policy.model.paligemma_with_expert.embed_image(image))
+    return encoder
 
 
 def _padded_state(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    if not hasattr(policy.model, "state_proj"):
-        raise ProblemError(
-            "this policy has no encoder of the state (pi05 and pi0_fast write it into the prompt): use a camera, or a label."
-        )
     return policy.model.state_proj(policy.prepare_state({STATE: x}))
 
 
 def _groot_state(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
     if "embodiment_id" not in observation:
         raise ProblemError("GR00T embeds a state by its robot: its preprocessor must leave embodiment_id in the batch.")
-    return policy._groot_model.action_head.state_encoder(x, observation["embodiment_id"])
+    head = policy._groot_model.action_head
+    if hasattr(getattr(head, "config", None), "state_history_length"):  # N1.7 lays the frames side by side
+        x = x.flatten(1).unsqueeze(1)
+    return head.state_encoder(x, observation["embodiment_id"])
+
+
+def _dit_whole(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    return policy.observation_encoder.encode(policy._prepare_batch(dict(observation)))
+
+
+def _dit_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    part = policy.observation_encoder
+    encoder = part.vision_encoder or part.vision_encoders[part.camera_names.index(key)]
+    return _frames(lambda z: encoder(part._apply_preprocessing(z)).flatten(1), x, True)
+
+
+_PALIGEMMA = _tokens("_preprocess_images", "paligemma_with_expert.embed_image")
 
 
 #: Policy -> what it embeds, and how.
@@ -223,7 +236,11 @@ KNOWN: dict[str, tuple[tuple[str, Encoder], ...]] = {
         (ENVIRONMENT, _at("model._encoder.env_state_enc_layers")),
         (IMAGES, _tdmpc_image),
     ),
-    "smolvla": ((STATE, _padded_state), (IMAGES, _smolvla_image)),
-    "pi0": ((STATE, _padded_state), (IMAGES, _pi0_image)),
+    "smolvla": ((STATE, _padded_state), (IMAGES, _tokens("prepare_images", "vlm_with_expert.embed_image"))),
+    "pi0": ((STATE, _padded_state), (IMAGES, _PALIGEMMA)),
+    "pi05": ((IMAGES, _PALIGEMMA),),  # it and pi0_fast write the state into the prompt
+    "pi0_fast": ((IMAGES, _PALIGEMMA),),
+    "xvla": ((IMAGES, _tokens("_prepare_images", "vlm.get_image_features")),),  # the state goes in beside the actions
     "groot": (("state", _groot_state),),  # as its preprocessor calls it
+    "multi_task_dit": ((WHOLE, _dit_whole), (IMAGES, _dit_image)),
 }
