@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 
@@ -29,7 +30,6 @@ def pair(parser: argparse.ArgumentParser) -> None:
     add("--topk", type=int, default=None, help="keep the nearest so many source episodes of each target's; all by default")
     add("--cost", choices=("euclidean", "l1", "linf"), default="euclidean", help="cost between two frames")
     add("--norm", choices=("steps", "arc", "none"), default="steps", help="what the distance is divided by")
-    add("--engine", choices=("auto", "numba", "numpy"), default="auto", help="the same pairs; numba is faster")
     add("--workers", type=int, default=None, help="threads; one a processor by default")
     parser.set_defaults(run=_pair)
 
@@ -43,12 +43,14 @@ def _pair(args: argparse.Namespace) -> None:
     )
     path = writable(args.out)
     source, target = read_recording(args.src, options.keys), read_recording(args.tgt, options.target_keys or options.keys)
+    if importlib.util.find_spec("numba") is None:
+        print("numba is not installed, and without it this takes a thousand times as long: pip install numba", file=sys.stderr)
     start = time.monotonic()
 
     def progress(done: int, total: int) -> None:
         args.progress(done, total, time.monotonic() - start, "pairs")
 
-    found = pair_episodes(source, target, options, engine=args.engine, workers=args.workers, progress=progress)
+    found = pair_episodes(source, target, options, workers=args.workers, progress=progress)
     if sys.stderr.isatty():
         print(file=sys.stderr)
     found.write(path)
@@ -75,7 +77,7 @@ def pairs(parser: argparse.ArgumentParser) -> None:
 def _show(args: argparse.Namespace) -> None:
     from .show import show
 
-    show(args.file, args.src, args.tgt, args.out, args.episode, args.camera)
+    print(show(args.file, args.src, args.tgt, args.out, args.episode, args.camera))
 
 
 def check(parser: argparse.ArgumentParser) -> None:

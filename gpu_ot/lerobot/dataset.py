@@ -17,13 +17,14 @@ from torch.utils.data import Dataset
 
 from ..errors import ProblemError
 from .episodes import read_recording
-from .frames import ORDER, PARTNER, FrameCache, FrameDataset, Frames, draw_number, generator, matches, transforms_of
+from .frames import ORDER, PARTNER, FrameCache, FrameDataset, Frames, draw_number, generator, transforms_of
 from .pairfile import read_pairs
 from .pairs import Pairs
+from .settings import Settings, bounded
 
 
-@dataclass(frozen=True)
-class PairSampling:
+@dataclass
+class PairSampling(Settings):
     """How a source frame is drawn for a target frame.
 
     window_size        w: jitter around the aligned frame, uniform in [-w, w), clipped to the episode; 0 for none.
@@ -34,19 +35,12 @@ class PairSampling:
     seed               of every draw.
     """
 
-    window_size: int = 10
+    window_size: int = bounded(10, least=0, whole=True)
     no_window: bool = False
-    sharpness: float = 10.0
-    cutoff: float | None = 0.01
-    topk_src_episodes: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("window_size", 0), ("sharpness", 0), ("seed", 0)):
-            if not getattr(self, name) >= least:
-                raise ProblemError(f"{name} must be at least {least}, found {getattr(self, name)}.")
-        if self.topk_src_episodes is not None and self.topk_src_episodes < 1:
-            raise ProblemError(f"topk_src_episodes must be at least 1, found {self.topk_src_episodes}. Leave it out to keep all.")
+    sharpness: float = bounded(10.0, least=0)
+    cutoff: float | None = bounded(0.01)
+    topk_src_episodes: int | None = bounded(None, least=1, whole=True)
+    seed: int = bounded(0, least=0, whole=True)
 
     def probabilities(self, distance: np.ndarray) -> np.ndarray:
         """Of episodes at these distances; sums to 1 also where every weight by itself underflows."""
@@ -79,7 +73,6 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
     pairs                     `Pairs`, or the file. Checked against the datasets, their labels included where they are on disk (`verify`).
     sampling                  how source frames are drawn.
     episodes                  use these target episodes alone; None for all.
-    keys                      keep these of each frame, wildcards allowed; None for all.
     image_transforms          applied to the cameras of both sides, after uint8 has become float in [0, 1]; by default those that the
                               target (or the source) dataset came with. Random ones follow the draw.
     cache_bytes               of decoded frames, before transforms, in each worker. Items share memory with it: do not write into them.
@@ -95,7 +88,6 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
         sampling: PairSampling | None = None,
         *,
         episodes: Sequence[int] | None = None,
-        keys: Sequence[str] | None = None,
         image_transforms: Callable[[Tensor], Tensor] | None = None,
         cache_bytes: int = 256 << 20,
         verify: bool = True,
@@ -104,9 +96,8 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
         self.sampling = sampling or PairSampling()
         transforms = image_transforms or transforms_of(tgt_dataset) or transforms_of(src_dataset)
         cache = FrameCache(cache_bytes)
-        self.source = Frames(src_dataset, "source", keys, transforms, cache)
-        self.target = Frames(tgt_dataset, "target", keys, transforms, cache)
-        _same_patterns(keys, self.source, self.target)
+        self.source = Frames(src_dataset, "source", transforms, cache)
+        self.target = Frames(tgt_dataset, "target", transforms, cache)
         pairs.check(self.source.side, self.target.side)
         if verify:
             _same_labels(pairs, self.source, self.target)
@@ -220,10 +211,3 @@ def _keys(pairs: Pairs) -> tuple[Sequence[str], Sequence[str]]:
     if pairs.options is None:
         return (), ()
     return pairs.options.keys, pairs.options.target_keys or pairs.options.keys
-
-
-def _same_patterns(keys: Sequence[str] | None, *sides: Frames) -> None:
-    for pattern in keys or ():
-        known = [key for frames in sides for key in frames.features or ()]
-        if known and not any(matches(key, [pattern]) for key in known):
-            raise ProblemError(f'keys has "{pattern}", which neither dataset has; there are {", ".join(dict.fromkeys(known))}.')

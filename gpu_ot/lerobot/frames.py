@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import fnmatch
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -79,7 +78,6 @@ class Frames:
 
     dataset: FrameDataset
     role: str
-    keys: Sequence[str] | None
     transforms: Callable[[Tensor], Tensor] | None
     cache: FrameCache
     side: Side = dataclasses.field(init=False)
@@ -99,7 +97,7 @@ class Frames:
 
     def frame(self, row: int, draw: tuple[int, int, int]) -> dict[str, Any]:
         """Row `row`; random transforms follow `draw` = (seed, draw, side)."""
-        item = dict(self.cache.get((id(self), row), lambda: self._decode(row)))
+        item = dict(self.cache.get((id(self), row), lambda: self.dataset[row]))
         images = [key for key, value in item.items() if self._is_image(key, value)]
         for key in images:
             image = item[key]
@@ -116,19 +114,10 @@ class Frames:
                 torch.set_rng_state(before)
         return item
 
-    def _decode(self, row: int) -> dict[str, Any]:
-        item = self.dataset[row]
-        return item if self.keys is None else {key: value for key, value in item.items() if matches(key, self.keys)}
-
     def _is_image(self, key: str, value: Any) -> bool:
         if not isinstance(value, Tensor) or value.ndim < 3:
             return False
         return key in self.cameras if self.cameras is not None else key.startswith("observation.image")
-
-
-def matches(key: str, patterns: Sequence[str]) -> bool:
-    """A key is wanted by name, by wildcard, or because it says where a wanted one is padded."""
-    return any(fnmatch.fnmatchcase(each, pattern) for pattern in patterns for each in (key, key.removesuffix("_is_pad")))
 
 
 class Table(NamedTuple):

@@ -331,22 +331,6 @@ def _wide(z: Tensor) -> Tensor:
     return z.to(vector_dtype(z.device))
 
 
-class _Everyone(torch.autograd.Function):
-    """The rows of all ranks, in their order; the gradient goes to this rank's own."""
-
-    @staticmethod
-    def forward(ctx, z: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        parts = [torch.empty_like(z) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, z.contiguous())
-        ctx.rows = len(z)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        start = torch.distributed.get_rank() * ctx.rows
-        return grad_outputs[0][start : start + ctx.rows]
-
-
 def _same_sizes(term: Term) -> None:
     """A gather of unequal batches ends the process with no word why."""
     mine = torch.tensor([len(term.x), len(term.y)], device=term.x.device)
@@ -360,4 +344,8 @@ def _same_sizes(term: Term) -> None:
 
 
 def _everyone(z: Tensor) -> Tensor:
-    return _Everyone.apply(z)  # pyright: ignore[reportReturnType]
+    """The rows of all ranks, in their order; those of the others are constants."""
+    parts = [torch.empty_like(z) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, z.detach().contiguous())
+    parts[torch.distributed.get_rank()] = z
+    return torch.cat(parts)

@@ -52,7 +52,7 @@ class MixedDataset:
         cache = FrameCache(cache_bytes)
         self.seed, self.parts, self.cumulated = seed, parts, np.cumsum(shares / shares.sum())
         by_id: dict[int, Frames] = {}  # one table and one place in the cache for a dataset that several parts share
-        self.frames = [by_id.setdefault(id(p.dataset), Frames(p.dataset, p.name, None, transforms, cache)) for p in parts]
+        self.frames = [by_id.setdefault(id(p.dataset), Frames(p.dataset, p.name, transforms, cache)) for p in parts]
         self._runs = [_runs(part, frames) for part, frames in zip(parts, self.frames, strict=True)]
         self._dropped = _not_shared(parts, self.frames, transforms is not None)
 

@@ -30,7 +30,7 @@ class Settings:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             given = getattr(self, f.name)
-            if given is None and f.default is None:
+            if given is None and "None" in str(f.type):
                 continue
             if f.metadata:
                 setattr(self, f.name, number(f.name, given, **f.metadata))

@@ -15,9 +15,9 @@ from .pairs import writable
 SHOWN = 8
 
 
-def show(file: str | Path, src: str, tgt: str, out: str | Path, episode: int | None = None, camera: str | None = None) -> Path:
-    """Writes a PNG: target episode `episode`, by default the one with the nearest partner, below and its nearest source episode on the
-    left, as strips of their labels or of `camera`; the DTW path between them; the distances of all episodes, with these two marked.
+def show(file: str | Path, src: str, tgt: str, out: str | Path, episode: int | None = None, camera: str | None = None) -> str:
+    """Writes a PNG, and says what it shows: target episode `episode`, by default the one with the nearest partner, below and its nearest
+    source episode on the left, as strips of their labels or of `camera`; the DTW path between them; the distances of all, these two marked.
 
     Raises ProblemError for datasets that were not paired, an episode that has no pair, and a camera without LeRobot to decode it.
     """
@@ -70,7 +70,7 @@ def show(file: str | Path, src: str, tgt: str, out: str | Path, episode: int | N
     figure.colorbar(shown, label="distance: cutoff and sharpness are in these units")
     out = writable(out)
     figure.savefig(out, format="png", dpi=120)
-    return out
+    return f"wrote {out}: target episode {episode} and source episode {partner}, at distance {pairs.distance[k]:.4g}"
 
 
 def _pictures(dataset: str, episode: int, frames: int, camera: str) -> list[np.ndarray]:

@@ -4,7 +4,13 @@ A wheel of torchvision built for CUDA imports once the operators that it registe
 is read by PyAV, as it was.
 """
 
+import functools
+import inspect
+
 import torch
+
+# LeRobot's parser of arguments reads the same sources a thousand times for its help.
+inspect.getsource = functools.cache(inspect.getsource)
 
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
