@@ -315,41 +315,156 @@ def test_mistakes_end_before_the_policy_is_built(home, capfd, monkeypatch, chang
     assert said in capfd.readouterr().err
 
 
-@pytest.mark.lerobot
-@pytest.mark.parametrize("kind", ["act", "diffusion", "vqbet", "tdmpc"])
-def test_the_registry_finds_the_encoders_of_real_policies(lerobot, kind):
-    """Each feature that a policy embeds, against what its own forward computes with, and with a gradient."""
+STATE, CAMERA = "observation.state", CAMERAS[0]
+
+
+def built(kind, joints=4, size=84, **options):
+    """One of LeRobot's policies, tiny, without weights."""
     from lerobot.configs.types import FeatureType, PolicyFeature
     from lerobot.policies.factory import get_policy_class, make_policy_config
 
-    from gpu_ot import ProblemError
+    config = make_policy_config(kind, device="cpu", push_to_hub=False, **options)
+    shapes = {STATE: (FeatureType.STATE, (joints,)), CAMERA: (FeatureType.VISUAL, (3, size, size))}
+    config.input_features = {key: PolicyFeature(type=what, shape=shape) for key, (what, shape) in shapes.items()}
+    config.output_features = {"action": PolicyFeature(type=FeatureType.ACTION, shape=(joints,))}
+    torch.manual_seed(0)
+    return get_policy_class(kind)(config).eval()
+
+
+def embeds(policy, observation, keys):
+    """Each feature with a gradient, and row by row."""
     from gpu_ot.lerobot.encoders import embed
 
-    camera, state = "observation.images.front", "observation.state"
-    shapes = {state: (FeatureType.STATE, (4,)), camera: (FeatureType.VISUAL, (3, 84, 84))}
-    small = {
-        "act": dict(dim_model=32, n_heads=2, dim_feedforward=64, pretrained_backbone_weights=None),
-        "diffusion": dict(down_dims=(16, 32), horizon=8, n_action_steps=4, crop_shape=None, pretrained_backbone_weights=None),
-        "vqbet": dict(crop_shape=(84, 84), gpt_n_layer=1, gpt_n_head=1, pretrained_backbone_weights=None),
-        "tdmpc": {},
-    }[kind]
-    config = make_policy_config(kind, device="cpu", push_to_hub=False, **small)
-    config.input_features = {key: PolicyFeature(type=what, shape=shape) for key, (what, shape) in shapes.items()}
-    config.output_features = {"action": PolicyFeature(type=FeatureType.ACTION, shape=(4,))}
-    torch.manual_seed(0)
-    policy = get_policy_class(kind)(config).eval()
-    steps = (2,) if kind == "diffusion" else (config.n_obs_steps,) if kind == "vqbet" else ()
-    observation = {state: torch.randn(3, *steps, 4), camera: torch.rand(3, *steps, 3, 84, 84)}
-    expected = {
-        "act": [state, camera], "diffusion": ["observation", camera], "vqbet": [state, camera], "tdmpc": ["observation", state, camera],
-    }[kind]  # fmt: skip
-    for key in expected:
-        x = observation[state if key == "observation" else key]
+    flipped = {name: each.flip(0) for name, each in observation.items()}
+    for key in keys:
+        x = observation[STATE if key == "observation" else key]
         z = embed(policy, key, x, observation)
         assert z.shape[0] == 3 and z.ndim == 2 and z.requires_grad and z.isfinite().all()
         pulls = torch.autograd.grad(z.square().sum(), [p for p in policy.parameters() if p.requires_grad], allow_unused=True)
         assert any(g is not None and bool((g != 0).any()) for g in pulls)
-        other = embed(policy, key, x.flip(0), {name: each.flip(0) for name, each in observation.items()})
-        torch.testing.assert_close(other, z.flip(0), rtol=1e-4, atol=1e-5)  # row by row
+        torch.testing.assert_close(embed(policy, key, x.flip(0), flipped), z.flip(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.lerobot
+@pytest.mark.parametrize("kind", ["act", "diffusion", "vqbet", "tdmpc"])
+def test_the_registry_finds_the_encoders_of_real_policies(lerobot, kind):
+    from gpu_ot import ProblemError
+    from gpu_ot.lerobot.encoders import embed
+
+    resnet, crop = dict(pretrained_backbone_weights=None), (84, 84)
+    small = {
+        "act": dict(dim_model=32, n_heads=2, dim_feedforward=64, **resnet),
+        "diffusion": dict(down_dims=(16, 32), horizon=8, n_action_steps=4, crop_shape=None, **resnet),
+        "vqbet": dict(crop_shape=crop, gpt_n_layer=1, gpt_n_head=1, **resnet),
+        "tdmpc": {},
+    }[kind]
+    policy = built(kind, **small)
+    steps = (2,) if kind == "diffusion" else (policy.config.n_obs_steps,) if kind == "vqbet" else ()
+    observation = {STATE: torch.randn(3, *steps, 4), CAMERA: torch.rand(3, *steps, 3, 84, 84)}
+    whole = ["observation"] if kind in ("diffusion", "tdmpc") else []
+    embeds(policy, observation, [*whole, *([] if kind == "diffusion" else [STATE]), CAMERA])
     with pytest.raises(ProblemError, match=r"no embedding of|has no part"):
-        embed(policy, "observation.environment_state", observation[state], observation)
+        embed(policy, "observation.environment_state", observation[STATE], observation)
+
+
+def shrunk(kind, monkeypatch):
+    """A large policy of LeRobot 0.6 at a size that a test can hold: the classes are its own, their weights random."""
+    transformers = pytest.importorskip("transformers")
+    module = pytest.importorskip(f"lerobot.policies.{kind}.modeling_{kind}")
+    tiny = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    if kind.startswith("pi0"):
+        monkeypatch.setattr(module, "get_gemma_config", lambda variant: module.GemmaConfig(16, 1, 16, 2, 1, 8))
+        paligemma = lambda: transformers.PaliGemmaConfig(vision_config=dict(model_type="siglip_vision_model", patch_size=14, **tiny))  # noqa: E731
+        monkeypatch.setattr(module, "CONFIG_MAPPING", {"paligemma": paligemma, "gemma": module.CONFIG_MAPPING["gemma"]})
+        for name in ("AutoProcessor", "AutoTokenizer") if kind == "pi0_fast" else ():
+            monkeypatch.setattr(getattr(module, name), "from_pretrained", lambda *args, **options: None)
+        return built(kind, size=224)
+    if kind == "smolvla":
+        expert = pytest.importorskip("lerobot.policies.smolvla.smolvlm_with_expert")
+        text = dict(model_type="llama", num_key_value_heads=1, head_dim=8, vocab_size=64, pad_token_id=0, **tiny)
+        config = transformers.SmolVLMConfig(text_config=text, vision_config=dict(image_size=32, patch_size=8, **tiny), scale_factor=2)
+        monkeypatch.setattr(expert.AutoConfig, "from_pretrained", lambda name: config)
+        names = ("fake_image_token_id", "global_image_token_id")
+        processor = types.SimpleNamespace(tokenizer=types.SimpleNamespace(**dict.fromkeys(names, 1)))
+        monkeypatch.setattr(expert.AutoProcessor, "from_pretrained", lambda name: processor)
+        return built(kind, resize_imgs_with_padding=(32, 32), num_vlm_layers=1, train_expert_only=False, freeze_vision_encoder=False)
+    if kind == "xvla":
+        stage = dict(depths=(1,), patch_size=(7,), patch_stride=(4,), patch_padding=(3,), patch_prenorm=(False,), embed_dim=(16,))
+        vision = dict(**stage, num_heads=(2,), num_groups=(2,), window_size=4, projection_dim=16)
+        text = dict(vocab_size=64, d_model=16, encoder_layers=1, encoder_ffn_dim=16, encoder_attention_heads=2)
+        text |= dict(decoder_layers=1, decoder_ffn_dim=16, decoder_attention_heads=2)
+        florence = dict(vision_config=vision, text_config=text, projection_dim=16)
+        return built(kind, florence_config=florence, hidden_size=16, depth=1, num_heads=2, action_mode="auto")
+    clip = dict(projection_dim=16, **tiny)
+    vision = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(image_size=32, patch_size=16, **clip))
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=64, **clip))
+    monkeypatch.setattr(module.CLIPVisionModel, "from_pretrained", lambda name: vision)
+    monkeypatch.setattr(module.CLIPTextModel, "from_pretrained", lambda name: text)
+    return built(kind, size=32, image_resize_shape=None, image_crop_shape=None, hidden_dim=16, num_layers=1, num_heads=2)
+
+
+@pytest.mark.lerobot
+@pytest.mark.parametrize("kind", ["pi0", "pi05", "pi0_fast", "smolvla", "xvla", "multi_task_dit"])
+def test_the_registry_finds_the_encoders_of_large_policies(lerobot, kind, monkeypatch):
+    """With LeRobot 0.6 and its extras alone."""
+    import lerobot as package
+
+    if package.__version__ < "0.6":
+        pytest.skip("needs LeRobot 0.6 and transformers")
+    policy = shrunk(kind, monkeypatch)
+    steps, size = ((2,), 32) if kind == "multi_task_dit" else ((), policy.config.image_features[CAMERA].shape[-1])
+    observation = {STATE: torch.randn(3, *steps, 4), CAMERA: torch.rand(3, *steps, 3, size, size)}
+    keys = {"multi_task_dit": ["observation"], "pi0": [STATE], "smolvla": [STATE]}.get(kind, [])
+    embeds(policy, observation, [*keys, CAMERA])
+
+
+@pytest.mark.lerobot
+def test_the_registry_finds_the_state_encoder_of_groot(lerobot):
+    groot = pytest.importorskip("lerobot.policies.groot.groot_n1_7", exc_type=ImportError)
+    pytest.importorskip("diffusers")
+    tiny = dict(num_layers=1, num_attention_heads=2, attention_head_dim=8, output_dim=16)
+    config = groot.GR00TN17Config(
+        hidden_size=16, input_embedding_dim=16, backbone_embedding_dim=16, max_state_dim=4, state_history_length=2, max_num_embodiments=3,
+        diffusion_model_cfg=tiny, vl_self_attention_cfg=None,
+    )  # fmt: skip
+    policy = torch.nn.Module()
+    policy.name, policy._groot_model = "groot", torch.nn.Module()
+    policy._groot_model.action_head = groot.GR00TN17ActionHead(config)
+    from gpu_ot.lerobot.encoders import embed
+
+    state, robot = torch.randn(3, 2, 4), torch.tensor([0, 1, 2])
+    z = embed(policy, "state", state, {"state": state, "embodiment_id": robot})
+    expected = policy._groot_model.action_head.state_encoder(state.view(3, 1, -1), robot)
+    torch.testing.assert_close(z, expected.flatten(1))
+
+
+@pytest.mark.lerobot
+def test_the_contract_on_a_real_policy(lerobot):
+    """The example that configurations in the wild are written by, against a float64 evaluation through POT."""
+    import ot
+
+    from gpu_ot.lerobot import OTFeatureSpec, OTLossConfig, compute_ot_loss_for_policy
+
+    policy = built("act", 8, dim_model=32, n_heads=2, dim_feedforward=64, pretrained_backbone_weights=None).double()
+    features = [
+        OTFeatureSpec(
+            src_key="observation.state", tgt_key="observation.state", dim_slice=slice(0, 8), use_learned_embed=True,
+            embed_name="joints+gripper", weight_embed=1.0, weight_label=1.0,
+        )
+    ]  # fmt: skip
+    src_obs, tgt_obs = ({STATE: torch.randn(20, 8, dtype=torch.float64)} for _ in range(2))
+    z, w = (policy.model.encoder_robot_state_input_proj(obs[STATE]) for obs in (src_obs, tgt_obs))
+    M = torch.cdist(z, w).square() + torch.cdist(src_obs[STATE], tgt_obs[STATE]).square()
+    a, reg = np.full(20, 1 / 20), float(M.mean()) / 20
+    for reg_m in (None, 5.0):
+        loss, metrics = compute_ot_loss_for_policy(policy, src_obs, tgt_obs, OTLossConfig(features, reg, reg_m=reg_m, tol=1e-11))
+        C = M.detach().numpy()
+        if reg_m is None:
+            P = ot.sinkhorn(a, a, C, reg, method="sinkhorn_log", stopThr=1e-14, numItermax=100_000)
+        else:
+            P = ot.unbalanced.sinkhorn_knopp_unbalanced(a, a, C, reg, reg_m, stopThr=1e-14, numItermax=100_000)
+        expected = (torch.from_numpy(P) * M).sum()
+        assert abs(loss - expected) <= 1e-6 * expected and {"ot_loss", "ot_pi_sum", "ot_pi_diag", f"ot_cost/{STATE}"} <= set(metrics)
+        weight = policy.model.encoder_robot_state_input_proj.weight
+        ours, theirs = (torch.autograd.grad(value, weight, retain_graph=True)[0] for value in (loss, expected))
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()

@@ -45,17 +45,16 @@ def show(file: str | Path, src: str, tgt: str, out: str | Path, episode: int | N
     ax = figure.add_subplot(grid[0, 1])
     ax.plot(*zip(*path, strict=True), color="tab:red", lw=1.5)
     ax.set(xlim=(-0.5, ends[0] - 0.5), ylim=(-0.5, ends[1] - 0.5), xticks=[], yticks=[], title=f"distance {pairs.distance[k]:.4g}")
-    for recording, name, number, place, upright in (
-        (sides[0], src, partner, grid[0, 0], True),
-        (sides[1], tgt, episode, grid[1, 1], False),
-    ):
+    placed = (sides[0], src, partner, grid[0, 0], "source"), (sides[1], tgt, episode, grid[1, 1], "target")
+    for recording, name, number, place, role in placed:
+        upright = role == "source"
         z = recording.episodes()[int(np.searchsorted(recording.side.episodes, number))]
         z = (z - z.min(0)) / np.ptp(z, 0).clip(1e-12)
         parts = _pictures(name, number, len(z), camera) if camera else [row[None] if upright else row[:, None] for row in z]
         strip = np.concatenate(parts[::-1], 0) if upright else np.concatenate(parts, 1)
         ax = figure.add_subplot(place)
         ax.imshow(strip, aspect="auto", extent=(0, 1, -0.5, len(z) - 0.5) if upright else (-0.5, len(z) - 0.5, 0, 1))
-        ax.set(**{"xticks" if upright else "yticks": [], "ylabel" if upright else "xlabel": f"frame of {name}, episode {number}"})
+        ax.set(**{"xticks" if upright else "yticks": [], "ylabel" if upright else "xlabel": f"frame of {role} episode {number}"})
 
     targets, sources = np.unique(pairs.target_episode), np.unique(pairs.source_episode)
     table = np.full((len(targets), len(sources)), np.nan)
