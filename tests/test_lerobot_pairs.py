@@ -765,7 +765,7 @@ def test_columns_that_only_some_have_are_dropped_and_other_shapes_refused():
     MixedDataset(parts, image_transforms=lambda image: image)
     with pytest.raises(ProblemError, match="positive sum"):
         MixedDataset([Part("sim", source, 0.0)])
-    with pytest.raises(ProblemError, match="sim has no episode 7"):
+    with pytest.raises(ProblemError, match="sim has a share of 1 and no frames"):
         MixedDataset([Part("sim", source, 1.0, [7])])
 
 

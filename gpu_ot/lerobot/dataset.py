@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ..errors import ProblemError
 from .episodes import read_recording
-from .frames import ORDER, PARTNER, FrameCache, FrameDataset, Frames, draw_number, generator, transforms_of
+from .frames import ORDER, PARTNER, FrameCache, FrameDataset, Frames, draw_number, fingerprint, generator, transforms_of
 from .pairfile import read_pairs
 from .pairs import Pairs
 from .settings import Settings, bounded
@@ -103,23 +102,18 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
             _same_labels(pairs, self.source, self.target)
 
         self.pairs = pairs
-        self._starts = {role: dict(zip(f.side.episodes.tolist(), f.starts.tolist(), strict=True)) for role, f in self._sides()}
-        self._lengths = {role: dict(zip(f.side.episodes.tolist(), f.side.lengths.tolist(), strict=True)) for role, f in self._sides()}
+        self._place = {episode: k for k, episode in enumerate(self.source.side.episodes.tolist())}
         chosen = self.target.side.episodes.tolist() if episodes is None else [int(episode) for episode in episodes]
-        if strange := [episode for episode in chosen if episode not in self._starts["target"]] or (["none"] if not chosen else []):
-            raise ProblemError(f"the target dataset has no episode {strange[0]}.")
+        self.rows = self.target.rows(chosen)
+        if strange := set(chosen) - set(self.target.side.episodes.tolist()):
+            raise ProblemError(f"the target dataset has no episode {min(strange)}.")
         self._partners = {episode: self._partners_of(episode) for episode in chosen}
-        first, count = (np.array([table["target"][episode] for episode in chosen]) for table in (self._starts, self._lengths))
-        self.rows = np.concatenate([np.arange(a, a + n) for a, n in zip(first, count, strict=True)])
         self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
-
-    def _sides(self) -> tuple[tuple[str, Frames], ...]:
-        return ("source", self.source), ("target", self.target)
 
     def _partners_of(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
         """(pairs, cumulated probabilities) of one target episode, among the source episodes that are there."""
         listed = self.pairs.of(episode)
-        there = np.array([k for k in listed if int(self.pairs.source_episode[k]) in self._starts["source"]], dtype=np.int64)
+        there = np.array([k for k in listed if int(self.pairs.source_episode[k]) in self._place], dtype=np.int64)
         if len(there) == 0:
             raise ProblemError(
                 f"target episode {episode} is paired with {len(listed)} episodes, none of which the source dataset holds. Load "
@@ -133,16 +127,10 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
 
     @property
     def law(self) -> str:
-        """Names the sequence of draws: two datasets with one law draw the same rows."""
-        parts = [
-            dataclasses.astuple(self.sampling),
-            sorted(self._partners),
-            [(f.side.episodes.tolist(), f.side.lengths.tolist()) for _, f in self._sides()],
-        ]
-        text = hashlib.blake2b(repr(parts).encode(), digest_size=8)
-        for name in ("target_episode", "source_episode", "distance", "first", "count"):
-            text.update(np.ascontiguousarray(getattr(self.pairs, name)).astype("<f8").tobytes())
-        return text.hexdigest()
+        episodes = [(f.side.episodes.tolist(), f.side.lengths.tolist()) for f in (self.source, self.target)]
+        names = ("target_episode", "source_episode", "distance", "first", "count")
+        given = (dataclasses.astuple(self.sampling), sorted(self._partners), episodes)
+        return fingerprint(given, *(getattr(self.pairs, name) for name in names))
 
     def draw(self, n: int) -> Draw:
         """The rows of draw n, without decoding anything."""
@@ -156,7 +144,8 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
         partners, cumulated = self._partners[episode]
         pair = int(partners[min(np.searchsorted(cumulated, rng.random() * cumulated[-1], "right"), len(partners) - 1)])
         source_episode = int(self.pairs.source_episode[pair])
-        length = self._lengths["source"][source_episode]
+        place = self._place[source_episode]
+        length = int(self.source.side.lengths[place])
         if self.sampling.no_window:
             found = int(rng.integers(length))
         else:
@@ -167,7 +156,7 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
             if w := self.sampling.window_size:
                 found += int(rng.integers(-w, w))
             found = min(max(found, 0), length - 1)
-        return Draw(self._starts["source"][source_episode] + found, row, source_episode, episode, float(self.pairs.distance[pair]))
+        return Draw(int(self.source.starts[place]) + found, row, source_episode, episode, float(self.pairs.distance[pair]))
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:

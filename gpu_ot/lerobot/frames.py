@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -43,6 +44,14 @@ def draw_number(n: int) -> int:
     if n < 0:
         raise IndexError(f"draws are numbered from 0, found {n}")
     return int(n)
+
+
+def fingerprint(given: object, *arrays: np.ndarray) -> str:
+    """Of what the draws of a dataset follow: two with one fingerprint draw the same rows."""
+    text = hashlib.blake2b(repr(given).encode(), digest_size=8)
+    for array in arrays:
+        text.update(np.ascontiguousarray(array).astype("<f8").tobytes())
+    return text.hexdigest()
 
 
 class FrameCache:
@@ -94,6 +103,12 @@ class Frames:
 
     def __len__(self) -> int:
         return self.side.frames
+
+    def rows(self, episodes: Sequence[int] | None = None, drop_last: int = 0) -> np.ndarray:
+        """The rows of some episodes, all by default, without the last `drop_last` of each."""
+        chosen = np.ones(len(self.starts), bool) if episodes is None else np.isin(self.side.episodes, episodes)
+        ends = self.starts + (self.side.lengths - drop_last).clip(min=0)
+        return np.concatenate([np.arange(a, b) for a, b in zip(self.starts[chosen], ends[chosen], strict=True)] or [np.arange(0)])
 
     def frame(self, row: int, draw: tuple[int, int, int]) -> dict[str, Any]:
         """Row `row`; random transforms follow `draw` = (seed, draw, side)."""

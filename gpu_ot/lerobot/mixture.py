@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import bisect
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import ProblemError
-from .frames import MIXTURE, FrameCache, FrameDataset, Frames, draw_number, episodes_of, generator, transforms_of
+from .frames import MIXTURE, FrameCache, FrameDataset, Frames, draw_number, episodes_of, fingerprint, generator, transforms_of
 from .pairs import Pairs
+from .settings import number
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
+class Part(NamedTuple):
     """A share of a mixture: frames of a dataset, all of them or those of some episodes, without the last `drop_last` of each episode."""
 
     name: str
@@ -36,12 +33,7 @@ class MixedDataset:
     """
 
     def __init__(
-        self,
-        parts: Sequence[Part],
-        *,
-        seed: int = 0,
-        image_transforms: Callable[[Tensor], Tensor] | None = None,
-        cache_bytes: int = 256 << 20,
+        self, parts: Sequence[Part], seed: int = 0, image_transforms: Callable[[Tensor], Tensor] | None = None, cache_bytes: int = 256 << 20
     ) -> None:
         parts = [part for part in parts if part.share != 0]
         shares = np.array([part.share for part in parts], dtype=np.float64)
@@ -53,25 +45,23 @@ class MixedDataset:
         self.seed, self.parts, self.cumulated = seed, parts, np.cumsum(shares / shares.sum())
         by_id: dict[int, Frames] = {}  # one table and one place in the cache for a dataset that several parts share
         self.frames = [by_id.setdefault(id(p.dataset), Frames(p.dataset, p.name, transforms, cache)) for p in parts]
-        self._runs = [_runs(part, frames) for part, frames in zip(parts, self.frames, strict=True)]
+        self.rows = [frames.rows(part.episodes, part.drop_last) for part, frames in zip(parts, self.frames, strict=True)]
+        if empty := [part for part, rows in zip(parts, self.rows, strict=True) if not len(rows)]:
+            raise ProblemError(f"{empty[0].name} has a share of {empty[0].share:g} and no frames to give. Give that share to another part.")
         self._dropped = _not_shared(parts, self.frames, transforms is not None)
 
     def __len__(self) -> int:
-        return sum(int(ends[-1]) for _, ends in self._runs)
+        return sum(map(len, self.rows))
 
     @property
     def law(self) -> str:
-        runs = [(starts.tolist(), ends.tolist()) for starts, ends in self._runs]
-        return hashlib.blake2b(repr((self.seed, self.cumulated.tolist(), runs)).encode(), digest_size=8).hexdigest()
+        return fingerprint((self.seed, self.cumulated.tolist()), *self.rows)
 
     def draw(self, n: int) -> tuple[int, int]:
         """(part, row of its dataset) of draw n."""
         rng = generator(self.seed, MIXTURE, draw_number(n))
         part = min(int(np.searchsorted(self.cumulated, rng.random(), "right")), len(self.parts) - 1)
-        starts, ends = self._runs[part]
-        k = int(rng.integers(ends[-1]))
-        run = bisect.bisect_right(ends, k)
-        return part, int(starts[run] + k - (ends[run - 1] if run else 0))
+        return part, int(self.rows[part][rng.integers(len(self.rows[part]))])
 
     def item(self, n: int) -> dict[str, Any]:
         """The frame of draw n."""
@@ -102,14 +92,13 @@ def co_training(
     drop_last          frames at the end of each episode that are not drawn, as some policies ask for.
     options            of `MixedDataset`.
     """
-    for name, share in (("src_weight", src_weight), ("paired_share", paired_share)):
-        if share is not None and not 0 <= share <= 1:
-            raise ProblemError(f"{name} must be a share from 0 to 1, found {share}.")
+    src_weight = number("src_weight", src_weight, least=0, most=1)
+    half = 0.5 if paired_share is None else number("paired_share", paired_share, least=0, most=1)
     there = episodes_of(src_dataset, "source").side
     chosen = {int(pairs.source_episode[k]) for t in pairs.target.episodes.tolist() for k in pairs.of(t)[:topk_src_episodes]}
     paired = [e for e in there.episodes.tolist() if e in chosen]
     others = [e for e in there.episodes.tolist() if e not in chosen]
-    share = (0.5 if paired_share is None else paired_share) if paired and others else float(bool(paired))
+    share = half if paired and others else float(bool(paired))
     source, target = src_weight, 1 - src_weight
     if per_frame:
         source, target = source * there.frames, target * len(tgt_dataset)
@@ -119,21 +108,6 @@ def co_training(
         Part("target", tgt_dataset, target, None, drop_last),
     ]
     return MixedDataset(parts, **options)
-
-
-def _runs(part: Part, frames: Frames) -> tuple[np.ndarray, np.ndarray]:
-    """(first row of each chosen episode, frames up to its end)."""
-    if part.episodes is None:
-        chosen = np.arange(len(frames.side.episodes))
-    else:
-        place = {episode: k for k, episode in enumerate(frames.side.episodes.tolist())}
-        if strange := [episode for episode in part.episodes if int(episode) not in place]:
-            raise ProblemError(f"{part.name} has no episode {strange[0]}.")
-        chosen = np.array([place[int(episode)] for episode in part.episodes], dtype=np.int64)
-    ends = np.cumsum((frames.side.lengths[chosen] - part.drop_last).clip(min=0))
-    if len(chosen) == 0 or ends[-1] == 0:
-        raise ProblemError(f"{part.name} has a share of {part.share:g} and no frames to give. Give that share to another part.")
-    return frames.starts[chosen], ends
 
 
 def _not_shared(parts: Sequence[Part], frames: Sequence[Frames], transformed: bool) -> frozenset[str]:
