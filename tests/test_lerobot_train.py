@@ -22,6 +22,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 FRAMES, SIM, REAL = 16, 5, 3
 CAMERAS = ("observation.images.front", "observation.images.side")
+STATE, CAMERA = "observation.state", CAMERAS[0]
 TRAIN = shlex.split(
     "--policy.device=cpu --policy.push_to_hub=false --policy.pretrained_backbone_weights=null --batch_size=8 --num_workers=0 --steps=20 "
     "--log_freq=5 --save_freq=10 --wandb.enable=false --seed=1 --policy.optimizer_lr=3e-4"
@@ -75,31 +76,32 @@ def test_a_source_with_names_of_its_own(monkeypatch, tmp_path):
     opened = {}
     datasets = types.SimpleNamespace(
         LeRobotDataset=lambda name, **options: opened.update(options),
-        LeRobotDatasetMetadata=lambda name, root: types.SimpleNamespace(features={"observation.images.cam": 0, "observation.state": 0}),
+        LeRobotDatasetMetadata=lambda name, root: types.SimpleNamespace(features={"observation.images.cam": {}, STATE: {}}),
     )
     monkeypatch.setitem(sys.modules, "lerobot.datasets.lerobot_dataset", datasets)
     monkeypatch.setitem(sys.modules, "lerobot.datasets.factory", types.SimpleNamespace(resolve_delta_timestamps=lambda policy, meta: None))
-    monkeypatch.setattr(launcher, "read_pairs", lambda path, **bases: None)
+    pairs = types.SimpleNamespace(target=types.SimpleNamespace(episodes=np.arange(3)))
+    monkeypatch.setattr(launcher, "read_pairs", lambda path, **bases: pairs)
+    monkeypatch.setattr(launcher, "LeRobotOTPairDataset", lambda *data, **options: None)
     loss = features("observation.images.cam")
     loss["features"][0] |= dict(tgt_key="observation.images.front", term_name=None)
     given = OTConfig.from_dict(dict(src_repo_id="sim", pair_info_path="pairs.npz", loss_config=loss))
     before = given.to_dict()
 
     launch = launcher._Launch(given, types.ModuleType("script"))
-    target = types.SimpleNamespace(
-        image_transforms=None, meta=types.SimpleNamespace(features={"observation.images.front": 0, "observation.state": 0})
-    )
+    target = types.SimpleNamespace(image_transforms=None, meta=types.SimpleNamespace(features={"observation.images.front": {}, STATE: {}}))
     script = types.SimpleNamespace(
         resume=False,
         policy=types.SimpleNamespace(pretrained_path="hub"),
         tolerance_s=1e-4,
         dataset=types.SimpleNamespace(video_backend="pyav"),
+        seed=1,
         rename_map={"observation.state": "observation.joints"},
     )
     launch._dataset(lambda cfg: target, script)
     assert opened["video_backend"] == "pyav"
     first = launch.cfg.loss_config.features[0]
-    assert (first.src_key, first.name) == ("observation.images.front", "observation.images.cam->observation.images.front")
+    assert (first.src_key, first.name) == ("observation.images.front", "observation.images.cam")
     state = launch.cfg.loss_config.features[1]  # after the preprocessor, which follows --rename_map
     assert (state.src_key, state.tgt_key, state.name) == ("observation.joints", "observation.joints", "state")
     named = {key: launch._renamed(key) for key in ("observation.images.cam_is_pad", "observation.images.cam", "observation.state", "task")}
@@ -313,9 +315,6 @@ def test_mistakes_end_before_the_policy_is_built(home, capfd, monkeypatch, chang
     arguments = ["--dataset.repo_id=real", "--dataset.root=real", "--output_dir=wrong", *TRAIN, *ACT]
     assert cli.main(["train", "--ot-config", cfg, "--", *arguments]) == 2
     assert said in capfd.readouterr().err
-
-
-STATE, CAMERA = "observation.state", CAMERAS[0]
 
 
 def built(kind, joints=4, size=84, **options):
