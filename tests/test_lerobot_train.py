@@ -45,7 +45,7 @@ def features(camera="observation.images.front", **more):
 
 
 #: The joints that the wide robot and the other have in common.
-SLICED = dict(src_key="observation.state", dim_slice=[0, 4])
+SLICED = dict(src_key="observation.state", dim_slice=[0, 8])
 
 
 @pytest.mark.parametrize("name", ["act_state", "act_three_cameras", "diffusion_observation", "released"])
@@ -118,25 +118,31 @@ def home(lerobot, tmp_path_factory):
     home = tmp_path_factory.mktemp("lerobot")
     made = run(home, "python", "-c", f"import runpy; runpy.run_path({__file__!r})['record']()")
     assert (home / "real" / "meta" / "info.json").exists(), made
-    said = run(home, "gpu-ot", "pair", "--src", "sim", "--tgt", "real", "--out", "pairs.npz")
-    assert "pairs.npz" in said
+    (home / "configs").symlink_to(ROOT / "configs")
+    assert "wrote pairs.npz" in run(home, *printed("pair "))
     return home
+
+
+def printed(begin: str) -> list[str]:
+    """The first command of README that begins so, without its comment."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    return shlex.split(next(line for line in lines if line.startswith(f"gpu-ot {begin}")), comments=True)
 
 
 def record() -> None:
     """In the current folder: movements, as a state and as a square that moves on a ground of each domain's own colour, seen by two cameras
-    whose videos hold several episodes each. `wide` is `sim` with a fifth joint."""
+    whose videos hold several episodes each. `wide` is `sim` with a ninth joint."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     for name, episodes, seed, ground in (("sim", SIM, 0, (30, 60, 90)), ("real", REAL, 1, (90, 60, 30)), ("wide", SIM, 0, (30, 60, 90))):
         rng = np.random.default_rng(seed)
-        joints = dict(dtype="float32", shape=(4,), names=list("abcd"))
-        wide = dict(dtype="float32", shape=(5,), names=list("abcde")) if name == "wide" else joints
+        joints, ninth = (dict(dtype="float32", shape=(n,), names=list("abcdefghi"[:n])) for n in (8, 9))
+        wide = ninth if name == "wide" else joints
         video = dict(dtype="video", shape=(3, 64, 64), names=["channel", "height", "width"])
         columns = {"observation.state": wide, "action": joints} | ({} if name == "wide" else dict.fromkeys(CAMERAS, video))
         dataset = LeRobotDataset.create(name, fps=10, features=columns, root=Path(name), use_videos=True)
         for _ in range(episodes):
-            phase = rng.random(4) * 2 * np.pi
+            phase = rng.random(8) * 2 * np.pi
             for t in range(FRAMES):
                 state = np.sin(phase + 4.4 * t / FRAMES).astype(np.float32)
                 picture = np.full((64, 64, 3), ground, np.uint8)
@@ -153,7 +159,7 @@ def run(home: Path, *command: str, ok: bool = True) -> str:
     """What a command says, in an environment without a network and on one core."""
     program = Path(sys.executable).with_name(command[0])
     environment = os.environ | {
-        "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"
+        "HF_HOME": str(home / "hf"), "HF_LEROBOT_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"
     }  # fmt: skip
     done = subprocess.run([str(program), *command[1:]], cwd=home, env=environment, capture_output=True, text=True, timeout=280)
     assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-6000:]
@@ -245,6 +251,17 @@ def test_check_tells_what_would_be_aligned_and_trains_nothing(home):
 
 
 @pytest.mark.lerobot
+def test_what_the_readme_prints_runs(home):
+    """Beside what makes the policy small, and no weights wanted."""
+    small = [word for word in (*TRAIN, *ACT) if not word.startswith(("--policy.type", "--policy.push"))] + ["--steps=2", "--log_freq=1"]
+    assert "numbers to begin with" in run(home, *printed("check "), *small)
+    assert (
+        len(reported(run(home, *printed("train ")[:4], "--ot.features.0.weight_embed=1", *printed("train ")[4:], *small), "ot_loss")) == 2
+    )
+    assert "wrote pairs.png" in run(home, *printed("pairs "))
+
+
+@pytest.mark.lerobot
 def test_diffusion_aligns_its_whole_observation(home):
     cfg = write(home, "diffusion.json", grad_norms_every=5, loss_config=features("observation"))
     said = train(home, cfg, "diffusion", *DIFFUSION)
@@ -294,9 +311,9 @@ def test_bfloat16_trains_with_costs_in_float32(home, monkeypatch):
     (dict(loss_config=features("observation.images.top")), "observation.images.top"),
     (dict(loss_config=features("observation.images.t*")), "which has action, episode_index"),
     (dict(lamda_ot=1.0), 'did you mean "lambda_ot"'),
-    (dict(src_repo_id="wide", src_root="wide", pair_info_path="wide.npz", loss_config=dict(features=[SLICED])), "(5,) in the source"),
+    (dict(src_repo_id="wide", src_root="wide", pair_info_path="wide.npz", loss_config=dict(features=[SLICED])), "(9,) in the source"),
     (dict(pair_info_path="wide.npz"), "labels have other values"),
-    (dict(loss_config=dict(features=[SLICED | dict(dim_slice=[0, 8])])), "dim_slice [0, 8]"),
+    (dict(loss_config=dict(features=[SLICED | dict(dim_slice=[0, 9])])), "dim_slice [0, 9]"),
     (dict(retrieval_every=5, held_out_episodes=3), "none is left to align"),
 ])  # fmt: skip
 def test_mistakes_end_before_the_policy_is_built(home, capfd, monkeypatch, change, said):
@@ -309,8 +326,8 @@ def test_mistakes_end_before_the_policy_is_built(home, capfd, monkeypatch, chang
     monkeypatch.setattr(lerobot_train, "make_policy", lambda *args, **options: pytest.fail("the policy is built"))
     data = (home / "pairs.npz").read_bytes()
     (home / "damaged.npz").write_bytes(data[: len(data) // 2])
-    if not (home / "wide.npz").exists():  # the first four are what both have
-        assert cli.main(["pair", "--src", "wide", "--tgt", "real", "--out", "wide.npz", "--slice", "0", "4"]) == 0
+    if not (home / "wide.npz").exists():  # the first eight are what both have
+        assert cli.main(["pair", "--src", "wide", "--tgt", "real", "--out", "wide.npz", "--slice", "0", "8"]) == 0
     cfg = write(home, "wrong.json", **(dict(loss_config=features()) | change))
     arguments = ["--dataset.repo_id=real", "--dataset.root=real", "--output_dir=wrong", *TRAIN, *ACT]
     assert cli.main(["train", "--ot-config", cfg, "--", *arguments]) == 2

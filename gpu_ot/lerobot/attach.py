@@ -76,7 +76,6 @@ class CoTraining:
         self._pending: list[tuple[list[str], Tensor, Any]] = []
         self._board: Any = None
 
-    @torch.compiler.disable
     def add_to(self, policy: nn.Module, out: Any) -> Any:
         """What the policy's `forward` gives, (loss, info) or the loss alone, with the alignment in it."""
         loss, info = (out, None) if (bare := isinstance(out, Tensor)) else out
@@ -190,11 +189,13 @@ class _Aligned:
         training: CoTraining | None = self.__dict__.get("_co_training")
         if training is None or not (self.training and torch.is_grad_enabled()):  # pyright: ignore[reportAttributeAccessIssue]
             return out
-        return training.add_to(self, out)  # pyright: ignore[reportArgumentType]
+        add_to: Any = torch.compiler.disable(training.add_to)  # reads data and reports, which is not for a compiler
+        return add_to(self, out)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """What is saved or copied is the plain policy: it loads where this package is not, and a copy is not co-trained."""
-        _, _, state, *rest = super().__reduce_ex__(max(2, int(protocol)))  # pyright: ignore[reportAssignmentType]
+        reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
+        _, _, state, *rest = reduced
         plain = {key: z for key, z in state.items() if key != "_co_training"}
         return copyreg._reconstructor, (type(self).__mro__[2], object, None), plain, *rest  # pyright: ignore[reportAttributeAccessIssue]
 

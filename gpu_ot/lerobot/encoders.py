@@ -151,9 +151,9 @@ def _at(path: str) -> Encoder:
     return encoder
 
 
-def _act_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    model = policy.model
-    return _frames(lambda z: _pooled(model.encoder_img_feat_input_proj(model.backbone(z)["feature_map"])), x, True)
+def _image(embed: Callable[[Any, Tensor], Tensor]) -> Encoder:
+    """A policy that embeds single images."""
+    return lambda policy, key, x, observation: _frames(lambda z: _pooled(embed(policy, z)), x, True)
 
 
 def _diffusion_whole(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
@@ -168,15 +168,6 @@ def _diffusion_image(policy: Any, key: str, x: Tensor, observation: Observation)
     if isinstance(encoder, nn.ModuleList):
         encoder = encoder[list(policy.config.image_features).index(key)]
     return _frames(encoder, x, True)
-
-
-def _vqbet_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    model = policy.vqbet
-    return _frames(lambda z: model.rgb_feature_projector(model.rgb_encoder(z)), x, True)
-
-
-def _tdmpc_whole(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    return policy.model.encode(dict(observation))
 
 
 def _tdmpc_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
@@ -208,10 +199,6 @@ def _groot_state(policy: Any, key: str, x: Tensor, observation: Observation) -> 
     return head.state_encoder(x, observation["embodiment_id"])
 
 
-def _dit_whole(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    return policy.observation_encoder.encode(policy._prepare_batch(dict(observation)))
-
-
 def _dit_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
     part = policy.observation_encoder
     encoder = part.vision_encoder or part.vision_encoders[part.camera_names.index(key)]
@@ -226,12 +213,15 @@ KNOWN: dict[str, tuple[tuple[str, Encoder], ...]] = {
     "act": (
         (STATE, _at("model.encoder_robot_state_input_proj")),
         (ENVIRONMENT, _at("model.encoder_env_state_input_proj")),
-        (IMAGES, _act_image),
+        (IMAGES, _image(lambda policy, z: policy.model.encoder_img_feat_input_proj(policy.model.backbone(z)["feature_map"]))),
     ),
     "diffusion": ((WHOLE, _diffusion_whole), (IMAGES, _diffusion_image)),
-    "vqbet": ((STATE, _at("vqbet.state_projector")), (IMAGES, _vqbet_image)),
+    "vqbet": (
+        (STATE, _at("vqbet.state_projector")),
+        (IMAGES, _image(lambda policy, z: policy.vqbet.rgb_feature_projector(policy.vqbet.rgb_encoder(z)))),
+    ),
     "tdmpc": (
-        (WHOLE, _tdmpc_whole),
+        (WHOLE, lambda policy, key, x, observation: policy.model.encode(dict(observation))),
         (STATE, _at("model._encoder.state_enc_layers")),
         (ENVIRONMENT, _at("model._encoder.env_state_enc_layers")),
         (IMAGES, _tdmpc_image),
@@ -242,5 +232,8 @@ KNOWN: dict[str, tuple[tuple[str, Encoder], ...]] = {
     "pi0_fast": ((IMAGES, _PALIGEMMA),),
     "xvla": ((IMAGES, _tokens("_prepare_images", "vlm.get_image_features")),),  # the state goes in beside the actions
     "groot": (("state", _groot_state),),  # as its preprocessor calls it
-    "multi_task_dit": ((WHOLE, _dit_whole), (IMAGES, _dit_image)),
+    "multi_task_dit": (
+        (WHOLE, lambda policy, key, x, observation: policy.observation_encoder.encode(policy._prepare_batch(dict(observation)))),
+        (IMAGES, _dit_image),
+    ),
 }

@@ -8,7 +8,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -93,8 +93,7 @@ class Frames:
     starts: np.ndarray = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        table = episodes_of(self.dataset, self.role)
-        self.side, self.starts = table.side, table.starts
+        self.side, self.starts = episodes_of(self.dataset, self.role)
         self.dataset = without_transforms(self.dataset)
         meta = getattr(self.dataset, "meta", None)
         cameras = getattr(meta, "camera_keys", None)
@@ -135,13 +134,8 @@ class Frames:
         return key in self.cameras if self.cameras is not None else key.startswith("observation.image")
 
 
-class Table(NamedTuple):
-    side: Side
-    starts: np.ndarray
-
-
-def episodes_of(dataset: FrameDataset, role: str) -> Table:
-    """Which rows are which episode's, from the column alone."""
+def episodes_of(dataset: FrameDataset, role: str) -> tuple[Side, np.ndarray]:
+    """The episodes, and the first row of each, from the column alone."""
     try:
         rows = dataset.hf_dataset
         rows = rows.select_columns(["episode_index"]).with_format("numpy") if hasattr(rows, "with_format") else rows
@@ -161,7 +155,7 @@ def episodes_of(dataset: FrameDataset, role: str) -> Table:
     fps = getattr(getattr(dataset, "meta", None), "fps", None)
     if (np.diff(numbers) <= 0).any():
         raise ProblemError(f"the episodes of the {role} dataset are not in increasing order. Sort the dataset by episode and time.")
-    return Table(Side(name, float(fps) if fps else None, numbers, lengths), starts)
+    return Side(name, float(fps) if fps else None, numbers, lengths), starts
 
 
 def transforms_of(dataset: FrameDataset) -> Callable[[Tensor], Tensor] | None:

@@ -94,7 +94,7 @@ def co_training(
     """
     src_weight = number("src_weight", src_weight, least=0, most=1)
     half = 0.5 if paired_share is None else number("paired_share", paired_share, least=0, most=1)
-    there = episodes_of(src_dataset, "source").side
+    there, _ = episodes_of(src_dataset, "source")
     chosen = {int(pairs.source_episode[k]) for t in pairs.target.episodes.tolist() for k in pairs.of(t)[:topk_src_episodes]}
     paired = [e for e in there.episodes.tolist() if e in chosen]
     others = [e for e in there.episodes.tolist() if e not in chosen]

@@ -135,20 +135,14 @@ class Pairs:
     def write(self, path: str | Path) -> Path:
         """As compact arrays (.npz, nothing pickled); whole or not at all."""
         path = Path(path)
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "index_base": 0,
-            "options": dataclasses.asdict(self.options) if self.options else None,
-            **{
-                role: {"name": side.name, "fps": side.fps, "digest": side.digest, "exact": side.exact}
-                for role, side in (("source", self.source), ("target", self.target))
-            },
-        }
+        sides = (("source", self.source), ("target", self.target))
+        options = dataclasses.asdict(self.options) if self.options else None
+        header: dict[str, Any] = {"format": FORMAT, "version": VERSION, "index_base": 0, "options": options}
+        header |= {role: {name: getattr(side, name) for name in ("name", "fps", "digest", "exact")} for role, side in sides}
         arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
         if self.frames is not None:
             arrays["frames"] = self.frames
-        for role, side in (("source", self.source), ("target", self.target)):
+        for role, side in sides:
             arrays |= {f"{role}_episodes": side.episodes, f"{role}_lengths": side.lengths}
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
@@ -197,11 +191,9 @@ def _validate(pairs: Pairs) -> None:
             raise ProblemError(f"the {role} episodes must be numbered in increasing order and have frames. Pair again.")
         at = np.searchsorted(side.episodes, episodes).clip(max=max(len(side.episodes) - 1, 0))
         if len(side.episodes) == 0 or (side.episodes[at] != episodes).any():
-            known = (
-                f"there are {len(side.episodes)} from {side.episodes[0]} to {side.episodes[-1]}" if len(side.episodes) else "there are none"
-            )
+            known = f"from {side.episodes[0]} to {side.episodes[-1]}" if len(side.episodes) else "none"
             strange = sorted(set(np.asarray(episodes).tolist()) - set(np.asarray(side.episodes).tolist()))
-            raise ProblemError(f"{role} episode {strange[0]} is paired and does not exist: {known}. Pair again.")
+            raise ProblemError(f"{role} episode {strange[0]} is paired and does not exist: there are {known}. Pair again.")
         lengths.append(side.lengths[at].astype(np.int64))
     owned = np.diff(pairs.offsets.astype(np.int64))
     if (owned != lengths[1]).any():
@@ -240,11 +232,9 @@ def _compare(role: str, ours: Side, given: Side) -> None:
     found, expected, numbers = given.lengths[known], ours.lengths[at][known], given.episodes[known]
     wrong = found != expected if ours.exact and given.exact else found < expected
     if wrong.any():
-        least = "" if ours.exact else "at least "
-        differs.append(
-            f"episode {numbers[wrong][0]} has {found[wrong][0]} frames instead of {least}{expected[wrong][0]}"
-            + (f", and {wrong.sum() - 1} more episodes differ" if wrong.sum() > 1 else "")
-        )
+        more = f", and {wrong.sum() - 1} more episodes differ" if wrong.sum() > 1 else ""
+        least = f"{'' if ours.exact else 'at least '}{expected[wrong][0]}"
+        differs.append(f"episode {numbers[wrong][0]} has {found[wrong][0]} frames instead of {least}{more}")
     if not differs and ours.digest and given.digest and len(given.episodes) == len(ours.episodes) and ours.digest != given.digest:
         differs.append("its labels have other values")
     if differs:

@@ -147,10 +147,7 @@ class _Launch:
     def _source(self) -> None:
         """The source dataset, seen as the target is: the same frames of history, the same image transforms."""
         from lerobot.datasets.factory import resolve_delta_timestamps  # pyright: ignore[reportMissingImports]
-        from lerobot.datasets.lerobot_dataset import (  # pyright: ignore[reportMissingImports]
-            LeRobotDataset,
-            LeRobotDatasetMetadata,
-        )
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata  # pyright: ignore[reportMissingImports]
 
         cfg, target = self.cfg, self.target
         if cfg.src_repo_id is None and cfg.src_root is None:
@@ -173,9 +170,7 @@ class _Launch:
         )
         pairs = self.pairs = read_pairs(cfg.pair_info_path, base_index_src=cfg.base_index_src, base_index_tgt=cfg.base_index_tgt)
         # Where a feature has another name in the source, the source's takes the target's: one preprocessor normalises both.
-        made = {WHOLE} | (
-            {"state"} if getattr(self.train_cfg.policy, "type", "") == "groot" else set()
-        )  # by the policy, or by its preprocessor
+        made = {WHOLE, "state"} if getattr(self.train_cfg.policy, "type", "") == "groot" else {WHOLE}  # by the policy, or its preprocessor
         there = {*target.meta.features, *made}
         found = expanded(cfg.loss_config.features, {*meta.features, *made}, there)
         self.rename: dict[str, str] = {s.src_key: str(s.tgt_key) for s in found if s.src_key not in there}
