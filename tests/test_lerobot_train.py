@@ -255,9 +255,8 @@ def test_what_the_readme_prints_runs(home):
     """Beside what makes the policy small, and no weights wanted."""
     small = [word for word in (*TRAIN, *ACT) if not word.startswith(("--policy.type", "--policy.push"))] + ["--steps=2", "--log_freq=1"]
     assert "numbers to begin with" in run(home, *printed("check "), *small)
-    assert (
-        len(reported(run(home, *printed("train ")[:4], "--ot.features.0.weight_embed=1", *printed("train ")[4:], *small), "ot_loss")) == 2
-    )
+    begin, rest = printed("train ")[:4], printed("train ")[4:]
+    assert len(reported(run(home, *begin, "--ot.features.0.weight_embed=1", *rest, *small), "ot_loss")) == 2
     assert "wrote pairs.png" in run(home, *printed("pairs "))
 
 
