@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from gpu_ot import cli
 from gpu_ot.errors import ProblemError
+from gpu_ot.lerobot import OTConfig
 from gpu_ot.lerobot import dtw as dtw_module
 from gpu_ot.lerobot.dataset import LeRobotOTPairDataset, PairSampling
 from gpu_ot.lerobot.draws import DrawLoader
@@ -702,11 +703,14 @@ def test_datasets_that_were_not_paired_are_refused():
 
 # The batch to imitate
 
+#: The paper's shares: 0.45 of the paired source episodes, 0.45 of the others, 0.1 of the target.
+MIX = OTConfig(bc_src_weight=0.9)
+
 
 def test_shares_of_the_mixture_are_kept():
     source, target, _ = fakes()
     kept = pair_episodes(*sets(), PairOptions(topk=1))
-    mixed = co_training(source, target, kept)
+    mixed = co_training(source, target, kept, MIX)
     chosen = set(kept.source_episode.tolist())
     assert len(mixed.parts) == 3 and 0 < len(chosen) < 3
     drawn = [mixed.draw(n) for n in range(8000)]
@@ -721,16 +725,16 @@ def test_shares_of_the_mixture_are_kept():
 
 def test_without_other_episodes_the_paired_have_their_share():
     source, target, pairs = fakes()
-    mixed = co_training(source, target, pairs, src_weight=0.8)
+    mixed = co_training(source, target, pairs, OTConfig(bc_src_weight=0.8))
     assert [part.name for part in mixed.parts] == ["paired source", "target"]
     np.testing.assert_allclose(mixed.cumulated, [0.8, 1])
-    larger = co_training(source, target, pairs, src_weight=0.5, per_frame=True)
+    larger = co_training(source, target, pairs, OTConfig(bc_src_weight=0.5, normalize_bc_weights_by_ds_size=False))
     np.testing.assert_allclose(larger.cumulated[0], len(source) / (len(source) + len(target)))
 
 
 def test_the_mixture_resumes_and_splits_among_ranks():
     def loader(**options):
-        return DrawLoader(co_training(*fakes(), seed=3), 8, **options)
+        return DrawLoader(co_training(*fakes(), MIX, seed=3), 8, **options)
 
     whole = loader(rank=0, world=1)
     states = torch.cat([next(whole)["observation.state"] for _ in range(6)])
@@ -745,7 +749,7 @@ def test_the_mixture_resumes_and_splits_among_ranks():
 
 def test_ends_of_episodes_are_left_out_where_a_policy_asks_for_it():
     source, target, pairs = fakes()
-    mixed = co_training(source, target, pairs, src_weight=0.5, drop_last=4)
+    mixed = co_training(source, target, pairs, OTConfig(bc_src_weight=0.5), drop_last=4)
     for n in range(3000):
         part, row = mixed.draw(n)
         data, side = mixed.parts[part].dataset, mixed.frames[part].side
@@ -989,5 +993,5 @@ def test_real_datasets_by_repo_id_in_part_with_history_and_transforms(real, monk
 def test_a_real_mixture_collates(real):
     _, source, target, _ = real
     pairs = pair_episodes(read_recording(source.root), read_recording(target.root), PairOptions(topk=1))
-    batch = next(DrawLoader(co_training(source, target, pairs), 16, num_workers=2))
+    batch = next(DrawLoader(co_training(source, target, pairs, MIX), 16, num_workers=2))
     assert batch["observation.images.top"].shape == (16, 3, 16, 16) and batch["observation.state"].shape == (16, 3)

@@ -29,6 +29,8 @@ from .loss import CostScale, alarm, align, floats, refuse_nan
 Pair = Any
 #: Makes a batch of observations what the policy is trained on: normalised, on its device.
 Preprocess = Callable[[dict[str, Any]], Mapping[str, Any]]
+#: Batches to iterate over again and again, or a function of the step to begin from that gives them.
+Batches = Iterable[Pair] | Callable[[int], Iterable[Pair]]
 
 
 class CoTraining:
@@ -45,7 +47,7 @@ class CoTraining:
     def __init__(
         self,
         cfg: OTConfig,
-        pairs: Iterable[Pair] | Callable[[int], Iterable[Pair]],
+        pairs: Batches,
         preprocess: Preprocess | None = None,
         log_every: int = 100,
         out_dir: str | Path | None = None,
@@ -200,19 +202,10 @@ class _Aligned:
         return copyreg._reconstructor, (type(self).__mro__[2], object, None), plain, *rest  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def attach_ot(
-    policy: nn.Module,
-    pairs: Iterable[Pair] | Callable[[int], Iterable[Pair]],
-    cfg: OTConfig,
-    preprocess: Preprocess | None = None,
-    log_every: int = 100,
-    out_dir: str | Path | None = None,
-    main: bool = True,
-    held_out: Pair | Callable[[], Pair] | None = None,
-) -> CoTraining:
+def attach_ot(policy: nn.Module, pairs: Batches, cfg: OTConfig, preprocess: Preprocess | None = None, **options: Any) -> CoTraining:
     """Adds lambda_ot times the alignment to what `policy.forward(batch)` returns while it trains: (loss, info), or the loss alone.
 
-    A policy inside torch.compile or DistributedDataParallel is reached through it. Arguments as CoTraining.
+    A policy inside torch.compile or DistributedDataParallel is reached through it. Arguments and `options` as CoTraining.
 
     >>> training = attach_ot(policy, pair_loader, OTConfig.from_file("ot.yaml"), preprocess=preprocessor)
     >>> loss, info = policy.forward(batch)  # info holds the metrics on every 100th step
@@ -223,7 +216,7 @@ def attach_ot(
     policy = unwrapped(policy)
     if isinstance(policy, _Aligned):
         raise ProblemError("this policy is co-trained already: detach_ot(policy) first.")
-    training = CoTraining(cfg, pairs, preprocess, log_every, out_dir, main, held_out)
+    training = CoTraining(cfg, pairs, preprocess, **options)
     policy._co_training = training  # pyright: ignore[reportArgumentType]
     cls = type(policy)
     policy.__class__ = type(cls.__name__, (_Aligned, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})

@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import ProblemError
+from .config import OTConfig
 from .frames import MIXTURE, FrameCache, FrameDataset, Frames, draw_number, episodes_of, fingerprint, generator, transforms_of
 from .pairs import Pairs
-from .settings import number
 
 
 class Part(NamedTuple):
@@ -71,36 +71,21 @@ class MixedDataset:
 
 
 def co_training(
-    src_dataset: FrameDataset,
-    tgt_dataset: FrameDataset,
-    pairs: Pairs,
-    *,
-    src_weight: float = 0.9,
-    paired_share: float | None = None,
-    per_frame: bool = False,
-    topk_src_episodes: int | None = None,
-    drop_last: int = 0,
-    **options: Any,
+    src_dataset: FrameDataset, tgt_dataset: FrameDataset, pairs: Pairs, cfg: OTConfig, drop_last: int = 0, **options: Any
 ) -> MixedDataset:
-    """The batch to imitate: paired source episodes, the other source episodes, and the target; by default the paper's 0.45, 0.45, 0.1.
+    """The batch to imitate: paired source episodes, the other source episodes, and the target, by the shares of `cfg`; see OTConfig.
 
-    src_weight         share of the source; the target has the rest.
-    paired_share       of that, the share of paired episodes; by default half. Where all source episodes are paired, or none of those
-                       there are, the others have no frames and these have all of it.
-    per_frame          src_weight and 1 - src_weight weigh a frame of the source and one of the target, so the larger set gets more.
-    topk_src_episodes  what counts as paired: among the nearest so many of a target episode.
-    drop_last          frames at the end of each episode that are not drawn, as some policies ask for.
-    options            of `MixedDataset`.
+    Where all source episodes are paired, or none of those there are, the others have no frames and these have all of the source's share.
+    `drop_last` frames at the end of each episode are not drawn, as some policies ask for; `options` of `MixedDataset`.
     """
-    src_weight = number("src_weight", src_weight, least=0, most=1)
-    half = 0.5 if paired_share is None else number("paired_share", paired_share, least=0, most=1)
     there, _ = episodes_of(src_dataset, "source")
-    chosen = {int(pairs.source_episode[k]) for t in pairs.target.episodes.tolist() for k in pairs.of(t)[:topk_src_episodes]}
+    chosen = {int(pairs.source_episode[k]) for t in pairs.target.episodes.tolist() for k in pairs.of(t)[: cfg.topk_src_episodes]}
     paired = [e for e in there.episodes.tolist() if e in chosen]
     others = [e for e in there.episodes.tolist() if e not in chosen]
-    share = half if paired and others else float(bool(paired))
-    source, target = src_weight, 1 - src_weight
-    if per_frame:
+    share = (0.5 if cfg.bc_paired_share is None else cfg.bc_paired_share) if paired and others else float(bool(paired))
+    source = cfg.bc_src_weight or 0.0
+    target = 1 - source
+    if not cfg.normalize_bc_weights_by_ds_size:
         source, target = source * there.frames, target * len(tgt_dataset)
     parts = [
         Part("paired source", src_dataset, source * share, paired, drop_last),

@@ -206,8 +206,9 @@ class _Launch:
         policy = original(*args, **kwargs)
         if self.cfg.enable:
             t = self.train_cfg
-            main, held = ranks()[0] == 0, None if self.held_out is None else self._held
-            self.training = attach_ot(policy, self._pairs, self.cfg, self._preprocess, t.log_freq, t.output_dir, main, held)
+            options = {"log_every": t.log_freq, "out_dir": t.output_dir, "main": ranks()[0] == 0}
+            held = {} if self.held_out is None else {"held_out": lambda: self._held}
+            self.training = attach_ot(policy, self._pairs, self.cfg, self._preprocess, **options, **held)
             self.policy = policy
         return policy
 
@@ -267,18 +268,8 @@ class _Launch:
             raise ProblemError(
                 f"the BC batch cannot mix datasets whose features differ in name, {self.rename}: rename them, or leave bc_src_weight out."
             )
-        mixed = co_training(
-            self.source,
-            self.target,
-            self.pairs,
-            src_weight=cfg.bc_src_weight,
-            paired_share=cfg.bc_paired_share,
-            per_frame=not cfg.normalize_bc_weights_by_ds_size,
-            topk_src_episodes=cfg.topk_src_episodes,
-            drop_last=int(getattr(t.policy, "drop_n_last_frames", 0)),
-            seed=self._seed,
-            cache_bytes=cfg.cache_mib << 20,
-        )
+        drop = int(getattr(t.policy, "drop_n_last_frames", 0))
+        mixed = co_training(self.source, self.target, self.pairs, cfg, drop, seed=self._seed, cache_bytes=cfg.cache_mib << 20)
         return self._loader("bc", mixed, t.batch_size, self.training.step if self.training else 0, t.num_workers)
 
     def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
