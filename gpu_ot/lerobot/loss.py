@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -173,14 +172,14 @@ def compute_ot_loss_from_terms(
         M = torch.stack([term.weight * wide[term.name] for term in cfg.terms]).sum(0)
         size = (scale or CostScale()).of(Matrix(M.detach()), cfg)
         units = torch.ones((), device=M.device) if size is None else size.to(M)
-        moved = _transport(Matrix(M / units), cfg, reference, lambda: (M / units).diagonal())
+        loss, plan, solution = _transport(Matrix(M / units), cfg, reference, lambda: (M / units).diagonal())
         if not metrics:
-            return moved.loss, {}
-        P = moved.plan().to(M)
+            return loss, {}
+        P = plan.to_dense().to(M)
         parts = [
             (term.name, term.weight, wide[term.name].detach().mean(), (P * wide[term.name].detach()).sum() / units) for term in cfg.terms
         ]
-        return moved.loss, _metrics(moved, parts)
+        return loss, _metrics(loss, plan, solution, parts)
 
 
 def floats(metrics: Metrics) -> dict[str, float]:
@@ -205,17 +204,20 @@ def alarm(metrics: Mapping[str, float], cfg: TransportConfig) -> str | None:
     )
 
 
-@dataclass
-class _Moved:
-    """A coupling and its loss. What metrics alone want is not made before they ask: the `sums` of its rows and columns, its `diagonal`,
-    `times` a matrix, the `plan` itself. `solution` is what found it, where something had to be."""
+class _OneToOne:
+    """The plan where only pairs (i, i) move mass `p` (n,): as much of a plan of the solver's as is asked of it here."""
 
-    loss: Tensor
-    sums: Callable[[], tuple[Tensor, Tensor]]
-    diagonal: Callable[[], Tensor] | None
-    times: Callable[[Tensor], Tensor]
-    plan: Callable[[], Tensor]
-    solution: Solution | None
+    def __init__(self, p: Tensor) -> None:
+        self.p, self.marginals, self.shape = p, (p, p), (len(p), len(p))
+
+    def diagonal(self) -> Tensor:
+        return self.p
+
+    def to_dense(self) -> Tensor:
+        return self.p.diag()
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.p.to(v).unsqueeze(-1) * v
 
 
 def _of_terms(
@@ -226,37 +228,38 @@ def _of_terms(
     size = scale.of(SqEuclidean(x.detach(), y.detach()), cfg)
     units = torch.ones((), device=x.device, dtype=x.dtype) if size is None else size.to(x)
     x, y = x / units.sqrt(), y / units.sqrt()
-    moved = _transport(SqEuclidean(x, y), cfg, reference, lambda: (x - y).square().sum(-1))
+    loss, plan, solution = _transport(SqEuclidean(x, y), cfg, reference, lambda: (x - y).square().sum(-1))
     if not metrics:
-        return moved.loss, {}, moved.plan
-    if moved.solution is None and not bool(moved.loss.detach().isfinite()):  # the solver, which looks for itself, was not asked
+        return loss, {}, plan.to_dense
+    if solution is None and not bool(loss.detach().isfinite()):  # the solver, which looks for itself, was not asked
         raise ProblemError("the costs hold NaN or infinity.")
     with torch.no_grad():
-        parts, (rows, columns) = [], moved.sums()
+        parts, (rows, columns) = [], map(_wide, plan.marginals)
         # A common centre changes no distance and keeps the digits of features far from the origin.
         centred = [(z := torch.cat((term.x, term.y)).mean(0), term.x - z, term.y - z)[1:] for term in found]
-        sent = moved.times(torch.cat([v for _, v in centred], -1)).split([v.shape[-1] for _, v in centred], -1)
+        sent = (plan @ torch.cat([v for _, v in centred], -1)).split([v.shape[-1] for _, v in centred], -1)
         for term, (u, v), w in zip(found, centred, sent, strict=True):
             squares = u.square().sum(-1).to(w), v.square().sum(-1).to(w)
             mean = squares[0].mean() + squares[1].mean() - 2 * (u.mean(0) * v.mean(0)).sum()
             cost = (rows * squares[0]).sum() + (columns * squares[1]).sum() - 2 * (u * w).sum()
             parts.append((term.name, term.weight, mean, cost.clamp(min=0) / units))
-        return moved.loss, _metrics(moved, parts), moved.plan
+        return loss, _metrics(loss, plan, solution, parts), plan.to_dense
 
 
-def _transport(cost: Cost, cfg: TransportConfig, reference: Tensor | None, paired: Callable[[], Tensor]) -> _Moved:
-    """The plan of `cost`, detached, and <P, cost>; `paired` gives the costs of the pairs (i, i) alone."""
+def _transport(cost: Cost, cfg: TransportConfig, r: Tensor | None, paired: Callable[[], Tensor]) -> tuple[Tensor, Any, Solution | None]:
+    """<P, cost> with P detached, the plan P, and what found it where it was looked for; `paired` gives the costs of pairs (i, i) alone."""
     n, m = cost.shape
     named, number = call(cfg.reference, "reference", REFERENCES)
-    if reference is None and named != "product" and n != m:
+    if r is None and named != "product" and n != m:
         raise ProblemError(
             f"reference: {cfg.reference} compares pairs (i, i), and this batch has {n} source and {m} target rows: pass as many of both, "
             "pair by pair, or use reference: product."
         )
     eps = cfg.reg[1] * float(cost.scale(cfg.reg[0])) if isinstance(cfg.reg, list) else cfg.reg
-    if reference is None and named == "diagonal":
-        return _diagonal(paired(), eps, cfg)
-    r = reference
+    if r is None and named == "diagonal":  # n P_ii = exp(-M_ii / (eps + tau_src + tau_tgt))
+        D = paired()
+        p = (-_wide(D.detach()) / (eps + sum(cfg.taus))).exp() / n
+        return (p.to(D) * D).sum(), _OneToOne(p), None
     if r is not None and (r.shape != cost.shape or not bool(((r >= 0) & r.isfinite()).all())):
         raise ProblemError(f"reference must hold finite numbers >= 0 of shape {errors.shape(cost.shape)}, found {errors.shape(r.shape)}.")
     if r is None and number is not None:
@@ -272,18 +275,7 @@ def _transport(cost: Cost, cfg: TransportConfig, reference: Tensor | None, paire
     solution = _solved(cost, eps, cfg, r)
     plan = solution.plan
     loss = held_cost(solution) if r is None else (plan.to_dense().detach().to(C := cost.dense()) * C).sum()
-
-    def sums() -> tuple[Tensor, Tensor]:
-        rows, columns = plan.marginals
-        return _wide(rows), _wide(columns)
-
-    return _Moved(loss, sums, (lambda: _wide(plan.diagonal())) if n == m else None, lambda v: plan @ v, plan.to_dense, solution)
-
-
-def _diagonal(D: Tensor, eps: float, cfg: TransportConfig) -> _Moved:
-    """The plan where only pairs (i, i) may move: n P_ii = exp(-M_ii / (eps + tau_src + tau_tgt))."""
-    p = (-_wide(D.detach()) / (eps + sum(cfg.taus))).exp() / len(D)
-    return _Moved((p.to(D) * D).sum(), lambda: (p, p), lambda: p, lambda v: p.to(v).unsqueeze(-1) * v, p.diag, None)
+    return loss, plan, solution
 
 
 def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> Solution:
@@ -306,15 +298,15 @@ def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> S
     return solution
 
 
-def _metrics(moved: _Moved, parts: list[tuple[str, float, Tensor, Tensor]]) -> Metrics:
+def _metrics(loss: Tensor, plan: Any, solution: Solution | None, parts: list[tuple[str, float, Tensor, Tensor]]) -> Metrics:
     """`parts`: name, weight, mean over all pairs, and <P, M_term> of each term."""
-    mass = moved.sums()[0].sum()
-    out = {"ot_loss": moved.loss.detach(), "ot_pi_sum": mass}
-    if moved.diagonal is not None:
-        on = moved.diagonal().sum()
+    mass = _wide(plan.marginals[0]).sum()
+    out = {"ot_loss": loss.detach(), "ot_pi_sum": mass}
+    if plan.shape[0] == plan.shape[1]:
+        on = _wide(plan.diagonal()).sum()
         out |= {"ot_pi_diag": on, "ot_diag_ratio": torch.where(mass > 0, on / mass, 0.0)}
     zero = torch.zeros_like(mass)
-    if (s := moved.solution) is None:  # the closed form is exact and one-to-one
+    if (s := solution) is None:  # the closed form is exact and one-to-one
         out |= {"ot_iters": zero, "ot_marginal_error": zero, "ot_plan_entropy": zero}
     else:
         out |= {"ot_iters": zero + s.n_iter, "ot_marginal_error": s.errors[-1].to(mass), "ot_plan_entropy": s.normalized_entropy.to(mass)}
