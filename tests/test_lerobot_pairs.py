@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -144,17 +145,10 @@ def sets(d=3):
     return source, [source[1][::2].copy(), source[0].repeat(2, 0), walk(30, d, 7)]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"stride": 3},
-        {"stride": 2, "band": 3},
-        {"center": True, "zscore": True, "band": 20, "topk": 2, "norm": "arc", "cost": "l1", "stride": 2},
-        {"dim_slice": (1, 3), "norm": "none", "cost": "linf"},
-    ],
-    ids=lambda o: "-".join(o) or "plain",
-)
+@pytest.mark.parametrize("options", [
+    {}, {"stride": 3}, {"stride": 2, "band": 3}, {"dim_slice": (1, 3), "norm": "none", "cost": "linf"},
+    {"center": True, "zscore": True, "band": 20, "topk": 2, "norm": "arc", "cost": "l1", "stride": 2},
+], ids=lambda o: "-".join(o) or "plain")  # fmt: skip
 def test_pairs_are_dtw_of_the_prepared_labels(options):
     """Prepared here a second time, plainly."""
     source, target = sets()
@@ -782,23 +776,12 @@ def write_dataset(folder, episodes, version="v3.0", **info):
     pq = pytest.importorskip("pyarrow.parquet")
     (folder / "meta").mkdir(parents=True)
     (folder / "data" / "chunk-000").mkdir(parents=True)
-    (folder / "meta" / "info.json").write_text(
-        json.dumps(
-            {"codebase_version": version, "fps": 10, "total_episodes": len(episodes), "total_frames": sum(map(len, episodes))} | info
-        )
-    )
-    tables = [
-        pa.table(
-            {
-                "observation.state": [row.tolist() for row in z],
-                "gripper": z[:, 0].tolist(),
-                "task": ["pick"] * len(z),
-                "episode_index": [k] * len(z),
-                "frame_index": list(range(len(z))),
-            }
-        )
-        for k, z in enumerate(episodes)
-    ]
+    counts = dict(codebase_version=version, fps=10, total_episodes=len(episodes), total_frames=sum(map(len, episodes)))
+    (folder / "meta" / "info.json").write_text(json.dumps(counts | info))
+    tables = []
+    for k, z in enumerate(episodes):
+        frames = dict(episode_index=[k] * len(z), frame_index=list(range(len(z))))
+        tables.append(pa.table({"observation.state": z.tolist(), "gripper": z[:, 0].tolist(), "task": ["pick"] * len(z)} | frames))
     if version == "v2.1":
         for k, table in enumerate(tables):
             pq.write_table(table, folder / "data" / "chunk-000" / f"episode_{k:06d}.parquet")
@@ -827,15 +810,12 @@ def test_labels_are_read_from_either_format(tmp_path, version):
     assert found.side.fps == 10 and found.side.lengths.tolist() == [40, 55, 33]
 
 
-@pytest.mark.parametrize(
-    "info, key, words",
-    [
-        ({"total_frames": 5}, "gripper", ["total_frames = 5", "128", "finalize"]),
-        ({"codebase_version": "v2.0"}, "gripper", ["v2.0", "Convert"]),
-        ({}, "griper", ['"griper"', "observation.state, gripper, episode_index"]),
-        ({}, "task", ['"task"', "string"]),
-    ],
-)
+@pytest.mark.parametrize("info, key, words", [
+    ({"total_frames": 5}, "gripper", ["total_frames = 5", "128", "finalize"]),
+    ({"codebase_version": "v2.0"}, "gripper", ["v2.0", "Convert"]),
+    ({}, "griper", ['"griper"', "observation.state, gripper, episode_index"]),
+    ({}, "task", ['"task"', "string"]),
+])  # fmt: skip
 def test_datasets_that_cannot_be_read_say_why(tmp_path, info, key, words):
     folder = write_dataset(tmp_path / "a", sets()[0], **info)
     with pytest.raises(ProblemError) as refused:
@@ -861,23 +841,7 @@ def test_the_command_pairs_two_folders(tmp_path, capsys):
     source, target = sets()
     src, tgt = write_dataset(tmp_path / "sim", source), write_dataset(tmp_path / "real", target)
     out = tmp_path / "out" / "pairs.npz"
-    arguments = [
-        "--slice",
-        "0",
-        "2",
-        "--zscore",
-        "--center",
-        "--stride",
-        "2",
-        "--band",
-        "20",
-        "--topk",
-        "2",
-        "--cost",
-        "linf",
-        "--norm",
-        "arc",
-    ]
+    arguments = shlex.split("--slice 0 2 --zscore --center --stride 2 --band 20 --topk 2 --cost linf --norm arc")
     assert cli.main(["pair", "--src", str(src), "--tgt", str(tgt), "--out", str(out), *arguments]) == 0
     said = capsys.readouterr()
     assert "9/9 pairs" in said.err and f"wrote {out}" in said.out and "3 target episodes, each with 2 of 3" in said.out
