@@ -214,7 +214,7 @@ def test_act_learns_saves_and_resumes_the_same_sequence(home):
 
     # With other settings: those of the loss are told, those of the draws are refused, unless they are to begin anew.
     refused = run(home, "gpu-ot", "train", "--ot.window_size=3", *resume, ok=False)
-    assert "window_size 2 -> 3" in refused and "--restart-pairs" in refused and "Traceback" not in refused
+    assert "window_size 2 -> 3" in refused and refused.splitlines()[-1].startswith("gpu-ot: the saved draws follow")
     other = run(home, "gpu-ot", "train", "--ot.lambda_ot=0.2", "--ot.window_size=3", "--restart-pairs", *resume)
     assert "lambda_ot 0.1 -> 0.2" in other and "begin anew" in other
     assert reported(other, "lambda_ot") == [0.2, 0.2] and reported(other, "ot_loss") != ot[2:]
@@ -248,6 +248,31 @@ def test_check_tells_what_would_be_aligned_and_trains_nothing(home):
     taus = (f"--ot.{name}={numbers[name]}" for name in ("reg", "tau_src", "tau_tgt"))
     again = train(home, cfg, "checked", *ACT, command=("gpu-ot", "check", *taus))
     assert float(re.search(r"ot_pi_sum: (\S+)", again)[1]) > 0.3
+
+
+@pytest.mark.lerobot
+def test_the_readmes_loop_trains_on_frames_of_videos(home, monkeypatch):
+    """The frames that were drawn, of both cameras, out of files that hold several episodes each; and the loop that README shows."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from gpu_ot.lerobot import LeRobotOTPairDataset
+
+    monkeypatch.chdir(home)
+    sim, real = (LeRobotDataset(name, root=home / name) for name in ("sim", "real"))
+    assert len(list((home / "sim").rglob("*.mp4"))) == len(CAMERAS) and sim.num_episodes == SIM
+    data = LeRobotOTPairDataset(sim, real, "pairs.npz")
+    for n in range(0, len(data), 7):
+        for side in data[n].values():
+            row, column = ((side["obs"][STATE][:2] + 1) * 28 + 4).int().tolist()  # of the square, turned and dark for the second camera
+            light, dark = side["obs"][CAMERAS[0]][:, row, column], side["obs"][CAMERAS[1]][:, column, row]
+            assert light.min() > 0.7 and dark.max() < 0.3
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    exec(next(code for code in blocks if "def train(policy" in code), shown := {})
+    policy = built("act", 8, size=64, dim_model=32, n_heads=2, dim_feedforward=64, pretrained_backbone_weights=None).train()
+    weight = policy.model.encoder_robot_state_input_proj.weight
+    before = weight.detach().clone()
+    metrics = shown["train"](policy, torch.optim.SGD(policy.parameters(), 0.1), sim, real, "pairs.npz")
+    assert metrics["ot_loss"] > 0 and metrics["ot_pi_sum"] > 0.1 and not torch.equal(weight, before)
 
 
 @pytest.mark.lerobot
