@@ -234,8 +234,9 @@ class OTConfig(Settings):
     num_workers        processes that decode pairs.
     cache_mib          memory for decoded frames, in each of them; with bc_src_weight once more in each of LeRobot's own.
     gather             one problem over the batches of all ranks, instead of one each.
-    retrieval_every    every so many steps, how often the embedding of a real frame is nearest to that of its simulated partner among 64,
-                       in target episodes that are then held out of the alignment: `ot_retrieval_top1`; 0 for never.
+    retrieval_every    every so many steps (those that LeRobot logs, for W&B), how often the embedding of a real frame is nearest to that of
+                       its simulated partner among 64, in target episodes that are then held out of the alignment:
+                       `ot_retrieval_top1`; 0 for never.
     held_out_episodes  how many of the last target episodes those are.
     plan_every         a picture of the plan every so many steps, as PNG and to W&B where it runs; 0 for none.
     grad_norms_every   the norms of both gradients every so many steps, at the price of a second backward pass; 0 for none.
