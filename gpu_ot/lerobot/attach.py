@@ -81,36 +81,34 @@ class CoTraining:
     def add_to(self, policy: nn.Module, out: Any) -> Any:
         """What the policy's `forward` gives, (loss, info) or the loss alone, with the alignment in it."""
         loss, info = (out, None) if (bare := isinstance(out, Tensor)) else out
-        cfg, step, weight = self.cfg, self.step + 1, self.cfg.weight_at(self.step)
+        cfg, step, weight, told = self.cfg, self.step + 1, self.cfg.weight_at(self.step), {}
         if weight > 0:
-            loss, info = self._added(policy, loss, info, weight)
-        every = cfg.retrieval_every
-        if self.main and every and step % every == 0:
+            loss, told = self._added(policy, loss, weight)
+        if self.main and cfg.retrieval_every and step % cfg.retrieval_every == 0:
             held = self.held_out() if callable(self.held_out) else self.held_out
-            top1 = retrieval(policy, *self.seen(policy, held), cfg.loss_config)
-            self._report(step, top1)
-            info = {**(info or {}), **top1}
+            told |= retrieval(policy, *self.seen(policy, held), cfg.loss_config)
+        if told:
+            self._report(step, told)
+            info = {**(info or {}), **told}
         self.step = step
         return loss if bare else (loss, info)
 
-    def _added(self, policy: nn.Module, loss: Tensor, info: dict[str, Any] | None, weight: float) -> tuple[Tensor, dict[str, Any] | None]:
-        cfg, step = self.cfg, self.step + 1
+    def _added(self, policy: nn.Module, loss: Tensor, weight: float) -> tuple[Tensor, dict[str, float]]:
+        """The sum, and what is to be reported at this step."""
+        cfg, step, told = self.cfg, self.step + 1, {}
         due = self.log_every > 0 and step % self.log_every == 0
-        if self._batches is None:
-            self._batches = self._endless()
+        self._batches = self._batches or self._endless()
         source, target = self.seen(policy, next(self._batches))
         aligned = align(policy, source, target, cfg.loss_config, scale=self.scale, gather=cfg.gather, metrics=due)
         self._watch(*aligned.finite)
         weighted = weight * aligned.loss
         norms = cfg.grad_norms_every > 0 and step % cfg.grad_norms_every == 0
         if due or norms:
-            told = {"bc_loss": loss.detach().mean(), **aligned.metrics, "ot_loss_weighted": weighted.detach()}
-            reported = floats(told) | {"lambda_ot": weight} | (_gradients(policy, loss, weighted) if norms else {})
-            self._report(step, reported)
-            info = {**(info or {}), **reported}
+            told = floats({"bc_loss": loss.detach().mean(), **aligned.metrics, "ot_loss_weighted": weighted.detach()})
+            told |= {"lambda_ot": weight} | (_gradients(policy, loss, weighted) if norms else {})
         if self.main and self.out_dir is not None and cfg.plan_every and step % cfg.plan_every == 0:
             _picture(aligned.plan(), self.out_dir / "ot_plans" / f"{step:06d}.png", step)
-        return loss + weighted.to(loss.dtype), info
+        return loss + weighted.to(loss.dtype), told
 
     def seen(self, policy: nn.Module, pair: Pair) -> tuple[Observation, Observation]:
         """Both sides as the policy is given its batches: normalised, on its device, and no more than the features ask for."""

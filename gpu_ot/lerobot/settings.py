@@ -160,43 +160,35 @@ def _set(node: Any, path: Sequence[str], value: Any, text: str) -> Any:
     return node | {path[0]: _set(node.get(path[0]), path[1:], value, text)}
 
 
-def number(
-    name: str, given: Any, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf, whole: bool = False
-) -> float:
+def number(name: str, given: Any, least: float = -math.inf, above: float = -math.inf, most: float = math.inf, whole: bool = False) -> Any:
     """`given` as a float, or an int for a whole number. Raises ProblemError for what is none, or outside its bounds."""
     try:
         value = math.nan if isinstance(given, bool) else float(given)
     except (TypeError, ValueError, OverflowError):
         value = math.nan
-    if (least, most) == (0, 1) and not 0 <= value <= 1:
-        raise ProblemError(f"{name} must be a share from 0 to 1, found {given!r}.")
-    if not (least <= value < math.inf and above < value):
+    if not (least <= value < math.inf and above < value <= most):
         bound = f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
-        raise ProblemError(f"{name} must be a finite number{bound}, found {given!r}.")
-    if not value <= most:
-        raise ProblemError(f"{name} must be at most {most:g}, found {given!r}.")
+        wanted = "a share from 0 to 1" if (least, most) == (0, 1) else f"a finite number{bound}" + f", at most {most:g}" * (most < math.inf)
+        raise ProblemError(f"{name} must be {wanted}, found {given!r}.")
     if whole and value != int(value):
         raise ProblemError(f"{name} must be a whole number, found {given!r}.")
     return int(value) if whole else value
 
 
+#: What the number of a word may be.
+_INSIDE = {"soft_diagonal": {"above": 0, "most": 1}, "quantile": {"above": 0, "most": 1}, "band": {"least": 0, "whole": True}}
+
+
 def call(text: str, name: str, known: tuple[str, ...]) -> tuple[str, float | None]:
-    """("band", 3.0) of "band(3)", ("mean", None) of "mean"; checked. Numbers that belong to a name must be there."""
+    """("band", 3) of "band(3)", ("mean", None) of "mean"; checked. Numbers that belong to a name must be there."""
     match = re.fullmatch(r"\s*(\w+)\s*(?:\(\s*([^)]*?)\s*\))?\s*", str(text))
     if match is None or match[1] not in known:
         raise unknown(name, text, known)
     word, inside = match[1], match[2]
-    high = {"soft_diagonal": 1.0, "quantile": 1.0, "band": math.inf}.get(word)
-    if high is None:
+    if word not in _INSIDE:
         if inside is not None:
             raise ProblemError(f'{name}: "{word}" takes no number, found "{text}".')
         return word, None
-    try:
-        inner = float(inside)
-    except (TypeError, ValueError):
-        raise ProblemError(f'{name}: "{word}" takes a number, as in "{word}({0.1 if high == 1 else 3})"; found "{text}".') from None
-    if word == "band" and not (0 <= inner < math.inf and inner == int(inner)):
-        raise ProblemError(f'{name}: "band" takes a whole number of at least 0, found "{text}".')
-    if word != "band" and not 0 < inner <= 1:
-        raise ProblemError(f'{name}: "{word}" takes a number above 0 and at most 1, found "{text}".')
-    return word, inner
+    if inside is None:
+        raise ProblemError(f'{name}: "{word}" takes a number, as in "{word}({3 if word == "band" else 0.1})"; found "{text}".')
+    return word, number(f"{name}: that of {word}", inside, **_INSIDE[word])
