@@ -214,7 +214,7 @@ class OTConfig(Settings):
     enable             false trains as if this were not there.
     src_repo_id, src_root  the source dataset.
     pair_info_path     which frames belong together: a file of `gpu-ot pair`, or the fork's JSON.
-    lambda_ot          total loss = BC + lambda_ot * OT; 0 decodes, embeds and solves nothing.
+    lambda_ot          total loss = BC + lambda_ot * OT; 0 decodes, embeds and solves nothing (but for retrieval_every).
     warmup_steps       lambda_ot grows to its value in a straight line over so many steps.
     batch_ratio        pairs of a step, as a share of LeRobot's batch_size; at least one.
     batch_size         pairs of a step, in place of batch_ratio.

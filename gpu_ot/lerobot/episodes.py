@@ -155,6 +155,7 @@ def _columns(file: Path, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray, n
 
 def _innermost(kind: Any, pa: Any) -> Any:
     """The type inside lists of lists, None if it is no number."""
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         kind = kind.value_type
     return kind if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) else None
