@@ -385,12 +385,13 @@ def test_arrays_bytes_and_sides_of_a_batch_are_observations(policy, observations
     for obs in (src, tgt):
         obs[CAMERA] = (255 * obs[CAMERA]).to(torch.uint8)
     cfg = features(tau_src=1.0)
-    policy.camera.float()
     loss = compute_ot_loss_for_policy(policy, src, tgt, cfg)[0]
-    as_floats = [obs | {CAMERA: obs[CAMERA].float() / 255} for obs in (src, tgt)]
+    as_floats = [obs | {CAMERA: obs[CAMERA].double() / 255} for obs in (src, tgt)]
     torch.testing.assert_close(loss, compute_ot_loss_for_policy(policy, *as_floats, cfg)[0])
-    arrays = ({key: z.numpy() for key, z in obs.items()} for obs in (src, tgt))
+    arrays = [{key: z.numpy() for key, z in obs.items()} for obs in (src, tgt)]
     torch.testing.assert_close(loss, compute_ot_loss_for_policy(policy, *arrays, cfg)[0])
+    small = copy.deepcopy(policy).float()  # numpy's numbers are float64
+    torch.testing.assert_close(compute_ot_loss_for_policy(small, *arrays, cfg)[0], loss, rtol=1e-4, atol=0)
     sides = ({"obs": {k: z for k, z in obs.items() if k != "action"}, "actions": obs["action"]} for obs in (src, tgt))
     cfg.features.append(OTFeatureSpec("action"))
     torch.testing.assert_close(compute_ot_loss_for_policy(policy, *sides, cfg)[0], compute_ot_loss_for_policy(policy, src, tgt, cfg)[0])

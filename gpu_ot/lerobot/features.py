@@ -39,7 +39,7 @@ def terms(
     src, tgt = tensors(source), tensors(target)
     specs = expanded(specs, src, tgt)
     for side, obs, keys in (("source", src, [s.src_key for s in specs]), ("target", tgt, [str(s.tgt_key) for s in specs])):
-        rows = {key: len(obs[key]) for key in keys if key in obs}
+        rows = {key: len(z) for key, z in obs.items() if key in keys or (WHOLE in keys and key.startswith(WHOLE))}
         if len(set(rows.values())) > 1:
             raise ProblemError(
                 f"every feature of the {side} needs as many rows, found {', '.join(f'{n} of {k}' for k, n in rows.items())}."
@@ -136,7 +136,7 @@ def _embedded(policy: nn.Module, source: Observation, target: Observation, spec:
         if spec.dim_slice is not None or spec.embed_path is not None:
             raise ProblemError(f'"{WHOLE}" is embedded at once by the policy itself: leave dim_slice and embed_path of "{spec.name}" out.')
         keys = [k for k in target if k in source and k.startswith("observation") and not k.endswith("_is_pad")]
-        joint = {k: torch.cat((_seen(source[k]), _seen(target[k]))) for k in keys}
+        joint = {k: _seen(policy, torch.cat((source[k], target[k]))) for k in keys}
         if not joint:
             raise ProblemError("source and target have no observation in common.")
         x = next(iter(joint.values()))
@@ -147,7 +147,7 @@ def _embedded(policy: nn.Module, source: Observation, target: Observation, spec:
                 f'"{spec.src_key}" of the source is {tuple(sides[0].shape[1:])} and "{key}" of the target {tuple(sides[1].shape[1:])}: '
                 "one encoder takes both, so they must agree."
             )
-        x = _seen(torch.cat(sides))
+        x = _seen(policy, torch.cat(sides))
         joint = {key: x}
         if "embodiment_id" in target and "embodiment_id" in source:
             joint["embodiment_id"] = torch.cat((source["embodiment_id"], target["embodiment_id"]))
@@ -192,9 +192,12 @@ def fits(ends: list[int | None], width: int) -> bool:
     return all(z is None or -width <= z <= width for z in ends) and len(range(width)[slice(*ends)]) > 0
 
 
-def _seen(x: Tensor) -> Tensor:
-    """As encoders see it: the bytes of an image from 0 to 1."""
-    return x.float() / 255 if x.dtype == torch.uint8 and x.ndim >= 3 else x
+def _seen(policy: nn.Module, x: Tensor) -> Tensor:
+    """As encoders see it: the bytes of an image from 0 to 1, and no float64, which is numpy's, where the policy is float32."""
+    wide = next((p.dtype for p in policy.parameters() if p.is_floating_point()), torch.float32) == torch.float64
+    if x.dtype == torch.uint8 and x.ndim >= 3:
+        return x.to(torch.float64 if wide else torch.float32) / 255
+    return x.float() if x.dtype == torch.float64 and not wide else x
 
 
 def _wide(x: Tensor) -> Tensor:
