@@ -21,7 +21,7 @@ from gpu_ot import cli
 from gpu_ot.errors import ProblemError
 from gpu_ot.lerobot import OTConfig
 from gpu_ot.lerobot import dtw as dtw_module
-from gpu_ot.lerobot.dataset import LeRobotOTPairDataset, PairSampling
+from gpu_ot.lerobot.dataset import LeRobotOTPairDataset
 from gpu_ot.lerobot.draws import DrawLoader
 from gpu_ot.lerobot.dtw import dtw
 from gpu_ot.lerobot.episodes import Recording, Side, digest, read_recording
@@ -416,6 +416,10 @@ def fakes(**options):
     return Fake([len(z) for z in source], "sim", **options), Fake([len(z) for z in target], "real", **options), pairs
 
 
+def sampled(**given):
+    return OTConfig(**dict(window_size=10, sharpness=10.0, cutoff=0.01) | given)
+
+
 def paired(sampling=None, **options):
     return LeRobotOTPairDataset(*fakes(), sampling, **options)
 
@@ -430,7 +434,7 @@ def test_an_epoch_is_every_target_frame_once_and_the_next_is_another_order():
 
 
 def test_items_are_the_frames_that_were_drawn():
-    data = paired(PairSampling(window_size=3))
+    data = paired(sampled(window_size=3))
     for n in range(50):
         item, drawn = data.item(n), data.draw(n)
         assert set(item) == {"src", "tgt"}
@@ -444,7 +448,7 @@ def test_items_are_the_frames_that_were_drawn():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_plain_loader_ends_after_an_epoch_and_the_next_draws_anew(workers):
-    data = paired(PairSampling(window_size=5, sharpness=0))
+    data = paired(sampled(window_size=5, sharpness=0))
     loader = DataLoader(data, 8, shuffle=True, num_workers=workers)
     epochs = [[row for batch in loader for row in flat(batch)] for _ in range(2)]
     every = [(e, f) for e, n in zip(data.target.side.episodes, data.target.side.lengths, strict=True) for f in range(n)]
@@ -465,9 +469,9 @@ def test_a_plain_loader_ends_after_an_epoch_and_the_next_draws_anew(workers):
 
 
 def test_source_frames_are_aligned_ones_and_jitter_stays_in_its_window_and_episode():
-    data = paired(PairSampling(window_size=0, sharpness=0))
+    data = paired(sampled(window_size=0, sharpness=0))
     w = 6
-    shaken = paired(PairSampling(window_size=w, sharpness=0))
+    shaken = paired(sampled(window_size=w, sharpness=0))
     offsets, edges = [], 0
     for n in range(1500):
         for d, low, high in ((data.draw(n), 0, 0), (shaken.draw(n), -w, w - 1)):
@@ -486,13 +490,13 @@ def test_source_frames_are_aligned_ones_and_jitter_stays_in_its_window_and_episo
 
 def test_frames_of_a_run_are_uniform():
     source, target = [np.zeros((50, 1))], [np.zeros((1, 1))]  # one target frame meets every source frame
-    data = LeRobotOTPairDataset(Fake([50]), Fake([1]), pair_episodes(source, target), PairSampling(window_size=0))
+    data = LeRobotOTPairDataset(Fake([50]), Fake([1]), pair_episodes(source, target), sampled(window_size=0))
     counts = np.bincount([data.draw(n).source for n in range(5000)], minlength=50)
     assert ((counts - 100) ** 2 / 100).sum() < 95  # 49 degrees of freedom: 1e-4 lies at 96
 
 
 def test_without_a_window_the_whole_episode_is_drawn():
-    data = paired(PairSampling(no_window=True))
+    data = paired(sampled(no_window=True))
     drawn = [data.draw(n) for n in range(4000)]
     for episode in {d.source_episode for d in drawn}:
         frames = {int(data.source.dataset.frame[d.source]) for d in drawn if d.source_episode == episode}
@@ -505,7 +509,7 @@ def test_without_a_window_the_whole_episode_is_drawn():
 def test_episodes_are_drawn_by_their_weights(sharpness, cutoff):
     d = np.array([0.02, 1.5, 4.0])
     weight = np.exp(-sharpness * d) if cutoff is None else 1 / (1 + np.exp(sharpness * (d - cutoff)))
-    sampling = PairSampling(sharpness=sharpness, cutoff=cutoff)
+    sampling = sampled(sharpness=sharpness, cutoff=cutoff)
     np.testing.assert_allclose(sampling.probabilities(d), weight / weight.sum(), rtol=1e-10)
 
     data = paired(sampling)
@@ -521,20 +525,18 @@ def test_episodes_are_drawn_by_their_weights(sharpness, cutoff):
 def test_weights_that_underflow_keep_their_ratios():
     far = np.array([500.0, 500.1, 600.0])
     for cutoff in (0.01, None):
-        np.testing.assert_allclose(
-            PairSampling(sharpness=10, cutoff=cutoff).probabilities(far), [1 / (1 + math.exp(-1)), 1 / (1 + math.e), 0]
-        )
-    assert PairSampling(sharpness=1e6).probabilities(np.array([0.0, 0.005, 1.0])).tolist() == [0.5, 0.5, 0]
+        np.testing.assert_allclose(sampled(sharpness=10, cutoff=cutoff).probabilities(far), [1 / (1 + math.exp(-1)), 1 / (1 + math.e), 0])
+    assert sampled(sharpness=1e6).probabilities(np.array([0.0, 0.005, 1.0])).tolist() == [0.5, 0.5, 0]
 
 
 def test_only_the_nearest_are_drawn_where_asked():
-    data = paired(PairSampling(sharpness=0, topk_src_episodes=1))
+    data = paired(sampled(sharpness=0, topk_src_episodes=1))
     nearest = {t: data.pairs.source_episode[data.pairs.of(t)[0]] for t in range(3)}
     assert all(d.source_episode == nearest[d.target_episode] for d in map(data.draw, range(300)))
 
 
 def test_a_draw_depends_on_its_number_and_the_seed_alone():
-    one, two, other = paired(), paired(), paired(PairSampling(seed=1))
+    one, two, other = paired(), paired(), paired(sampled(seed=1))
     forwards = [one.draw(n) for n in range(400)]
     assert forwards == [two.draw(n) for n in reversed(range(400))][::-1]
     assert sum(a == b for a, b in zip(forwards, map(other.draw, range(400)), strict=True)) < 40
@@ -586,7 +588,7 @@ def test_a_resumed_loader_goes_on_with_the_very_next_batch(workers):
 def test_a_state_of_other_draws_is_refused():
     loader = DrawLoader(paired(), 4)
     with pytest.raises(ProblemError, match=r"seed, sampling options, .*--restart-pairs"):
-        loader.load_state_dict(DrawLoader(paired(PairSampling(seed=5)), 4).state_dict())
+        loader.load_state_dict(DrawLoader(paired(sampled(seed=5)), 4).state_dict())
 
 
 def test_drawing_leaves_torchs_random_numbers_alone():
@@ -621,7 +623,7 @@ def test_transforms_of_the_datasets_are_applied_after_the_cache(image):
 
     source, target, pairs = fakes(image=image)
     target.image_transforms = brighter
-    data = LeRobotOTPairDataset(source, target, pairs, PairSampling(window_size=0))
+    data = LeRobotOTPairDataset(source, target, pairs, sampled(window_size=0))
     for _ in range(2):
         for side in data.item(5).values():
             assert torch.equal(
@@ -675,7 +677,7 @@ def test_the_cache_holds_no_more_than_its_bytes_and_drops_the_oldest():
 def test_a_part_of_the_episodes_serves_those():
     _, target, pairs = fakes()
     some = Fake([40, 33], numbers=[0, 2])
-    data = LeRobotOTPairDataset(some, target, pairs, PairSampling(sharpness=0))
+    data = LeRobotOTPairDataset(some, target, pairs, sampled(sharpness=0))
     assert {d.source_episode for d in map(data.draw, range(200))} == {0, 2}
     assert all(some.episode[d.source] == d.source_episode for d in map(data.draw, range(200)))
     kept = pair_episodes(*sets(), PairOptions(topk=1))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpu_ot.lerobot import DrawLoader, LeRobotOTPairDataset, OTConfig, PairSampling, attach_ot
+from gpu_ot.lerobot import DrawLoader, LeRobotOTPairDataset, OTConfig, attach_ot
 from gpu_ot.lerobot.pairing import PairOptions, pair_episodes
 
 STATE, POSE = "observation.state", "pose"
@@ -108,8 +108,7 @@ def recordings(generator: torch.Generator) -> tuple[Recorded, Recorded]:
 def paired(source: Recorded, target: Recorded, cfg: OTConfig, size: int = 128) -> DrawLoader:
     """Batches of frames that belong together by the pose."""
     pairs = pair_episodes([z.numpy() for z in source.pose], [z.numpy() for z in target.pose], PairOptions(keys=(POSE,)))
-    sampling = PairSampling(cfg.window_size, cfg.no_window, cfg.sharpness, cfg.cutoff)
-    return DrawLoader(LeRobotOTPairDataset(source, target, pairs, sampling), size)
+    return DrawLoader(LeRobotOTPairDataset(source, target, pairs, cfg), size)
 
 
 def train(source: Recorded, target: Recorded, lambda_ot: float, steps: int = 300, seed: int = 0) -> tuple[Policy, list[float]]:

@@ -5,7 +5,7 @@ Thin over the solver, and beside the unmodified `lerobot` package, which nothing
 
 from .attach import CoTraining, attach_ot, detach_ot, retrieval
 from .config import OTConfig, OTCostConfig, OTFeatureSpec, OTLossConfig, OTTermConfig, TransportConfig
-from .dataset import LeRobotOTPairDataset, PairSampling
+from .dataset import LeRobotOTPairDataset
 from .draws import DrawLoader
 from .encoders import embed
 from .loss import CostScale, alarm, compute_ot_loss_for_policy, compute_ot_loss_from_terms, floats
@@ -20,7 +20,6 @@ __all__ = [
     "OTFeatureSpec",
     "OTLossConfig",
     "OTTermConfig",
-    "PairSampling",
     "TransportConfig",
     "alarm",
     "attach_ot",

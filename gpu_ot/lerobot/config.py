@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ..costs.base import SCALES
 from ..errors import ProblemError, unknown
 from .settings import Settings, bounded, call, made, number
@@ -291,6 +293,13 @@ class OTConfig(Settings):
     def _place(cls, key: str) -> list[str]:
         ours, inner = (inspect.signature(kind).parameters for kind in (cls, OTLossConfig))
         return ["loss_config", key] if key in inner and key not in ours else [key]
+
+    def probabilities(self, distance: np.ndarray) -> np.ndarray:
+        """Of source episodes at these distances; sums to 1 also where every weight by itself underflows."""
+        gap = np.asarray(distance, dtype=np.float64)
+        log = -self.sharpness * gap if self.cutoff is None else -np.logaddexp(0, self.sharpness * (gap - self.cutoff))
+        weight = np.exp(log - log.max())
+        return weight / weight.sum()
 
     def pairs_of(self, batch_size: int) -> int:
         """Pairs of a step beside LeRobot's `batch_size`."""

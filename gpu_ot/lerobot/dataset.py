@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,38 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ProblemError
+from .config import OTConfig
 from .episodes import read_recording
 from .frames import ORDER, PARTNER, FrameCache, FrameDataset, Frames, draw_number, fingerprint, generator, transforms_of
 from .pairfile import read_pairs
 from .pairs import Pairs
-from .settings import Settings, bounded
-
-
-@dataclass
-class PairSampling(Settings):
-    """How a source frame is drawn for a target frame.
-
-    window_size        w: jitter around the aligned frame, uniform in [-w, w), clipped to the episode; 0 for none.
-    no_window          any frame of the source episode instead of the aligned ones.
-    sharpness, cutoff  an episode at normalised distance d is drawn with weight 1 / (1 + exp(sharpness (d - cutoff))); with cutoff None
-                       with weight exp(-sharpness d).
-    topk_src_episodes  only the nearest so many episodes of each target episode; None for all in the file.
-    seed               of every draw.
-    """
-
-    window_size: int = bounded(10, least=0, whole=True)
-    no_window: bool = False
-    sharpness: float = bounded(10.0, least=0)
-    cutoff: float | None = bounded(0.01)
-    topk_src_episodes: int | None = bounded(None, least=1, whole=True)
-    seed: int = bounded(0, least=0, whole=True)
-
-    def probabilities(self, distance: np.ndarray) -> np.ndarray:
-        """Of episodes at these distances; sums to 1 also where every weight by itself underflows."""
-        gap = np.asarray(distance, dtype=np.float64)
-        log = -self.sharpness * gap if self.cutoff is None else -np.logaddexp(0, self.sharpness * (gap - self.cutoff))
-        weight = np.exp(log - log.max())
-        return weight / weight.sum()
 
 
 class Draw(NamedTuple):
@@ -63,14 +34,15 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
     """Source and target frames that belong together: {"src": {"obs": {...}, "actions": ...}, "tgt": {...}}, with whatever else a frame has
     among its observations; torch's default collate batches them.
 
-    len() target frames make an epoch. Item n is target frame n with a source frame drawn by `PairSampling`, a new one each time, from
+    len() target frames make an epoch. Item n is target frame n with a source frame drawn as OTConfig says, a new one each time, from
     torch's random numbers as they stand in this process: for a DataLoader of one's own, shuffled or not. `item(n)`, for any n >= 0, is draw
     n of a sequence that never ends and depends on the seed alone: draws k len() to (k + 1) len() - 1 visit each target frame once, in an
     order of their own. `DrawLoader` iterates over those, divides them among ranks, and can be resumed.
 
     src_dataset, tgt_dataset  two LeRobotDatasets, or whatever serves as a `FrameDataset`; they may hold a part of the episodes.
     pairs                     `Pairs`, or the file. Checked against the datasets, their labels included where they are on disk (`verify`).
-    sampling                  how source frames are drawn.
+    sampling                  how source frames are drawn: window_size, no_window, sharpness, cutoff, topk_src_episodes and seed of this
+                              OTConfig; by default within 10 frames, and from episodes at distances around 0.01 or below.
     episodes                  use these target episodes alone; None for all.
     image_transforms          applied to the cameras of both sides, after uint8 has become float in [0, 1]; by default those that the
                               target (or the source) dataset came with. Random ones follow the draw.
@@ -84,7 +56,7 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
         src_dataset: FrameDataset,
         tgt_dataset: FrameDataset,
         pairs: Pairs | str | Path,
-        sampling: PairSampling | None = None,
+        sampling: OTConfig | None = None,
         *,
         episodes: Sequence[int] | None = None,
         image_transforms: Callable[[Tensor], Tensor] | None = None,
@@ -92,7 +64,8 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
         verify: bool = True,
     ) -> None:
         pairs = pairs if isinstance(pairs, Pairs) else read_pairs(pairs)
-        self.sampling = sampling or PairSampling()
+        self.sampling = sampling or OTConfig(window_size=10, sharpness=10.0, cutoff=0.01)
+        self.seed = self.sampling.seed or 0
         transforms = image_transforms or transforms_of(tgt_dataset) or transforms_of(src_dataset)
         cache = FrameCache(cache_bytes)
         self.source = Frames(src_dataset, "source", transforms, cache)
@@ -129,7 +102,8 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
     def law(self) -> str:
         episodes = [(f.side.episodes.tolist(), f.side.lengths.tolist()) for f in (self.source, self.target)]
         names = ("target_episode", "source_episode", "distance", "first", "count")
-        given = (dataclasses.astuple(self.sampling), sorted(self._partners), episodes)
+        s = self.sampling
+        given = (s.window_size, s.no_window, s.sharpness, s.cutoff, s.topk_src_episodes, self.seed, sorted(self._partners), episodes)
         return fingerprint(given, *(getattr(self.pairs, name) for name in names))
 
     def draw(self, n: int) -> Draw:
@@ -140,7 +114,7 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
     def _drawn(self, row: int, *counter: int) -> Draw:
         at = int(np.searchsorted(self.target.starts, row, "right")) - 1
         episode, frame = int(self.target.side.episodes[at]), row - int(self.target.starts[at])
-        rng = generator(self.sampling.seed, PARTNER, *counter)
+        rng = generator(self.seed, PARTNER, *counter)
         partners, cumulated = self._partners[episode]
         pair = int(partners[min(np.searchsorted(cumulated, rng.random() * cumulated[-1], "right"), len(partners) - 1)])
         source_episode = int(self.pairs.source_episode[pair])
@@ -160,7 +134,7 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            self._orders[epoch] = generator(self.sampling.seed, ORDER, 0, epoch).permutation(len(self))
+            self._orders[epoch] = generator(self.seed, ORDER, 0, epoch).permutation(len(self))
             while len(self._orders) > 2:  # draws near an epoch's end alternate between two
                 self._orders.popitem(last=False)
         return self._orders[epoch]
@@ -178,7 +152,7 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
     def _item(self, drawn: Draw, counter: int) -> dict[str, Any]:
         sides = {}
         for k, (name, frames, row) in enumerate((("src", self.source, drawn.source), ("tgt", self.target, drawn.target))):
-            frame = frames.frame(row, (self.sampling.seed, counter, k))
+            frame = frames.frame(row, (self.seed, counter, k))
             sides[name] = {"obs": {key: z for key, z in frame.items() if key != "action"}} | (
                 {"actions": frame["action"]} if "action" in frame else {}
             )

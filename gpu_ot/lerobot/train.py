@@ -30,7 +30,7 @@ from ..errors import ProblemError
 from .attach import CoTraining, Pair, attach_ot
 from .check import report
 from .config import OTConfig, OTFeatureSpec
-from .dataset import LeRobotOTPairDataset, PairSampling
+from .dataset import LeRobotOTPairDataset
 from .draws import DrawLoader, ranks, same_law
 from .encoders import WHOLE
 from .features import expanded, fits, flat
@@ -190,14 +190,14 @@ class _Launch:
         # A copy: checkpoints keep what was given, since the source's own names are wanted again when the run is resumed.
         self.cfg = dataclasses.replace(cfg, loss_config=dataclasses.replace(cfg.loss_config, features=found))
 
-        sampling = PairSampling(cfg.window_size, cfg.no_window, cfg.sharpness, cfg.cutoff, cfg.topk_src_episodes, self._seed)
+        sampling = dataclasses.replace(cfg, seed=self._seed)
         data = functools.partial(LeRobotOTPairDataset, self.source, target, pairs, cache_bytes=cfg.cache_mib << 20)
         every = pairs.target.episodes.tolist()
         held = every[-cfg.held_out_episodes :] if cfg.retrieval_every else []
         if len(held) == len(every):
             raise ProblemError(f"held_out_episodes: {len(held)} are all target episodes there are, and none is left to align.")
         self.aligned = data(sampling, episodes=every[: -len(held)] if held else None)
-        nearest = PairSampling(window_size=0, topk_src_episodes=1, seed=self._seed)
+        nearest = dataclasses.replace(sampling, window_size=0, no_window=False, topk_src_episodes=1)
         self.held_out = data(nearest, episodes=held, verify=False) if held else None
         if "pairs" in self.resumed:
             same_law(self.resumed["pairs"], self.aligned)
