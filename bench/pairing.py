@@ -22,7 +22,7 @@ import numpy as np
 from machine import environment
 
 from gpu_ot.cli import _bar
-from gpu_ot.lerobot.dtw import align, dtw
+from gpu_ot.lerobot.dtw import dtw
 from gpu_ot.lerobot.pairing import pair_episodes
 from gpu_ot.lerobot.pairs import PairOptions
 
@@ -44,7 +44,7 @@ def main() -> int:
     pairs = args.sources * args.targets
 
     start = time.perf_counter()
-    align(source[0], target[0][:1])
+    dtw(source[0], target[0][:1])
     compile_s = time.perf_counter() - start
     variants = [("numba", None, args.repeats), ("numba", 50, args.repeats)]
     seconds: dict[tuple, list[float]] = {variant[:2]: [] for variant in variants}

@@ -57,11 +57,7 @@ def dtw(x: np.ndarray, y: np.ndarray, *, cost: str = "euclidean", band: float | 
     O(nm) time and nm bytes, without Python's lock where it is compiled. Raises ProblemError for shapes that do not fit and values that are
     not finite.
     """
-    return align(checked(x, "x"), checked(y, "y"), cost=cost, band=band)
-
-
-def align(x: np.ndarray, y: np.ndarray, *, cost: str = "euclidean", band: float | None = None) -> Alignment:
-    """`dtw` of what is float64 and finite already, see `checked`."""
+    x, y = checked(x, "x"), checked(y, "y")
     if cost not in COSTS:
         raise unknown("cost", cost, tuple(COSTS))
     if band is not None and not band >= 1:

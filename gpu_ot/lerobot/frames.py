@@ -8,7 +8,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +21,10 @@ from .episodes import Side
 ORDER, PARTNER, MIXTURE, AUGMENTATION = range(1, 5)
 
 
-class FrameDataset(Protocol):
-    """What is needed of a dataset, and what a LeRobotDataset has.
-
-    `hf_dataset["episode_index"]` has the episode of every row, each episode's rows together and in order of time. Used where they are
-    there: `meta.fps`, `meta.camera_keys`, `meta.features`, `root`, `repo_id`, `image_transforms`.
-    """
-
-    @property
-    def hf_dataset(self) -> Any: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+#: What serves as a dataset: len(), items, and `hf_dataset["episode_index"]` with the episode of every row, each episode's rows together and
+#: in order of time, as a LeRobotDataset has them. Used where they are there: `meta.fps`, `meta.camera_keys`, `meta.features`, `root`,
+#: `repo_id`, `image_transforms`.
+FrameDataset = Any
 
 
 def generator(seed: int, purpose: int, *counter: int) -> np.random.Generator:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ..errors import ProblemError
-from .dtw import Alignment, align, checked
+from .dtw import Alignment, checked, dtw
 from .episodes import Recording, Side
 from .pairs import PairOptions, Pairs
 
@@ -41,9 +41,9 @@ def pair_episodes(
     tasks = [(j, i) for j in range(len(ys)) for i in range(len(xs))]
 
     def work(task: tuple[int, int]) -> Alignment:
-        return align(short_x[task[1]], short_y[task[0]], cost=options.cost, band=band)
+        return dtw(short_x[task[1]], short_y[task[0]], cost=options.cost, band=band)
 
-    align(short_x[0], short_y[0][:1], cost=options.cost)  # compiled once, before threads wait for it
+    dtw(short_x[0], short_y[0][:1], cost=options.cost)  # compiled once, before threads wait for it
     rows: list[tuple[int, int, float, int, float, np.ndarray, np.ndarray]] = []
     gathered: list[tuple[float, int, Alignment]] = []
     with ThreadPoolExecutor(workers or _processors()) as pool:

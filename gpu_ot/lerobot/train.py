@@ -61,7 +61,10 @@ def run(ot_config: str | Path | None, arguments: Sequence[str], *, restart_pairs
     """
     overrides = [each for each in arguments if each.startswith("--ot.")]
     cfg = None if ot_config is None else OTConfig.from_file(ot_config, overrides)
-    script = _script()
+    try:
+        script = importlib.import_module("lerobot.scripts.lerobot_train")
+    except ModuleNotFoundError as missing:
+        raise ProblemError(f"training needs LeRobot, and {missing.name} is not installed: pip install lerobot (0.4.4 or newer).") from None
     before = sys.argv
     sys.argv = ["lerobot-train", *(each for each in arguments if each not in overrides), *(["--wandb.enable=false"] if check else [])]
     try:
@@ -69,13 +72,6 @@ def run(ot_config: str | Path | None, arguments: Sequence[str], *, restart_pairs
             script.main()
     finally:
         sys.argv = before
-
-
-def _script() -> ModuleType:
-    try:
-        return importlib.import_module("lerobot.scripts.lerobot_train")
-    except ModuleNotFoundError as missing:
-        raise ProblemError(f"training needs LeRobot, and {missing.name} is not installed: pip install lerobot (0.4.4 or newer).") from None
 
 
 class _Launch:
