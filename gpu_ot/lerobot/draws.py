@@ -14,6 +14,8 @@ from ..errors import ProblemError
 from .dataset import LeRobotOTPairDataset
 from .mixture import MixedDataset
 
+Drawable = LeRobotOTPairDataset | MixedDataset
+
 
 class DrawLoader:
     """Batches of draws without end, and where it stands.
@@ -27,14 +29,7 @@ class DrawLoader:
     """
 
     def __init__(
-        self,
-        dataset: LeRobotOTPairDataset | MixedDataset,
-        batch_size: int,
-        *,
-        rank: int | None = None,
-        world: int | None = None,
-        start: int = 0,
-        **options: Any,
+        self, dataset: Drawable, batch_size: int, *, rank: int | None = None, world: int | None = None, start: int = 0, **options: Any
     ) -> None:
         if batch_size < 1:
             raise ProblemError(f"batch_size must be at least 1, found {batch_size}.")
@@ -72,7 +67,7 @@ class DrawLoader:
         self.start, self.batches = int(state["draw"]), 0
 
 
-def same_law(state: dict[str, Any], dataset: LeRobotOTPairDataset | MixedDataset) -> None:
+def same_law(state: dict[str, Any], dataset: Drawable) -> None:
     if state.get("law") != dataset.law:
         raise ProblemError(
             f"the saved draws follow law {state.get('law')}, and these would follow {dataset.law}: seed, sampling options, shares, "
@@ -81,7 +76,7 @@ def same_law(state: dict[str, Any], dataset: LeRobotOTPairDataset | MixedDataset
 
 
 class _Drawn(Dataset[dict[str, Any]]):
-    def __init__(self, dataset: LeRobotOTPairDataset | MixedDataset) -> None:
+    def __init__(self, dataset: Drawable) -> None:
         self.dataset = dataset
 
     def __getitem__(self, n: int) -> dict[str, Any]:

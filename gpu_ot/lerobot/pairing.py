@@ -58,19 +58,10 @@ def pair_episodes(
             if progress is not None and (done % len(xs) == 0 or done % 32 == 0):
                 progress(done, len(tasks))
     t, s, totals, steps, distances, firsts, counts = zip(*rows, strict=True)
-    return Pairs(
-        from_side,
-        to_side,
-        options,
-        to_side.episodes[list(t)],
-        from_side.episodes[list(s)],
-        np.array(totals),
-        np.array(steps),
-        np.array(distances),
-        np.concatenate(([0], np.cumsum([len(each) for each in firsts]))),
-        np.concatenate(firsts),
-        np.concatenate(counts),
-    )
+    offsets = np.concatenate(([0], np.cumsum([len(each) for each in firsts])))
+    numbers = (np.array(each) for each in (totals, steps, distances))
+    runs = offsets, np.concatenate(firsts), np.concatenate(counts)
+    return Pairs(from_side, to_side, options, to_side.episodes[list(t)], from_side.episodes[list(s)], *numbers, *runs)
 
 
 def _side(given: Recording | Sequence[np.ndarray], role: str) -> Side:

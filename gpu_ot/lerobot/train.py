@@ -31,10 +31,10 @@ from .attach import CoTraining, Pair, attach_ot
 from .check import report
 from .config import OTConfig, OTFeatureSpec
 from .dataset import LeRobotOTPairDataset
-from .draws import DrawLoader, ranks, same_law
+from .draws import Drawable, DrawLoader, ranks, same_law
 from .encoders import WHOLE
 from .features import expanded, fits, flat
-from .mixture import MixedDataset, co_training
+from .mixture import co_training
 from .pairfile import read_pairs
 
 CONFIG, STATE = "ot_config.json", "ot_state.json"
@@ -243,7 +243,7 @@ class _Launch:
         feature = key.removesuffix("_is_pad")
         return self.rename.get(feature, feature) + key[len(feature) :]
 
-    def _loader(self, name: str, dataset: LeRobotOTPairDataset | MixedDataset, size: int, start: int, workers: int) -> DrawLoader:
+    def _loader(self, name: str, dataset: Drawable, size: int, start: int, workers: int) -> DrawLoader:
         """From where the checkpoint left it, or from step `start` on."""
         rank, world = ranks()
         options: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
