@@ -558,6 +558,8 @@ def test_a_policy_may_return_its_loss_alone(observations):
     training = attach_ot(policy, [dict(zip(("src", "tgt"), pair, strict=True))], co_config(), log_every=1)
     torch.testing.assert_close(policy.forward(batch), before + weighted)
     assert math.isclose(training.last["ot_loss_weighted"], weighted.item(), rel_tol=1e-9) and training.last["lambda_ot"] == 0.5
+    with pytest.raises(ProblemError, match=r"must return \(loss, info\) or the loss while it trains, found dict"):
+        training.add_to(policy, {"loss": before})
 
 
 def test_the_log_names_the_loss_for_what_it_is(policy, observations, caplog):

@@ -80,7 +80,9 @@ class CoTraining:
 
     def add_to(self, policy: nn.Module, out: Any) -> Any:
         """What the policy's `forward` gives, (loss, info) or the loss alone, with the alignment in it."""
-        loss, info = (out, None) if (bare := isinstance(out, Tensor)) else out
+        if not (bare := isinstance(out, Tensor)) and not (isinstance(out, tuple) and len(out) == 2):
+            raise ProblemError(f"the policy's forward must return (loss, info) or the loss while it trains, found {type(out).__name__}.")
+        loss, info = (out, None) if bare else out
         cfg, step, weight, told = self.cfg, self.step + 1, self.cfg.weight_at(self.step), {}
         if weight > 0:
             loss, told = self._added(policy, loss, weight)

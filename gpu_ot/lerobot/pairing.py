@@ -59,8 +59,9 @@ def pair_episodes(
                 progress(done, len(tasks))
     t, s, totals, steps, distances, firsts, counts = zip(*rows, strict=True)
     offsets = np.concatenate(([0], np.cumsum([len(each) for each in firsts])))
-    columns = [to_side.episodes[list(t)], from_side.episodes[list(s)], *(np.array(each) for each in (totals, steps, distances)), offsets]
-    return Pairs(from_side, to_side, options, *columns, np.concatenate(firsts), np.concatenate(counts))
+    columns = [to_side.episodes[list(t)], from_side.episodes[list(s)], *(np.array(each) for each in (totals, steps, distances))]
+    columns += [offsets, np.concatenate(firsts), np.concatenate(counts)]
+    return Pairs(from_side, to_side, options, *columns)
 
 
 def _side(given: Recording | Sequence[np.ndarray], role: str) -> Side:
