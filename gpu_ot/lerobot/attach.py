@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ProblemError
-from ..problem import vector_dtype
 from .config import OTConfig, OTLossConfig
 from .encoders import Observation, unwrapped
 from .features import flat, only, terms
-from .loss import CostScale, alarm, align, floats, refuse_nan
+from .loss import CostScale, alarm, align, floats, refuse_nan, wide
 
 #: A batch of each side, row by row in pairs: (source, target), or {"src": ..., "tgt": ...} as LeRobotOTPairDataset gives it.
 Pair = Any
@@ -260,7 +259,7 @@ def _gradients(policy: nn.Module, bc: Tensor, ot: Tensor) -> dict[str, float]:
     reached = [(p, g) for p, g in zip(parameters, pulls, strict=True) if g is not None]
     other = torch.autograd.grad(bc.mean(), [p for p, _ in reached], retain_graph=True, allow_unused=True)
     norms = [
-        torch.stack([torch.linalg.vector_norm(g, dtype=vector_dtype(g.device)) for g in found] or [torch.zeros(())]).norm()
+        torch.stack([torch.linalg.vector_norm(wide(g)) for g in found] or [torch.zeros(())]).norm()
         for found in ([g for _, g in reached], [g for g in other if g is not None])
     ]
     ours, theirs = torch.stack([z.to(bc.device) for z in norms]).tolist()

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from ..costs.base import SCALES
 from ..errors import ProblemError, unknown
 from .settings import Settings, bounded, call, made, number
 
@@ -21,6 +20,7 @@ TIMES = ("first", "last", "flatten")
 EMBED_COSTS = ("sqeuclidean", "cosine")
 #: By name; soft_diagonal and band take a number.
 REFERENCES = ("product", "diagonal", "soft_diagonal", "band")
+SCALES = ("std", "mean", "median", "max")
 COST_SCALES = ("none", "mean", "median", "quantile")
 
 

@@ -61,7 +61,7 @@ class CostScale:
         if q is None:
             now = cost.scale(kind)
         else:
-            sample = _wide(cost.sample(1024)).flatten()
+            sample = wide(cost.sample(1024)).flatten()
             now = sample.kthvalue(max(1, math.ceil(q * len(sample)))).values
         if self.shared and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(now)
@@ -186,7 +186,7 @@ def floats(metrics: Metrics) -> dict[str, float]:
     """The metrics on the host, by one copy."""
     if not metrics:
         return {}
-    return dict(zip(metrics, torch.stack([_wide(z.detach()) for z in metrics.values()]).tolist(), strict=True))
+    return dict(zip(metrics, torch.stack([wide(z.detach()) for z in metrics.values()]).tolist(), strict=True))
 
 
 def alarm(metrics: Mapping[str, float], cfg: TransportConfig) -> str | None:
@@ -234,7 +234,7 @@ def _of_terms(
     if solution is None and not bool(loss.detach().isfinite()):  # the solver, which looks for itself, was not asked
         raise ProblemError("the costs hold NaN or infinity.")
     with torch.no_grad():
-        parts, (rows, columns) = [], map(_wide, plan.marginals)
+        parts, (rows, columns) = [], map(wide, plan.marginals)
         # A common centre changes no distance and keeps the digits of features far from the origin.
         centred = [(z := torch.cat((term.x, term.y)).mean(0), term.x - z, term.y - z)[1:] for term in found]
         sent = (plan @ torch.cat([v for _, v in centred], -1)).split([v.shape[-1] for _, v in centred], -1)
@@ -258,12 +258,12 @@ def _transport(cost: Cost, cfg: TransportConfig, r: Tensor | None, paired: Calla
     eps = cfg.reg[1] * float(cost.scale(cfg.reg[0])) if isinstance(cfg.reg, list) else cfg.reg
     if r is None and named == "diagonal":  # n P_ii = exp(-M_ii / (eps + tau_src + tau_tgt))
         D = paired()
-        p = (-_wide(D.detach()) / (eps + sum(cfg.taus))).exp() / n
+        p = (-wide(D.detach()) / (eps + sum(cfg.taus))).exp() / n
         return (p.to(D) * D).sum(), _OneToOne(p), None
     if r is not None and (r.shape != cost.shape or not bool(((r >= 0) & r.isfinite()).all())):
         raise ProblemError(f"reference must hold finite numbers >= 0 of shape {errors.shape(cost.shape)}, found {errors.shape(r.shape)}.")
     if r is None and number is not None:
-        ones = _wide(next(iter(cost.inputs.values())).new_ones(n, n))
+        ones = wide(next(iter(cost.inputs.values())).new_ones(n, n))
         r = (
             (1 - number) * torch.eye(n).to(ones) / n + number * ones / n**2
             if named == "soft_diagonal"
@@ -285,8 +285,8 @@ def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> S
     a = b = None
     if r is not None:
         C = cost.dense().detach()
-        cost = Matrix(C - (eps * (_wide(r) * (n * m)).log()).to(C))
-        a, b = (_wide(r.sum(axis) > 0) / r.shape[1 - axis] for axis in (1, 0))  # mass without a partner stays away
+        cost = Matrix(C - (eps * (wide(r) * (n * m)).log()).to(C))
+        a, b = (wide(r.sum(axis) > 0) / r.shape[1 - axis] for axis in (1, 0))  # mass without a partner stays away
         for w, penalty, side in ((a, penalties[0], "row"), (b, penalties[1], "column")):
             if penalty.balanced and bool((w == 0).any()):
                 raise ProblemError(
@@ -300,10 +300,10 @@ def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> S
 
 def _metrics(loss: Tensor, plan: Any, solution: Solution | None, parts: list[tuple[str, float, Tensor, Tensor]]) -> Metrics:
     """`parts`: name, weight, mean over all pairs, and <P, M_term> of each term."""
-    mass = _wide(plan.marginals[0]).sum()
+    mass = wide(plan.marginals[0]).sum()
     out = {"ot_loss": loss.detach(), "ot_pi_sum": mass}
     if plan.shape[0] == plan.shape[1]:
-        on = _wide(plan.diagonal()).sum()
+        on = wide(plan.diagonal()).sum()
         out |= {"ot_pi_diag": on, "ot_diag_ratio": torch.where(mass > 0, on / mass, 0.0)}
     zero = torch.zeros_like(mass)
     if (s := solution) is None:  # the closed form is exact and one-to-one
@@ -318,7 +318,7 @@ def _metrics(loss: Tensor, plan: Any, solution: Solution | None, parts: list[tup
     return out
 
 
-def _wide(z: Tensor) -> Tensor:
+def wide(z: Tensor) -> Tensor:
     """As wide as potentials are on its device."""
     return z.to(vector_dtype(z.device))
 
