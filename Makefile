@@ -31,7 +31,7 @@ slow: .venv/ready
 	$(BIN)/pytest -m slow
 
 lerobot: .venv-lerobot/ready
-	OMP_NUM_THREADS=1 .venv-lerobot/bin/pytest -m lerobot tests/test_lerobot_pairs.py tests/test_lerobot_train.py
+	OMP_NUM_THREADS=1 .venv-lerobot/bin/pytest tests/test_lerobot_pairs.py tests/test_lerobot_train.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

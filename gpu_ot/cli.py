@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import os
 import sys
@@ -23,17 +24,34 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists the options.\n")
 
 
+#: Command -> (the function that describes its arguments, what it does in a line). A room registers its own; it is imported when asked for.
+COMMANDS = {
+    "demo": ("gpu_ot.cli:_describe_demo", "exchange the colours of two photographs, and compare with POT"),
+    "tune": ("gpu_ot.cli:_describe_tune", "time the kernels' block shapes on this GPU and keep what is faster"),
+    "pair": ("gpu_ot.lerobot.commands:pair", "find which frames of two LeRobot datasets belong together"),
+    "pairs": ("gpu_ot.lerobot.commands:pairs", "show what a pair file holds: episode strips with the path between them, and distances"),
+    "check": ("gpu_ot.lerobot.commands:check", "what a training would align: keys, encoders, a batch and its costs; no training"),
+    "train": ("gpu_ot.lerobot.commands:train", "LeRobot's training with the alignment in its loss"),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns 0, or 2 for a request that was refused, with one line on stderr; alone it prints its help."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = _Parser(prog="gpu-ot", description="Optimal transport that stays on the device.")
     parser.add_argument("--version", action="version", version=f"gpu_ot {__version__}")
+    parser.set_defaults(progress=_bar)
     commands = parser.add_subparsers(title="commands", metavar="")
-    _add_demo(commands)
-    _add_tune(commands)
-    _add_pair(commands)
-    _add_train(commands)
+    for name, (dotted, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        if name in argv[:1]:
+            module, function = dotted.split(":")
+            getattr(importlib.import_module(module), function)(command)
 
-    args = parser.parse_args(argv)
+    args, others = parser.parse_known_args(argv)
+    if not all(each.startswith(getattr(args, "passes_on", "\n")) for each in others):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    args.others = others
     if not hasattr(args, "run"):
         parser.print_help()
         return 0
@@ -45,13 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = commands.add_parser(
-        "demo",
-        help="exchange the colours of two photographs, and compare with POT",
-        description="Exchange the colours of the two photographs that ship inside scikit-learn, both ways from one solve: one PNG, "
-        "and a table of POT and gpu_ot on the same problem. Needs no network.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def _describe_demo(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.description = (
+        "Exchange the colours of the two photographs that ship inside scikit-learn, both ways from one solve: one PNG, "
+        "and a table of POT and gpu_ot on the same problem. Needs no network."
     )
     parser.add_argument("--device", default="cpu", help="where gpu_ot runs: cpu, cuda, cuda:1; POT runs in numpy")
     parser.add_argument("--pixels", type=int, default=800, help="pixels sampled from each photograph; memory and time grow as its square")
@@ -74,13 +90,10 @@ def _demo(args: argparse.Namespace) -> None:
     demo.run(device=args.device, pixels=args.pixels, reg=args.reg, out=args.out)
 
 
-def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = commands.add_parser(
-        "tune",
-        help="time the kernels' block shapes on this GPU and keep what is faster",
-        description="Time the candidate block shapes of the Triton kernels on this GPU, for the sizes given, and write the fastest to a "
-        "file that later processes read. Compiles some forty shapes per kernel and size: minutes. Nothing is tuned unless asked for here.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def _describe_tune(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Time the candidate block shapes of the Triton kernels on this GPU, for the sizes given, and write the fastest to a "
+        "file that later processes read. Compiles some forty shapes per kernel and size: minutes. Nothing is tuned unless asked for here."
     )
     parser.add_argument("--d", type=_positive, nargs="+", default=[3, 64], help="features of the points")
     parser.add_argument(
@@ -188,79 +201,6 @@ def tuned_table(outcomes: Sequence[Any]) -> str:
         asked = f"{o.trial.kernel:<9}{o.trial.precision:<7}{o.trial.d:>5}{o.trial.n:>8}"
         lines.append(f"{asked}  {old:<20}{o.old_ms:>9.4g}  {new:<20}{o.new_ms:>9.4g}{gain:>8}")
     return "\n".join(lines)
-
-
-def _add_pair(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = commands.add_parser(
-        "pair",
-        help="find which frames of two LeRobot datasets belong together",
-        description="Dynamic time warping of every target episode with every source episode, on label columns read from the parquet files "
-        "(no image is decoded): which source frames belong to each target frame, and how far episodes are from each other. Write it to a "
-        "file that records what was paired, for `gpu-ot train`.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--src", required=True, help="the source (simulated) dataset: a repo id, or its folder")
-    parser.add_argument("--tgt", required=True, help="the target (real) dataset")
-    parser.add_argument("--out", default="pairs.npz", help="the file to write")
-    parser.add_argument("--keys", nargs="+", default=["observation.state"], help="label columns, side by side")
-    parser.add_argument("--tgt-keys", nargs="+", default=None, help="their names in the target, where they differ")
-    parser.add_argument("--slice", type=int, nargs=2, metavar=("A", "B"), default=None, help="features [A, B) of the label; all by default")
-    parser.add_argument("--center", action="store_true", help="subtract each episode's mean")
-    parser.add_argument("--zscore", action="store_true", help="scale each feature by its mean and deviation over both datasets")
-    parser.add_argument("--stride", type=_positive, default=1, help="compare every so many frames, and interpolate in between")
-    parser.add_argument("--band", type=float, default=None, help="Sakoe-Chiba: frames that a pairing may stray; anywhere by default")
-    parser.add_argument(
-        "--topk", type=_positive, default=None, help="keep the nearest so many source episodes of each target's; all by default"
-    )
-    parser.add_argument("--cost", choices=("euclidean", "l1", "linf"), default="euclidean", help="cost between two frames")
-    parser.add_argument("--norm", choices=("steps", "arc", "none"), default="steps", help="what the distance is divided by")
-    parser.add_argument("--engine", choices=("auto", "numba", "numpy"), default="auto", help="the same pairs; numba is faster")
-    parser.add_argument("--workers", type=_positive, default=None, help="threads; one a processor by default")
-    parser.set_defaults(run=_pair)
-
-
-def _pair(args: argparse.Namespace) -> None:
-    from .lerobot.episodes import read_recording
-    from .lerobot.pairing import pair_episodes
-    from .lerobot.pairs import PairOptions, writable
-
-    options = PairOptions(
-        tuple(args.keys), args.tgt_keys, args.slice, args.center, args.zscore, args.stride, args.band, args.topk, args.cost, args.norm
-    )  # fmt: skip
-    path = writable(args.out)
-    source, target = read_recording(args.src, options.keys), read_recording(args.tgt, options.target_keys or options.keys)
-    start = time.monotonic()
-    pairs = pair_episodes(
-        source,
-        target,
-        options,
-        engine=args.engine,
-        workers=args.workers,
-        progress=lambda done, total: _bar(done, total, time.monotonic() - start, "pairs"),
-    )
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-    pairs.write(path)
-    print(pairs.summary())
-    print(f"\nwrote {path} ({path.stat().st_size / 2**20:.1f} MiB) after {time.monotonic() - start:.1f} s")
-
-
-def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="LeRobot's training with the alignment in its loss",
-        description="Run LeRobot's own training script, unmodified, with the optimal-transport loss of --ot-config added to the policy's. "
-        "What it saves loads in LeRobot without this package. For several processes: torchrun ... -m gpu_ot.lerobot.train.",
-    )
-    parser.add_argument("--ot-config", default=None, help="JSON or YAML; when resuming, the checkpoint's own where this is left out")
-    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENTS", help="what lerobot-train takes")
-    parser.set_defaults(run=_train)
-
-
-def _train(args: argparse.Namespace) -> None:
-    from .lerobot.train import run
-
-    run(args.ot_config, args.arguments)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 import sys
 import types
 import warnings
@@ -20,7 +21,9 @@ from gpu_ot.lerobot import (
     CostScale,
     OTConfig,
     OTCostConfig,
+    OTFeatureSpec,
     OTLossConfig,
+    OTTermConfig,
     alarm,
     attach_ot,
     compute_ot_loss_for_policy,
@@ -28,6 +31,7 @@ from gpu_ot.lerobot import (
     detach_ot,
     embed,
     floats,
+    retrieval,
 )
 from gpu_ot.lerobot.attach import CoTraining
 
@@ -299,6 +303,13 @@ def test_labels_carry_no_gradient(observations):
     src[STATE].requires_grad_()
     loss, _ = compute_ot_loss_for_policy(nn.Linear(1, 1), src, tgt, OTLossConfig.from_dict(dict(features=[dict(src_key=STATE)], reg=0.1)))
     assert not loss.requires_grad
+    rest = dict(reg=0.5, reg_m=1.0, tol=1e-12)
+    label, loose = OTFeatureSpec(STATE), OTFeatureSpec(STATE, detach_label=False)
+    M = (src[STATE].unsqueeze(1) - tgt[STATE].unsqueeze(0)).square().sum(-1)
+    expected = torch.autograd.grad((pot_plan(M, 0.5, (1.0, 1.0)) * M).sum(), src[STATE])[0]
+    for cfg in (OTLossConfig([label], detach_label=False, **rest), OTLossConfig([loose], **rest)):
+        loss, _ = compute_ot_loss_for_policy(nn.Linear(1, 1), src, tgt, cfg)
+        torch.testing.assert_close(torch.autograd.grad(loss, src[STATE])[0], expected)
 
 
 def test_action_chunks(observations):
@@ -329,6 +340,65 @@ def test_the_frame_that_is_now(observations):
         torch.testing.assert_close(loss, expected)
 
 
+def test_the_contract_is_kept_to_the_letter():
+    spec = OTFeatureSpec(
+        src_key="observation.state", tgt_key="observation.state", dim_slice=slice(0, 8), use_learned_embed=True,
+        embed_name="joints+gripper", weight_embed=1.0, weight_label=1.0,
+    )  # fmt: skip
+    for ends in ([0, 8], (0, 8), {"start": 0, "stop": 8}):
+        assert spec == OTFeatureSpec(STATE, STATE, ends, True, "joints+gripper", 1.0, 1.0)
+    assert OTFeatureSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec and OTFeatureSpec("a").dim_slice is None
+    assert spec.name == STATE and OTFeatureSpec(STATE, dim_slice=slice(3, None)).name == STATE
+    loss, cost = OTLossConfig([spec], 0.1), OTCostConfig([OTTermConfig("a", 2.0)], 0.2)
+    assert (loss.features, loss.reg) == ([spec], 0.1) and (cost.terms[0].name, cost.terms[0].weight, cost.reg) == ("a", 2.0, 0.2)
+    for given in (dict(reg_m=0.5), dict(reg_m=(0.5, 0.5)), dict(tau1=0.5, tau2=0.5), dict(tau_src=0.5, tau2=0.5)):
+        assert OTLossConfig.from_dict(given).taus == OTCostConfig(**given).taus == (0.5, 0.5)
+    assert OTLossConfig(reg_m=math.inf).taus == OTLossConfig(reg_m=[math.inf, None]).taus == (math.inf, math.inf)
+    with pytest.raises(ProblemError, match='two terms are called "a"'):
+        OTCostConfig([OTTermConfig("a"), OTTermConfig("a")])
+
+
+def test_terms_of_one_name_are_told_apart(policy, observations):
+    src, tgt = observations(6), observations(6)
+    specs = [OTFeatureSpec(STATE), OTFeatureSpec(STATE, dim_slice=slice(0, 2)), OTFeatureSpec("action", term_name=STATE)]
+    metrics = compute_ot_loss_for_policy(policy, src, tgt, OTLossConfig(specs, 0.5))[1]
+    assert {name for name in metrics if name.startswith("ot_cost/")} == {f"ot_cost/{STATE}{end}" for end in ("", "_2", "_3")}
+    assert {"ot_loss", "ot_pi_sum", "ot_pi_diag"} <= set(metrics)
+
+
+def test_a_method_that_gives_none_hands_on(policy, observations):
+    """To the path of the configuration, then to what is known of the policy, then to an error."""
+    src, tgt = observations(5), observations(5)
+    given = one(src_key=STATE, use_learned_embed=True, weight_label=0)
+    expected = compute_ot_loss_for_policy(policy, src, tgt, given)[0]
+    policy.encode_feature_for_ot = lambda key, x: None
+    path = one(src_key=STATE, use_learned_embed=True, weight_label=0, embed_path="state")
+    torch.testing.assert_close(compute_ot_loss_for_policy(policy, src, tgt, path)[0], expected)
+    with pytest.raises(ProblemError, match="how stub embeds an observation is not known"):
+        compute_ot_loss_for_policy(policy, src, tgt, given)
+    policy.name, policy.model = "act", module(encoder_robot_state_input_proj=policy.state)
+    torch.testing.assert_close(compute_ot_loss_for_policy(policy, src, tgt, given)[0], expected)
+
+
+def test_arrays_bytes_and_sides_of_a_batch_are_observations(policy, observations):
+    src, tgt = observations(5), observations(5)
+    for obs in (src, tgt):
+        obs[CAMERA] = (255 * obs[CAMERA]).to(torch.uint8)
+    cfg = features(tau_src=1.0)
+    loss = compute_ot_loss_for_policy(policy, src, tgt, cfg)[0]
+    as_floats = [obs | {CAMERA: obs[CAMERA].double() / 255} for obs in (src, tgt)]
+    torch.testing.assert_close(loss, compute_ot_loss_for_policy(policy, *as_floats, cfg)[0])
+    arrays = [{key: z.numpy() for key, z in obs.items()} for obs in (src, tgt)]
+    torch.testing.assert_close(loss, compute_ot_loss_for_policy(policy, *arrays, cfg)[0])
+    small = copy.deepcopy(policy).float()  # numpy's numbers are float64
+    torch.testing.assert_close(compute_ot_loss_for_policy(small, *arrays, cfg)[0], loss, rtol=1e-4, atol=0)
+    sides = ({"obs": {k: z for k, z in obs.items() if k != "action"}, "actions": obs["action"]} for obs in (src, tgt))
+    cfg.features.append(OTFeatureSpec("action"))
+    torch.testing.assert_close(compute_ot_loss_for_policy(policy, *sides, cfg)[0], compute_ot_loss_for_policy(policy, src, tgt, cfg)[0])
+    with pytest.raises(ProblemError, match=f"every feature of the source needs as many rows, found 5 of {STATE}, 4 of {CAMERA}"):
+        compute_ot_loss_for_policy(policy, src | {CAMERA: src[CAMERA][:4]}, tgt, cfg)
+
+
 def test_a_wildcard_is_every_camera(policy, observations):
     src, tgt = observations(6), observations(6)
     for obs in (src, tgt):
@@ -337,6 +407,13 @@ def test_a_wildcard_is_every_camera(policy, observations):
         cfg = OTLossConfig.from_dict(dict(features=[dict(src_key=key, use_learned_embed=True, weight_label=0, term_name="img")], reg=0.1))
         metrics = compute_ot_loss_for_policy(policy, src, tgt, cfg)[1]
         assert {name for name in metrics if name.startswith("ot_cost")} == {"ot_cost/img/front", "ot_cost/img/wrist"}
+    # A camera with a feature of its own is not counted twice; without a name, terms are called as their keys are.
+    every = OTFeatureSpec("observation.images.*", use_learned_embed=True, weight_label=0)
+    specs = [every, OTFeatureSpec(CAMERA, None, None, True, None, 5.0, 0)]
+    metrics = compute_ot_loss_for_policy(policy, src, tgt, OTLossConfig(specs, 0.1))[1]
+    assert {name for name in metrics if name.startswith("ot_cost")} == {f"ot_cost/{CAMERA}", "ot_cost/observation.images.wrist"}
+    with pytest.raises(ProblemError, match=r'"observation.depth.\*" stands for nothing in the source, which has action, .*front, .*wrist'):
+        compute_ot_loss_for_policy(policy, src, tgt, one(src_key="observation.depth.*"))
     del tgt["observation.images.wrist"]
     with pytest.raises(ProblemError, match=r"the same features on both sides: the source has .*wrist"):
         compute_ot_loss_for_policy(policy, src, tgt, cfg)
@@ -428,6 +505,98 @@ def test_attached_and_detached(policy, observations):
         attach_ot(policy, loader, co_config())
     assert type(detach_ot(policy)) is cls
     torch.testing.assert_close(policy.forward(batch)[0], before)
+
+
+def test_a_policy_inside_something_is_reached(policy, observations):
+    """torch.compile and DistributedDataParallel train with the alignment, and are asked for embeddings through it."""
+    batch, (pair, *_) = {STATE: observations(4)[STATE]}, pairs(observations)
+    bare = policy.forward(batch)[0] + 0.5 * compute_ot_loss_for_policy(policy, *pair, co_config().loss_config)[0]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for wrap in (lambda p: torch.compile(p, backend="eager"), nn.parallel.DistributedDataParallel):
+            wrapped = wrap(policy)
+            torch.testing.assert_close(*(compute_ot_loss_for_policy(p, *pair, co_config().loss_config)[0] for p in (wrapped, policy)))
+            training = attach_ot(wrapped, [pair], co_config(), log_every=1)
+            loss, info = wrapped(batch)
+            torch.testing.assert_close(loss, bare)
+            assert training.step == 1 and info["ot_loss"] > 0
+            assert detach_ot(wrapped) is wrapped and type(policy) is Policy
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_without_weight_nothing_is_done(policy, observations):
+    def never(start):
+        raise AssertionError("a pair is asked for")
+        yield
+
+    training = attach_ot(policy, never, co_config(lambda_ot=0.0, plan_every=1, grad_norms_every=1), log_every=1, out_dir="nowhere")
+    policy.seen.clear()
+    loss, info = policy.forward(batch := {STATE: observations(4)[STATE]})
+    torch.testing.assert_close(loss, policy.state(batch[STATE]).square().mean())
+    assert info == {"l1_loss": 1.0} and training.step == 1 and not policy.seen
+
+
+def test_what_is_saved_is_the_plain_policy(policy, observations, tmp_path):
+    batch = {STATE: observations(4)[STATE]}
+    before = policy.forward(batch)[0]
+    attach_ot(policy, iter(pairs(observations)), co_config())
+    torch.save(policy, tmp_path / "policy.pt")
+    for again in (torch.load(tmp_path / "policy.pt", weights_only=False), pickle.loads(pickle.dumps(policy)), copy.copy(policy)):
+        assert type(again) is Policy and not hasattr(again, "_co_training")
+        torch.testing.assert_close(again.forward(batch)[0], before)
+    assert policy.forward(batch)[0] > before
+
+
+def test_a_policy_may_return_its_loss_alone(observations):
+    class Bare(Policy):
+        def forward(self, batch):
+            return super().forward(batch)[0]
+
+    policy, batch, pair = Bare(), {STATE: observations(4)[STATE]}, (observations(6), observations(6))
+    before, weighted = policy.forward(batch), 0.5 * compute_ot_loss_for_policy(policy, *pair, co_config().loss_config)[0]
+    training = attach_ot(policy, [dict(zip(("src", "tgt"), pair, strict=True))], co_config(), log_every=1)
+    torch.testing.assert_close(policy.forward(batch), before + weighted)
+    assert math.isclose(training.last["ot_loss_weighted"], weighted.item(), rel_tol=1e-9) and training.last["lambda_ot"] == 0.5
+    with pytest.raises(ProblemError, match=r"must return \(loss, info\) or the loss while it trains, found dict"):
+        training.add_to(policy, {"loss": before})
+
+
+def test_the_log_names_the_loss_for_what_it_is(policy, observations, caplog):
+    attach_ot(policy, pairs(observations), co_config(warmup_steps=4), log_every=1)
+    with caplog.at_level("INFO"):
+        policy.forward({STATE: observations(4)[STATE]})
+    said = caplog.messages[-1]
+    assert all(f" {name}:" in said for name in ("ot_loss", "ot_pi_sum", "ot_pi_diag", "ot_cost/pose", "ot_loss_weighted"))
+    assert " lambda_ot:0.125 " in f"{said} " and " loss:" not in said
+
+
+def test_nan_between_the_steps_that_are_logged_is_named_at_once(policy, observations):
+    pair = (observations(5), observations(5))
+    cfg = co_config(loss_config=features(reference="diagonal", tau_src=1.0, tau_tgt=1.0).to_dict())
+    attach_ot(policy, [pair], cfg, log_every=1000)
+    policy.forward({STATE: observations(4)[STATE]})
+    pair[1][CAMERA][2, 0, 0, 0] = torch.nan
+    with pytest.raises(ProblemError, match=f'the term "{CAMERA}" holds NaN'):
+        policy.forward({STATE: observations(4)[STATE]})
+
+
+def test_retrieval_is_the_share_of_partners_that_are_nearest(policy, observations):
+    """In evaluation mode, in the embedding alone, and every so many steps."""
+    src = observations(12)
+    tgt = {key: z + 1e-3 * torch.randn(z.shape, dtype=z.dtype) for key, z in src.items()}
+    cfg = features(tau_src=1.0, tau_tgt=1.0)
+    assert retrieval(policy, src, tgt, cfg) == {"ot_retrieval_top1": 1.0} and policy.camera.training
+    tgt = {key: torch.cat((z[:9], z[9:].roll(1, 0))) for key, z in tgt.items()}
+    tgt[STATE][:, :4] += 0  # the label is not asked
+    assert retrieval(policy, src, tgt, cfg) == {"ot_retrieval_top1": 0.75}
+    attach_ot(policy, pairs(observations), co_config(retrieval_every=2), log_every=0, held_out=lambda: (src, tgt))
+    infos = [policy.forward({STATE: observations(4)[STATE]})[1] for _ in range(4)]
+    assert [info.get("ot_retrieval_top1") for info in infos] == [None, 0.75, None, 0.75]
+    with pytest.raises(ProblemError, match="pass held_out"):
+        CoTraining(co_config(retrieval_every=2), [])
+    with pytest.raises(ProblemError, match="no feature is embedded"):
+        CoTraining(OTConfig(retrieval_every=2, loss_config=one(src_key=STATE)), [], held_out=(src, tgt))
 
 
 def test_resuming_goes_on_with_the_next_pair(policy, observations):
@@ -575,7 +744,15 @@ def test_the_forks_training_file_reads_unchanged(tmp_path):
     (dict(windw_size=3), 'no key "windw_size": did you mean "window_size"'),
     (dict(loss_config=dict(tau_scr=1)), 'OTLossConfig has no key "tau_scr": did you mean "tau_src"'),
     (dict(loss_config=dict(features=[dict(tgt_key="a")])), "OTFeatureSpec needs src_key"),
-    (dict(loss_config=dict(features=[dict(src_key="a"), dict(src_key="a")])), 'two terms are called "a"'),
+    (dict(loss_config=dict(heuristic="false")), "heuristic must be true or false, found 'false'"),
+    (dict(loss_config=dict(features=[dict(src_key="a", use_learned_embed=1)])), "use_learned_embed must be true or false"),
+    (dict(loss_config=dict(features=[dict(src_key="a", dim_slice=3)])), "dim_slice of a must be .*found 3"),
+    (dict(loss_config=dict(features=[dict(src_key="a", dim_slice=slice(0, 8, 2))])), "a step of 2"),
+    (dict(loss_config=dict(features=[dict(src_key=7)])), "src_key must be text"),
+    (dict(loss_config=dict(features=dict(src_key="a"))), "features must be a list"),
+    (dict(loss_config=dict(reg_m=1, tau_tgt=2)), "tau_tgt and reg_m are names of one number"),
+    (dict(loss_config=dict(reg_m=[1, 2, 3])), r"reg_m must be a number or \[tau_src, tau_tgt\]"),
+    (dict(obs_keys=3), "obs_keys must be a list of keys, found 3"),
     (dict(loss_config=dict(features=[dict(src_key="a", weight_label=0)])), "counts for nothing"),
     (dict(loss_config=dict(features=[dict(src_key="a", dim_slice=[0])])), "dim_slice of a must be"),
     (dict(loss_config=dict(reg=0)), "reg must be a finite number above 0"),
@@ -602,12 +779,34 @@ def test_a_mistaken_configuration_says_what_is_wrong(given, said):
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    for name, text, said in (("a.json", "{", "not JSON"), ("b.json", '{"lamda_ot": 1}', "lambda_ot"), ("c.json", None, "cannot be read")):
+    found = [
+        ("a.json", b"{", "not JSON"), ("b.json", b'{"lamda_ot": 1}', "lambda_ot"), ("c.json", None, "cannot be read"),
+        ("d.json", b"[" * 10**5, "nested too deeply"), ("e.json", b'{"seed": 1, "seed": 2}', '"seed" is there twice'),
+        ("f.json", b'{"src_repo_id": "\xff"}', "not UTF-8: byte 17 is 0xff"), ("g.yaml", b"seed: 1\nseed: 2", '"seed" is there twice'),
+        ("h.yaml", b"a: [" * 2000, "nested too deeply"), ("i.yaml", b"? [1]\n: 2", "cannot be a key"), ("j.yaml", b"a: [", "not YAML"),
+        ("k.yaml", b"a: 2024-13-45", "not YAML"),
+    ]  # fmt: skip
+    for name, text, said in found:
         path = tmp_path / name
+        if path.suffix == ".yaml":
+            pytest.importorskip("yaml")
         if text is not None:
-            path.write_text(text)
+            path.write_bytes(text)
         with pytest.raises(ProblemError, match=f"{name}.*{said}"):
             OTConfig.from_file(path)
+
+
+def test_single_values_are_set_from_the_command_line(tmp_path):
+    path = tmp_path / "ot.json"
+    path.write_text(json.dumps(co_config().to_dict()))
+    values = ("reg=0.05", "lambda_ot=2", "features.1.weight_embed=3", "src_repo_id=sim", "loss_config.tau_src=null")
+    cfg = OTConfig.from_file(path, [f"--ot.{value}" for value in values])
+    assert (cfg.loss_config.reg, cfg.lambda_ot, cfg.loss_config.features[1].weight_embed) == (0.05, 2, 3)
+    assert (cfg.src_repo_id, cfg.loss_config.tau_src, cfg.loss_config.tau_tgt) == ("sim", None, 1.0)
+    wrong = ("rge=1", 'no key "rge"'), ("features.7.reg=1", "numbered from 0"), ("reg.a=1", "under a value"), ("reg", "KEY=VALUE")
+    for value, said in wrong:
+        with pytest.raises(ProblemError, match=said):
+            OTConfig.from_file(path, [f"--ot.{value}"])
 
 
 def test_yaml_reads_alike(tmp_path):
@@ -617,9 +816,6 @@ def test_yaml_reads_alike(tmp_path):
     assert OTConfig.from_file(path) == co_config()
     path.write_text("loss_config: {tau_src: .inf, tau_tgt: null}")
     assert OTConfig.from_file(path).loss_config.taus == (math.inf, math.inf)
-    path.write_text("a: [")
-    with pytest.raises(ProblemError, match="not YAML"):
-        OTConfig.from_file(path)
 
 
 def mini(name, **parts):
@@ -646,11 +842,14 @@ def test_large_policies_embed_what_they_would_be_given():
     pad = lambda batch: nn.functional.pad(batch[STATE], (0, 4))  # noqa: E731
     state, image = torch.randn(3, 6), torch.rand(3, 3, 8, 8)
 
-    smolvla = mini("smolvla", model=module(state_proj=nn.Linear(10, 7), vlm_with_expert=tower))
-    smolvla.prepare_state, smolvla.prepare_images = pad, lambda batch: ([2 * batch[CAMERA] - 1], None)
-    pi0 = mini("pi0", model=module(state_proj=nn.Linear(10, 7), paligemma_with_expert=tower))
-    pi0.prepare_state, pi0._preprocess_images = pad, lambda batch: ([2 * batch[CAMERA] - 1], None)
-    for policy in (smolvla, pi0):
+    def large(name, part):
+        policy = mini(name, model=module(state_proj=nn.Linear(10, 7), **{part: tower}))
+        policy.prepare_state, policy.prepare_images = pad, lambda batch: ([2 * batch[CAMERA] - 1], None)
+        policy._preprocess_images = policy.prepare_images
+        return policy
+
+    pi0 = large("pi0", "paligemma_with_expert")
+    for policy in (large("smolvla", "vlm_with_expert"), pi0):
         padded = nn.functional.pad(state, (0, 4))
         torch.testing.assert_close(embed(policy, STATE, state, {STATE: state}), policy.model.state_proj(padded))
         tokens = patches(2 * image - 1).mean((-2, -1))
@@ -659,9 +858,12 @@ def test_large_policies_embed_what_they_would_be_given():
         with pytest.raises(ProblemError, match="carries no gradient"):
             embed(policy, CAMERA, image, {CAMERA: image})
         patches.requires_grad_(True)
-    del pi0.model.state_proj
-    with pytest.raises(ProblemError, match="into the prompt"):
-        embed(pi0, STATE, state, {STATE: state})
+    for pi0.name in ("pi05", "pi0_fast"):
+        torch.testing.assert_close(embed(pi0, CAMERA, image, {CAMERA: image}), tokens)
+        with pytest.raises(
+            ProblemError, match=f'{pi0.name} has no embedding of "observation.state" alone; it embeds "observation.images.<cam'
+        ):
+            embed(pi0, STATE, state, {STATE: state})
 
     class ByRobot(nn.Module):
         def __init__(self):

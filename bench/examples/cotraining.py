@@ -11,7 +11,7 @@ on: of 100 simulated frames, is the one of the same pose the nearest to a real f
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpu_ot.lerobot import OTConfig, attach_ot
-from gpu_ot.lerobot.dataset import DrawLoader, LeRobotOTPairDataset, PairSampling
+from gpu_ot.lerobot import DrawLoader, LeRobotOTPairDataset, OTConfig, attach_ot
 from gpu_ot.lerobot.pairing import PairOptions, pair_episodes
 
 STATE, POSE = "observation.state", "pose"
@@ -106,12 +105,10 @@ def recordings(generator: torch.Generator) -> tuple[Recorded, Recorded]:
     return Recorded(movements(steady(60)), lambda pose: pose), Recorded(movements(another_pace(15, generator)), seen_in_reality)
 
 
-def paired(source: Recorded, target: Recorded, cfg: OTConfig, size: int = 128) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+def paired(source: Recorded, target: Recorded, cfg: OTConfig, size: int = 128) -> DrawLoader:
     """Batches of frames that belong together by the pose."""
     pairs = pair_episodes([z.numpy() for z in source.pose], [z.numpy() for z in target.pose], PairOptions(keys=(POSE,)))
-    sampling = PairSampling(cfg.window_size, cfg.no_window, cfg.sharpness, cfg.cutoff)
-    for batch in DrawLoader(LeRobotOTPairDataset(source, target, pairs, sampling), size):
-        yield batch["source"], batch["target"]
+    return DrawLoader(LeRobotOTPairDataset(source, target, pairs, cfg), size)
 
 
 def train(source: Recorded, target: Recorded, lambda_ot: float, steps: int = 300, seed: int = 0) -> tuple[Policy, list[float]]:

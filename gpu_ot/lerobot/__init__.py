@@ -3,14 +3,18 @@
 Thin over the solver, and beside the unmodified `lerobot` package, which nothing here imports before it is asked for.
 """
 
-from .attach import CoTraining, attach_ot, detach_ot
+from .attach import CoTraining, attach_ot, detach_ot, retrieval
 from .config import OTConfig, OTCostConfig, OTFeatureSpec, OTLossConfig, OTTermConfig, TransportConfig
+from .dataset import LeRobotOTPairDataset
+from .draws import DrawLoader
 from .encoders import embed
 from .loss import CostScale, alarm, compute_ot_loss_for_policy, compute_ot_loss_from_terms, floats
 
 __all__ = [
     "CoTraining",
     "CostScale",
+    "DrawLoader",
+    "LeRobotOTPairDataset",
     "OTConfig",
     "OTCostConfig",
     "OTFeatureSpec",
@@ -24,4 +28,5 @@ __all__ = [
     "detach_ot",
     "embed",
     "floats",
+    "retrieval",
 ]

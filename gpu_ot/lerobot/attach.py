@@ -6,6 +6,8 @@ and what is saved is the plain policy.
 
 from __future__ import annotations
 
+import copyreg
+import dataclasses
 import importlib
 import logging
 import sys
@@ -17,16 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ProblemError
-from ..problem import vector_dtype
-from .config import OTConfig
-from .encoders import Observation
-from .features import only
-from .loss import CostScale, alarm, align, floats
+from .config import OTConfig, OTLossConfig
+from .encoders import Observation, unwrapped
+from .features import flat, only, terms
+from .loss import CostScale, alarm, align, floats, refuse_nan, wide
 
-#: A batch of each side, row by row in pairs.
-Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
+#: A batch of each side, row by row in pairs: (source, target), or {"src": ..., "tgt": ...} as LeRobotOTPairDataset gives it.
+Pair = Any
 #: Makes a batch of observations what the policy is trained on: normalised, on its device.
 Preprocess = Callable[[dict[str, Any]], Mapping[str, Any]]
+#: Batches to iterate over again and again, or a function of the step to begin from that gives them.
+Batches = Iterable[Pair] | Callable[[int], Iterable[Pair]]
 
 
 class CoTraining:
@@ -37,16 +40,18 @@ class CoTraining:
     log_every   steps between metrics: they are copied to the host, reported and checked on those alone; 0 for none.
     out_dir     where pictures of the plan go, for cfg.plan_every.
     main        whether this process reports.
+    held_out    a batch that is never aligned, or what makes it, for cfg.retrieval_every.
     """
 
     def __init__(
         self,
         cfg: OTConfig,
-        pairs: Iterable[Pair] | Callable[[int], Iterable[Pair]],
+        pairs: Batches,
         preprocess: Preprocess | None = None,
         log_every: int = 100,
         out_dir: str | Path | None = None,
         main: bool = True,
+        held_out: Pair | Callable[[], Pair] | None = None,
     ) -> None:
         if not cfg.loss_config.features:
             raise ProblemError("loss_config has no features: name at least one, with src_key and a weight.")
@@ -56,49 +61,84 @@ class CoTraining:
             _needs("matplotlib.figure", "plan_every draws pictures, which needs matplotlib: pip install matplotlib, or plan_every: 0.")
         if main and cfg.tensorboard_dir is not None:
             _needs("torch.utils.tensorboard", "tensorboard_dir needs TensorBoard: pip install tensorboard, or leave it out.")
+        if main and cfg.retrieval_every and held_out is None:
+            raise ProblemError("retrieval_every needs pairs that are not trained on: pass held_out, or retrieval_every: 0.")
+        if cfg.retrieval_every and not any(spec.embeds for spec in cfg.loss_config.features):
+            raise ProblemError(
+                "retrieval_every looks in the embedding, and no feature is embedded: set use_learned_embed, or leave it out."
+            )
         self.cfg, self.preprocess, self.log_every, self.main = cfg, preprocess, log_every, main
         self.out_dir = None if out_dir is None else Path(out_dir)
-        self.pairs = pairs
+        self.pairs, self.held_out = pairs, held_out
         self.step = 0
         self.scale = CostScale(shared=True)
         self.last: dict[str, float] = {}  # the metrics last reported
         self._batches: Iterator[Pair] | None = None
+        self._pending: list[tuple[list[str], Tensor, Any]] = []
         self._board: Any = None
 
-    def add_to(self, policy: nn.Module, loss: Tensor, info: dict[str, Any] | None) -> tuple[Tensor, dict[str, Any] | None]:
-        """BC's loss and what it reports, with the alignment's."""
-        cfg, step = self.cfg, self.step + 1
+    def add_to(self, policy: nn.Module, out: Any) -> Any:
+        """What the policy's `forward` gives, (loss, info) or the loss alone, with the alignment in it."""
+        if not (bare := isinstance(out, Tensor)) and not (isinstance(out, tuple) and len(out) == 2):
+            raise ProblemError(f"the policy's forward must return (loss, info) or the loss while it trains, found {type(out).__name__}.")
+        loss, info = (out, None) if bare else out
+        cfg, step, weight, told = self.cfg, self.step + 1, self.cfg.weight_at(self.step), {}
+        if weight > 0:
+            loss, told = self._added(policy, loss, weight)
+        if self.main and cfg.retrieval_every and step % cfg.retrieval_every == 0:
+            held = self.held_out() if callable(self.held_out) else self.held_out
+            told |= retrieval(policy, *self.seen(policy, held), cfg.loss_config)
+        if told:
+            self._report(step, told)
+            info = {**(info or {}), **told}
+        self.step = step
+        return loss if bare else (loss, info)
+
+    def _added(self, policy: nn.Module, loss: Tensor, weight: float) -> tuple[Tensor, dict[str, float]]:
+        """The sum, and what is to be reported at this step."""
+        cfg, step, told = self.cfg, self.step + 1, {}
         due = self.log_every > 0 and step % self.log_every == 0
-        source, target = self._next(policy)
+        self._batches = self._batches or self._endless()
+        source, target = self.seen(policy, next(self._batches))
         aligned = align(policy, source, target, cfg.loss_config, scale=self.scale, gather=cfg.gather, metrics=due)
-        weighted = cfg.weight_at(self.step) * aligned.loss
-        if due or (cfg.grad_norms_every and step % cfg.grad_norms_every == 0):
-            reported = floats({"bc_loss": loss.detach().mean(), **aligned.metrics})
-            if cfg.grad_norms_every and step % cfg.grad_norms_every == 0:
-                reported |= _gradients(policy, loss, weighted)
-            self._report(step, reported)
-            info = {**(info or {}), **reported}
+        self._watch(*aligned.finite)
+        weighted = weight * aligned.loss
+        norms = cfg.grad_norms_every > 0 and step % cfg.grad_norms_every == 0
+        if due or norms:
+            told = floats({"bc_loss": loss.detach().mean(), **aligned.metrics, "ot_loss_weighted": weighted.detach()})
+            told |= {"lambda_ot": weight} | (_gradients(policy, loss, weighted) if norms else {})
         if self.main and self.out_dir is not None and cfg.plan_every and step % cfg.plan_every == 0:
             _picture(aligned.plan(), self.out_dir / "ot_plans" / f"{step:06d}.png", step)
-        self.step = step
-        return loss + weighted.to(loss.dtype), info
+        return loss + weighted.to(loss.dtype), told
 
-    def _next(self, policy: nn.Module) -> tuple[Observation, Observation]:
-        if self._batches is None:
-            self._batches = self._endless()
+    def seen(self, policy: nn.Module, pair: Pair) -> tuple[Observation, Observation]:
+        """Both sides as the policy is given its batches: normalised, on its device, and no more than the features ask for."""
         device = next(policy.parameters()).device
         sides = []
-        for side, batch in zip("st", next(self._batches), strict=True):
-            seen = {key: z.to(device) if isinstance(z, Tensor) else z for key, z in batch.items()} if self.preprocess is None else batch
-            seen = seen if self.preprocess is None else self.preprocess(dict(seen))
-            named = [str(spec.src_key if side == "s" else spec.tgt_key) for spec in self.cfg.loss_config.features]
+        for side, batch in zip("st", (pair["src"], pair["tgt"]) if isinstance(pair, Mapping) else pair, strict=True):
+            batch = flat(batch)
+            seen = batch if self.preprocess is None else self.preprocess(dict(batch))
+            specs = self.cfg.loss_config.features
+            named = [str(spec.src_key if side == "s" else spec.tgt_key) for spec in specs]
             if lost := [key for key in named if key in batch and key not in seen]:
                 raise ProblemError(
                     f'"{lost[0]}" does not come out of the preprocessor, which keeps "action" and what begins with "observation.". Give '
                     "the feature such a name in the dataset."
                 )
-            sides.append(only(seen, [*named, *(self.cfg.obs_keys or ()), "embodiment_id"]))
+            kept = only(seen, [*named, *(self.cfg.obs_keys or ()), "embodiment_id"])
+            sides.append({key: z.to(device) for key, z in kept.items()})
         return sides[0], sides[1]
+
+    def _watch(self, names: list[str], finite: Tensor) -> None:
+        """Refuses NaN, without waiting for a GPU: the flags of a step are read when they have arrived, by the next one as a rule."""
+        if finite.device.type != "cuda":
+            return refuse_nan(names, finite)
+        here, arrived = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+        here.copy_(finite, non_blocking=True)
+        arrived.record()
+        self._pending.append((names, here, arrived))
+        while self._pending and self._pending[0][2].query():
+            refuse_nan(*self._pending.pop(0)[:2])
 
     def _endless(self) -> Iterator[Pair]:
         first = start = self.step
@@ -120,7 +160,7 @@ class CoTraining:
         self.last = reported
         if not self.main:
             return
-        logging.info("ot step:%d %s", step, " ".join(f"{name.removeprefix('ot_')}:{value:.4g}" for name, value in reported.items()))
+        logging.info("ot step:%d %s", step, " ".join(f"{name}:{value:.4g}" for name, value in reported.items()))
         if "ot_pi_sum" in reported and (warning := alarm(reported, self.cfg.loss_config)):
             logging.warning(warning)
         if self.cfg.tensorboard_dir is not None:
@@ -141,13 +181,6 @@ class CoTraining:
         self.scale.load_state_dict(state.get("scale", {}))
         self._batches = None
 
-    def __deepcopy__(self, memo: object) -> None:
-        """A copy of the policy, for averaging or evaluation, is not co-trained."""
-        return None
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
-
 
 class _Aligned:
     """In front of a policy's own class: its loss, and the alignment's while it trains."""
@@ -157,20 +190,21 @@ class _Aligned:
         training: CoTraining | None = self.__dict__.get("_co_training")
         if training is None or not (self.training and torch.is_grad_enabled()):  # pyright: ignore[reportAttributeAccessIssue]
             return out
-        loss, info = out
-        return training.add_to(self, loss, info)  # pyright: ignore[reportArgumentType]
+        add_to: Any = torch.compiler.disable(training.add_to)  # reads data and reports, which is not for a compiler
+        return add_to(self, out)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What is saved or copied is the plain policy: it loads where this package is not, and a copy is not co-trained."""
+        reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
+        _, _, state, *rest = reduced
+        plain = {key: z for key, z in state.items() if key != "_co_training"}
+        return copyreg._reconstructor, (type(self).__mro__[2], object, None), plain, *rest  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def attach_ot(
-    policy: nn.Module,
-    pairs: Iterable[Pair] | Callable[[int], Iterable[Pair]],
-    cfg: OTConfig,
-    preprocess: Preprocess | None = None,
-    log_every: int = 100,
-    out_dir: str | Path | None = None,
-    main: bool = True,
-) -> CoTraining:
-    """Adds lambda_ot times the alignment to what `policy.forward(batch)` returns while it trains: (loss, info). Arguments as CoTraining.
+def attach_ot(policy: nn.Module, pairs: Batches, cfg: OTConfig, preprocess: Preprocess | None = None, **options: Any) -> CoTraining:
+    """Adds lambda_ot times the alignment to what `policy.forward(batch)` returns while it trains: (loss, info), or the loss alone.
+
+    A policy inside torch.compile or DistributedDataParallel is reached through it. Arguments and `options` as CoTraining.
 
     >>> training = attach_ot(policy, pair_loader, OTConfig.from_file("ot.yaml"), preprocess=preprocessor)
     >>> loss, info = policy.forward(batch)  # info holds the metrics on every 100th step
@@ -178,9 +212,10 @@ def attach_ot(
 
     Raises ProblemError for a policy that has one attached.
     """
+    policy = unwrapped(policy)
     if isinstance(policy, _Aligned):
         raise ProblemError("this policy is co-trained already: detach_ot(policy) first.")
-    training = CoTraining(cfg, pairs, preprocess, log_every, out_dir, main)
+    training = CoTraining(cfg, pairs, preprocess, **options)
     policy._co_training = training  # pyright: ignore[reportArgumentType]
     cls = type(policy)
     policy.__class__ = type(cls.__name__, (_Aligned, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
@@ -189,10 +224,32 @@ def attach_ot(
 
 def detach_ot(policy: nn.Module) -> nn.Module:
     """The policy as it was before `attach_ot`."""
-    if isinstance(policy, _Aligned):
-        policy.__class__ = type(policy).__mro__[2]
-        del policy._co_training
+    if isinstance(inner := unwrapped(policy), _Aligned):
+        inner.__class__ = type(inner).__mro__[2]
+        del inner._co_training
     return policy
+
+
+def retrieval(policy: nn.Module, source: Mapping[str, Any], target: Mapping[str, Any], cfg: OTLossConfig) -> dict[str, float]:
+    """{"ot_retrieval_top1": the share of target rows whose nearest source row, in the embedding alone, is the one of their pair}.
+
+    In evaluation mode and without a gradient. Chance is one over the rows.
+    """
+    specs = [dataclasses.replace(spec, weight_label=0.0) for spec in cfg.features if spec.embeds]
+    training = [part for part in policy.modules() if part.training]
+    try:
+        policy.eval()
+        with torch.no_grad():
+            found = terms(policy, source, target, specs)
+    finally:
+        for part in training:
+            part.training = True
+    x, y = (
+        torch.cat([term.weight**0.5 * z for term, z in zip(found, side, strict=True)], -1)
+        for side in zip(*(t[2:] for t in found), strict=True)
+    )
+    nearest = torch.cdist(y.double(), x.double()).argmin(1)
+    return {"ot_retrieval_top1": float((nearest == torch.arange(len(y), device=y.device)).double().mean())}
 
 
 def _gradients(policy: nn.Module, bc: Tensor, ot: Tensor) -> dict[str, float]:
@@ -202,7 +259,7 @@ def _gradients(policy: nn.Module, bc: Tensor, ot: Tensor) -> dict[str, float]:
     reached = [(p, g) for p, g in zip(parameters, pulls, strict=True) if g is not None]
     other = torch.autograd.grad(bc.mean(), [p for p, _ in reached], retain_graph=True, allow_unused=True)
     norms = [
-        torch.stack([torch.linalg.vector_norm(g, dtype=vector_dtype(g.device)) for g in found] or [torch.zeros(())]).norm()
+        torch.stack([torch.linalg.vector_norm(wide(g)) for g in found] or [torch.zeros(())]).norm()
         for found in ([g for _, g in reached], [g for g in other if g is not None])
     ]
     ours, theirs = torch.stack([z.to(bc.device) for z in norms]).tolist()

@@ -1,11 +1,12 @@
 """Where a policy's own embedding of an observation lives, with its gradient.
 
-Asked in turn: the policy's method `encode_feature_for_ot(key, x)`, the dotted path of the configuration, and what is known of LeRobot's
-policies. Nothing here needs LeRobot: policies are recognised by their `name`.
+Asked in turn: the policy's method `encode_feature_for_ot(key, x)`, which may give None, the dotted path of the configuration, and what is
+known of LeRobot's policies. Nothing here needs LeRobot: policies are recognised by their `name`.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,13 +33,12 @@ def embed(policy: nn.Module, key: str, x: Tensor, observation: Observation, path
     Sequences are embedded frame by frame and laid side by side. Raises ProblemError where nothing is known that embeds this feature, and
     for an embedding without a gradient.
     """
-    if hasattr(policy, "encode_feature_for_ot"):
-        encoder, source = _by_method, "the policy's encode_feature_for_ot"
-    elif path is not None:
-        encoder, source = _by_path(policy, path), f'"{path}"'
-    else:
-        encoder, source = _known(policy, key), f"{_name(policy)}'s encoder"
-    z = encoder(policy, key, x, observation)
+    z, source = None, ""
+    if hook := getattr(policy, "encode_feature_for_ot", None):
+        z, source = hook(key, dict(observation) if key == WHOLE else x), "the policy's encode_feature_for_ot"
+    if z is None:
+        encoder, source = _found(policy, key, path)
+        z = encoder(policy, key, x, observation)
     if not isinstance(z, Tensor) or z.shape[:1] != x.shape[:1]:
         found = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
         raise ProblemError(f'{source} must give a tensor with {len(x)} rows for "{key}", found {found}.')
@@ -51,8 +51,31 @@ def embed(policy: nn.Module, key: str, x: Tensor, observation: Observation, path
     return z.flatten(1)
 
 
-def _by_method(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    return policy.encode_feature_for_ot(key, dict(observation) if key == WHOLE else x)
+def served_by(policy: nn.Module, key: str, path: str | None = None) -> str:
+    """What embeds this feature, in words. Raises ProblemError where nothing does."""
+    own = "the policy's encode_feature_for_ot" if hasattr(policy, "encode_feature_for_ot") else ""
+    try:
+        return ", or ".join(filter(None, (own, _found(policy, key, path)[1])))
+    except ProblemError:
+        if not own:
+            raise
+        return own
+
+
+def unwrapped(policy: nn.Module) -> nn.Module:
+    """The policy inside torch.compile, DistributedDataParallel and their like."""
+    while True:
+        inner = getattr(policy, "_orig_mod", None)
+        if inner is None and type(policy).__module__.startswith(("torch.", "accelerate.", "deepspeed.")):
+            inner = getattr(policy, "module", None)
+        if not isinstance(inner, nn.Module):
+            return policy
+        policy = inner
+
+
+def _found(policy: nn.Module, key: str, path: str | None) -> tuple[Encoder, str]:
+    """The encoder of this feature beside the policy's own method, and what to call it."""
+    return (_by_path(policy, path), f'"{path}"') if path is not None else (_known(policy, key), f"{_name(policy)}'s encoder of {key}")
 
 
 def _by_path(policy: nn.Module, path: str) -> Encoder:
@@ -71,8 +94,8 @@ def _known(policy: nn.Module, key: str) -> Encoder:
     kind = next((name for name in KNOWN if name == _name(policy)), None)
     if kind is None:
         raise ProblemError(
-            f"how {_name(policy)} embeds an observation is not known. Give the policy a method encode_feature_for_ot(key, x), name the "
-            f"part of it that embeds with embed_path, or use one of {', '.join(KNOWN)}."
+            f'how {_name(policy)} embeds an observation is not known, "{key}" here. Give the policy a method encode_feature_for_ot(key, x) '
+            f"that returns a tensor, name the part of it that embeds with embed_path, or use one of {', '.join(KNOWN)}."
         )
     for matches, encoder in KNOWN[kind]:
         if key == matches or (matches == IMAGES and _is_camera(key)):
@@ -106,7 +129,7 @@ def _frames(encoder: Callable[[Tensor], Tensor], x: Tensor, image: bool) -> Tens
 def _pooled(z: object) -> Tensor:
     """(batch, d): feature maps and tokens averaged."""
     if isinstance(z, Mapping):
-        z = z["feature_map"] if "feature_map" in z else next(iter(z.values()))
+        z = next((z[name] for name in ("feature_map", "pooler_output") if name in z), next(iter(z.values())))
     if not isinstance(z, Tensor):
         raise ProblemError(f"an embedding must be a tensor, found {type(z).__name__}.")
     return z.mean((-2, -1)) if z.ndim == 4 else z.mean(-2) if z.ndim == 3 else z
@@ -128,9 +151,9 @@ def _at(path: str) -> Encoder:
     return encoder
 
 
-def _act_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    model = policy.model
-    return _frames(lambda z: _pooled(model.encoder_img_feat_input_proj(model.backbone(z)["feature_map"])), x, True)
+def _image(embed: Callable[[Any, Tensor], Tensor]) -> Encoder:
+    """A policy that embeds single images."""
+    return lambda policy, key, x, observation: _frames(lambda z: _pooled(embed(policy, z)), x, True)
 
 
 def _diffusion_whole(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
@@ -147,43 +170,42 @@ def _diffusion_image(policy: Any, key: str, x: Tensor, observation: Observation)
     return _frames(encoder, x, True)
 
 
-def _vqbet_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    model = policy.vqbet
-    return _frames(lambda z: model.rgb_feature_projector(model.rgb_encoder(z)), x, True)
-
-
-def _tdmpc_whole(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    return policy.model.encode(dict(observation))
-
-
 def _tdmpc_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
     if key != (first := next(iter(policy.config.image_features))):
         raise ProblemError(f'TDMPC embeds one camera, "{first}", found "{key}".')
     return _frames(policy.model._encoder.image_enc_layers, x, True)
 
 
-def _smolvla_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    image = policy.prepare_images({key: x})[0][0]  # the last frame, resized, from -1 to 1
-    return _pooled(policy.model.vlm_with_expert.embed_image(image))
+def _tokens(prepare: str, embed: str) -> Encoder:
+    """A policy that resizes images by a method of its own and embeds them as tokens; of a sequence, the last frame."""
 
+    def encoder(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+        images = getattr(policy, prepare)({key: x[:, -1] if x.ndim == 5 else x})[0]
+        return _pooled(operator.attrgetter(embed)(policy.model)(images[0] if isinstance(images, list) else images[:, 0]))
 
-def _pi0_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    image = policy._preprocess_images({key: x})[0][0]
-    return _pooled(policy.model.paligemma_with_expert.embed_image(image))
+    return encoder
 
 
 def _padded_state(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
-    if not hasattr(policy.model, "state_proj"):
-        raise ProblemError(
-            "this policy has no encoder of the state (pi05 and pi0_fast write it into the prompt): use a camera, or a label."
-        )
     return policy.model.state_proj(policy.prepare_state({STATE: x}))
 
 
 def _groot_state(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
     if "embodiment_id" not in observation:
         raise ProblemError("GR00T embeds a state by its robot: its preprocessor must leave embodiment_id in the batch.")
-    return policy._groot_model.action_head.state_encoder(x, observation["embodiment_id"])
+    head = policy._groot_model.action_head
+    if hasattr(getattr(head, "config", None), "state_history_length"):  # N1.7 lays the frames side by side
+        x = x.flatten(1).unsqueeze(1)
+    return head.state_encoder(x, observation["embodiment_id"])
+
+
+def _dit_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
+    part = policy.observation_encoder
+    encoder = part.vision_encoder or part.vision_encoders[part.camera_names.index(key)]
+    return _frames(lambda z: encoder(part._apply_preprocessing(z)).flatten(1), x, True)
+
+
+_PALIGEMMA = _tokens("_preprocess_images", "paligemma_with_expert.embed_image")
 
 
 #: Policy -> what it embeds, and how.
@@ -191,17 +213,27 @@ KNOWN: dict[str, tuple[tuple[str, Encoder], ...]] = {
     "act": (
         (STATE, _at("model.encoder_robot_state_input_proj")),
         (ENVIRONMENT, _at("model.encoder_env_state_input_proj")),
-        (IMAGES, _act_image),
+        (IMAGES, _image(lambda policy, z: policy.model.encoder_img_feat_input_proj(policy.model.backbone(z)["feature_map"]))),
     ),
     "diffusion": ((WHOLE, _diffusion_whole), (IMAGES, _diffusion_image)),
-    "vqbet": ((STATE, _at("vqbet.state_projector")), (IMAGES, _vqbet_image)),
+    "vqbet": (
+        (STATE, _at("vqbet.state_projector")),
+        (IMAGES, _image(lambda policy, z: policy.vqbet.rgb_feature_projector(policy.vqbet.rgb_encoder(z)))),
+    ),
     "tdmpc": (
-        (WHOLE, _tdmpc_whole),
+        (WHOLE, lambda policy, key, x, observation: policy.model.encode(dict(observation))),
         (STATE, _at("model._encoder.state_enc_layers")),
         (ENVIRONMENT, _at("model._encoder.env_state_enc_layers")),
         (IMAGES, _tdmpc_image),
     ),
-    "smolvla": ((STATE, _padded_state), (IMAGES, _smolvla_image)),
-    "pi0": ((STATE, _padded_state), (IMAGES, _pi0_image)),
+    "smolvla": ((STATE, _padded_state), (IMAGES, _tokens("prepare_images", "vlm_with_expert.embed_image"))),
+    "pi0": ((STATE, _padded_state), (IMAGES, _PALIGEMMA)),
+    "pi05": ((IMAGES, _PALIGEMMA),),  # it and pi0_fast write the state into the prompt
+    "pi0_fast": ((IMAGES, _PALIGEMMA),),
+    "xvla": ((IMAGES, _tokens("_prepare_images", "vlm.get_image_features")),),  # the state goes in beside the actions
     "groot": (("state", _groot_state),),  # as its preprocessor calls it
+    "multi_task_dit": (
+        (WHOLE, lambda policy, key, x, observation: policy.observation_encoder.encode(policy._prepare_batch(dict(observation)))),
+        (IMAGES, _dit_image),
+    ),
 }

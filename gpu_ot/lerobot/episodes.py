@@ -154,34 +154,18 @@ def _columns(file: Path, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray, n
 
 
 def _innermost(kind: Any, pa: Any) -> Any:
-    """The number type inside lists of lists, None if there is something else in them."""
-    if isinstance(kind, pa.BaseExtensionType):
-        kind = kind.storage_type
+    """The type inside lists of lists, None if it is no number."""
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         kind = kind.value_type
     return kind if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) else None
 
 
 def _numbers(column: Any, key: str, file: Path, pa: Any) -> np.ndarray:
-    """(rows, d) float64 of a column of numbers or of lists of them."""
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # what it is when there are no rows or several
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
-    kind = _innermost(array.type, pa)
-    if kind is None:
-        raise ProblemError(f'"{key}" of {file} holds {array.type}, and pairs are found by numbers. Name a state or an action.')
-    rows, total = len(array), len(array)
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
-    while not array.type.equals(kind):
-        if array.null_count:
-            raise ProblemError(f'"{key}" of {file} is empty in {array.null_count} places. Repair or drop those episodes first.')
-        sizes = set(np.unique(array.value_lengths().to_numpy(zero_copy_only=False)).tolist())
-        if len(sizes) > 1:
-            raise ProblemError(f'"{key}" of {file} has {min(sizes)} to {max(sizes)} numbers a frame; every frame needs as many.')
-        array, total = array.flatten(), total * (sizes.pop() if sizes else 0)
-    if array.null_count or len(array) != total:
-        raise ProblemError(
-            f'"{key}" of {file} is empty in {array.null_count or total - len(array)} places. Repair or drop those episodes first.'
-        )
-    return array.to_numpy(zero_copy_only=False).astype(np.float64).reshape(rows, -1) if rows else np.empty((0, 1))
+    """(rows, d) float64 of a column of numbers or of lists of them; what is empty becomes NaN, which is refused later."""
+    if _innermost(column.type, pa) is None:
+        raise ProblemError(f'"{key}" of {file} holds {column.type}, and pairs are found by numbers. Name a state or an action.')
+    try:
+        return np.array(column.to_pylist(), dtype=np.float64).reshape(len(column), -1 if len(column) else 1)
+    except (TypeError, ValueError):
+        raise ProblemError(f'"{key}" of {file} has more numbers in some frames than in others; every frame needs as many.') from None

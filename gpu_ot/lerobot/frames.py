@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import fnmatch
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,23 +21,30 @@ from .episodes import Side
 ORDER, PARTNER, MIXTURE, AUGMENTATION = range(1, 5)
 
 
-class FrameDataset(Protocol):
-    """What is needed of a dataset, and what a LeRobotDataset has.
-
-    `hf_dataset["episode_index"]` has the episode of every row, each episode's rows together and in order of time. Used where they are
-    there: `meta.fps`, `meta.camera_keys`, `meta.features`, `root`, `repo_id`, `image_transforms`.
-    """
-
-    @property
-    def hf_dataset(self) -> Any: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+#: What serves as a dataset: len(), items, and `hf_dataset["episode_index"]` with the episode of every row, each episode's rows together and
+#: in order of time, as a LeRobotDataset has them. Used where they are there: `meta.fps`, `meta.camera_keys`, `meta.features`, `root`,
+#: `repo_id`, `image_transforms`.
+FrameDataset = Any
 
 
 def generator(seed: int, purpose: int, *counter: int) -> np.random.Generator:
     """Random numbers that depend on these numbers alone. Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"."""
     words = [0, *counter, 0, 0][:4]  # the lowest word counts within a draw
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=words))
+
+
+def draw_number(n: int) -> int:
+    if n < 0:
+        raise IndexError(f"draws are numbered from 0, found {n}")
+    return int(n)
+
+
+def fingerprint(given: object, *arrays: np.ndarray) -> str:
+    """Of what the draws of a dataset follow: two with one fingerprint draw the same rows."""
+    text = hashlib.blake2b(repr(given).encode(), digest_size=8)
+    for array in arrays:
+        text.update(np.ascontiguousarray(array).astype("<f8").tobytes())
+    return text.hexdigest()
 
 
 class FrameCache:
@@ -73,15 +80,13 @@ class Frames:
 
     dataset: FrameDataset
     role: str
-    keys: Sequence[str] | None
     transforms: Callable[[Tensor], Tensor] | None
     cache: FrameCache
     side: Side = dataclasses.field(init=False)
     starts: np.ndarray = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        table = episodes_of(self.dataset, self.role)
-        self.side, self.starts = table.side, table.starts
+        self.side, self.starts = episodes_of(self.dataset, self.role)
         self.dataset = without_transforms(self.dataset)
         meta = getattr(self.dataset, "meta", None)
         cameras = getattr(meta, "camera_keys", None)
@@ -91,9 +96,15 @@ class Frames:
     def __len__(self) -> int:
         return self.side.frames
 
+    def rows(self, episodes: Sequence[int] | None = None, drop_last: int = 0) -> np.ndarray:
+        """The rows of some episodes, all by default, without the last `drop_last` of each."""
+        chosen = np.ones(len(self.starts), bool) if episodes is None else np.isin(self.side.episodes, episodes)
+        ends = self.starts + (self.side.lengths - drop_last).clip(min=0)
+        return np.concatenate([np.arange(a, b) for a, b in zip(self.starts[chosen], ends[chosen], strict=True)] or [np.arange(0)])
+
     def frame(self, row: int, draw: tuple[int, int, int]) -> dict[str, Any]:
         """Row `row`; random transforms follow `draw` = (seed, draw, side)."""
-        item = dict(self.cache.get((id(self), row), lambda: self._decode(row)))
+        item = dict(self.cache.get((id(self), row), lambda: self.dataset[row]))
         images = [key for key, value in item.items() if self._is_image(key, value)]
         for key in images:
             image = item[key]
@@ -110,28 +121,14 @@ class Frames:
                 torch.set_rng_state(before)
         return item
 
-    def _decode(self, row: int) -> dict[str, Any]:
-        item = self.dataset[row]
-        return item if self.keys is None else {key: value for key, value in item.items() if matches(key, self.keys)}
-
     def _is_image(self, key: str, value: Any) -> bool:
         if not isinstance(value, Tensor) or value.ndim < 3:
             return False
         return key in self.cameras if self.cameras is not None else key.startswith("observation.image")
 
 
-def matches(key: str, patterns: Sequence[str]) -> bool:
-    """A key is wanted by name, by wildcard, or because it says where a wanted one is padded."""
-    return any(fnmatch.fnmatchcase(each, pattern) for pattern in patterns for each in (key, key.removesuffix("_is_pad")))
-
-
-class Table(NamedTuple):
-    side: Side
-    starts: np.ndarray
-
-
-def episodes_of(dataset: FrameDataset, role: str) -> Table:
-    """Which rows are which episode's, from the column alone."""
+def episodes_of(dataset: FrameDataset, role: str) -> tuple[Side, np.ndarray]:
+    """The episodes, and the first row of each, from the column alone."""
     try:
         rows = dataset.hf_dataset
         rows = rows.select_columns(["episode_index"]).with_format("numpy") if hasattr(rows, "with_format") else rows
@@ -151,7 +148,7 @@ def episodes_of(dataset: FrameDataset, role: str) -> Table:
     fps = getattr(getattr(dataset, "meta", None), "fps", None)
     if (np.diff(numbers) <= 0).any():
         raise ProblemError(f"the episodes of the {role} dataset are not in increasing order. Sort the dataset by episode and time.")
-    return Table(Side(name, float(fps) if fps else None, numbers, lengths), starts)
+    return Side(name, float(fps) if fps else None, numbers, lengths), starts
 
 
 def transforms_of(dataset: FrameDataset) -> Callable[[Tensor], Tensor] | None:

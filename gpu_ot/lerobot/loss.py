@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from ..solution.solution import Solution
 from ..solve import solve
 from ..solver.status import CONVERGED, STALLED
 from .config import COST_SCALES, REFERENCES, OTCostConfig, OTLossConfig, TransportConfig, call
-from .encoders import Observation
+from .encoders import unwrapped
 from .features import Term, terms
 
 #: Below this share of the mass the plan has collapsed: the loss is off.
@@ -35,11 +34,13 @@ Metrics = dict[str, Tensor]
 
 
 class Aligned(NamedTuple):
-    """The loss, its metrics, and the plan (n, m), detached, for whoever wants to see it."""
+    """The loss, its metrics, the plan (n, m), detached, for whoever wants to see it, and the term's names with whether all numbers of each
+    are finite, a tensor where the loss is: see `refuse_nan`."""
 
     loss: Tensor
     metrics: Metrics
     plan: Callable[[], Tensor]
+    finite: tuple[list[str], Tensor]
 
 
 class CostScale:
@@ -60,7 +61,7 @@ class CostScale:
         if q is None:
             now = cost.scale(kind)
         else:
-            sample = _wide(cost.sample(1024)).flatten()
+            sample = wide(cost.sample(1024)).flatten()
             now = sample.kthvalue(max(1, math.ceil(q * len(sample)))).values
         if self.shared and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(now)
@@ -79,8 +80,8 @@ class CostScale:
 
 def compute_ot_loss_for_policy(
     policy: nn.Module,
-    src_obs: Observation,
-    tgt_obs: Observation,
+    src_obs: Mapping[str, Any],
+    tgt_obs: Mapping[str, Any],
     cfg: OTLossConfig,
     *,
     scale: CostScale | None = None,
@@ -90,6 +91,8 @@ def compute_ot_loss_for_policy(
 ) -> tuple[Tensor, Metrics]:
     """(loss, metrics) of aligning two batches of observations, (n, ...) and (m, ...), in the policy's own embedding.
 
+    policy     as it is, or inside torch.compile or DistributedDataParallel.
+    src_obs, tgt_obs  feature -> tensor or array; a side {"obs": {...}, "actions": ...} of LeRobotOTPairDataset as well.
     scale      a CostScale that lives through the training, for cfg.cost_scale.
     reference  a measure (n, m) of one's own in place of cfg.reference; rows and columns without any get no mass.
     gather     one problem over the batches of all ranks of torch.distributed; the gradient is scaled so that the mean over ranks, which
@@ -101,7 +104,8 @@ def compute_ot_loss_for_policy(
     ot_share/<term>, its share of the mean of M, and ot_moved/<term>, its part of ot_loss.
 
     Raises ProblemError for a key, slice or embedding that does not fit, reference: diagonal of n != m, and NaN in a feature; with
-    reference: diagonal that is only looked for along with metrics, since its closed form never waits for the device.
+    reference: diagonal that is only looked for along with metrics, since its closed form never waits for the device: `attach_ot` looks
+    for it a step later.
     """
     aligned = align(policy, src_obs, tgt_obs, cfg, scale=scale, reference=reference, gather=gather, metrics=metrics)
     return aligned.loss, aligned.metrics
@@ -109,8 +113,8 @@ def compute_ot_loss_for_policy(
 
 def align(
     policy: nn.Module,
-    src_obs: Observation,
-    tgt_obs: Observation,
+    src_obs: Mapping[str, Any],
+    tgt_obs: Mapping[str, Any],
     cfg: OTLossConfig,
     *,
     scale: CostScale | None = None,
@@ -119,24 +123,27 @@ def align(
     metrics: bool = True,
 ) -> Aligned:
     """`compute_ot_loss_for_policy`, with the plan."""
-    found = terms(policy, src_obs, tgt_obs, cfg.features)
+    found = terms(unwrapped(policy), src_obs, tgt_obs, cfg.features, cfg.detach_label)
     with torch.autocast(found[0].x.device.type, enabled=False):
         ranks = 1
         if gather and torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size()
             _same_sizes(found[0])
             found = [term._replace(x=_everyone(term.x), y=_everyone(term.y)) for term in found]
+        finite = [term.name for term in found], torch.stack([term.x.isfinite().all() & term.y.isfinite().all() for term in found])
         try:
-            aligned = _of_terms(found, cfg, scale or CostScale(), reference, metrics)
+            loss, told, plan = _of_terms(found, cfg, scale or CostScale(), reference, metrics)
         except ProblemError:
-            for term in found:
-                if not bool(term.x.isfinite().all() & term.y.isfinite().all()):
-                    raise ProblemError(
-                        f'the term "{term.name}" holds NaN or infinity: look at its features and their normalisation.'
-                    ) from None
+            refuse_nan(*finite)
             raise
-        loss = aligned.loss
-        return aligned if ranks == 1 else aligned._replace(loss=loss.detach() + ranks * (loss - loss.detach()))
+        return Aligned(loss if ranks == 1 else loss.detach() + ranks * (loss - loss.detach()), told, plan, finite)
+
+
+def refuse_nan(names: list[str], finite: Tensor) -> None:
+    """Raises ProblemError for the first term that is not finite. Waits for the device."""
+    for name, fine in zip(names, finite.tolist(), strict=True):
+        if not fine:
+            raise ProblemError(f'the term "{name}" holds NaN or infinity: look at its features and their normalisation.')
 
 
 def compute_ot_loss_from_terms(
@@ -165,21 +172,21 @@ def compute_ot_loss_from_terms(
         M = torch.stack([term.weight * wide[term.name] for term in cfg.terms]).sum(0)
         size = (scale or CostScale()).of(Matrix(M.detach()), cfg)
         units = torch.ones((), device=M.device) if size is None else size.to(M)
-        moved = _transport(Matrix(M / units), cfg, reference, lambda: (M / units).diagonal())
+        loss, plan, solution = _transport(Matrix(M / units), cfg, reference, lambda: (M / units).diagonal())
         if not metrics:
-            return moved.loss, {}
-        P = moved.plan().to(M)
+            return loss, {}
+        P = plan.to_dense().to(M)
         parts = [
             (term.name, term.weight, wide[term.name].detach().mean(), (P * wide[term.name].detach()).sum() / units) for term in cfg.terms
         ]
-        return moved.loss, _metrics(moved, parts)
+        return loss, _metrics(loss, plan, solution, parts)
 
 
 def floats(metrics: Metrics) -> dict[str, float]:
     """The metrics on the host, by one copy."""
     if not metrics:
         return {}
-    return dict(zip(metrics, torch.stack([_wide(z.detach()) for z in metrics.values()]).tolist(), strict=True))
+    return dict(zip(metrics, torch.stack([wide(z.detach()) for z in metrics.values()]).tolist(), strict=True))
 
 
 def alarm(metrics: Mapping[str, float], cfg: TransportConfig) -> str | None:
@@ -197,60 +204,66 @@ def alarm(metrics: Mapping[str, float], cfg: TransportConfig) -> str | None:
     )
 
 
-@dataclass
-class _Moved:
-    """A coupling and its loss. What metrics alone want is not made before they ask: the `sums` of its rows and columns, its `diagonal`,
-    `times` a matrix, the `plan` itself. `solution` is what found it, where something had to be."""
+class _OneToOne:
+    """The plan where only pairs (i, i) move mass `p` (n,): as much of a plan of the solver's as is asked of it here."""
 
-    loss: Tensor
-    sums: Callable[[], tuple[Tensor, Tensor]]
-    diagonal: Callable[[], Tensor] | None
-    times: Callable[[Tensor], Tensor]
-    plan: Callable[[], Tensor]
-    solution: Solution | None
+    def __init__(self, p: Tensor) -> None:
+        self.p, self.marginals, self.shape = p, (p, p), (len(p), len(p))
+
+    def diagonal(self) -> Tensor:
+        return self.p
+
+    def to_dense(self) -> Tensor:
+        return self.p.diag()
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.p.to(v).unsqueeze(-1) * v
 
 
-def _of_terms(found: list[Term], cfg: TransportConfig, scale: CostScale, reference: Tensor | None, metrics: bool) -> Aligned:
+def _of_terms(
+    found: list[Term], cfg: TransportConfig, scale: CostScale, reference: Tensor | None, metrics: bool
+) -> tuple[Tensor, Metrics, Callable[[], Tensor]]:
     x = torch.cat([term.weight**0.5 * term.x for term in found], -1)
     y = torch.cat([term.weight**0.5 * term.y for term in found], -1)
     size = scale.of(SqEuclidean(x.detach(), y.detach()), cfg)
     units = torch.ones((), device=x.device, dtype=x.dtype) if size is None else size.to(x)
     x, y = x / units.sqrt(), y / units.sqrt()
-    moved = _transport(SqEuclidean(x, y), cfg, reference, lambda: (x - y).square().sum(-1))
+    loss, plan, solution = _transport(SqEuclidean(x, y), cfg, reference, lambda: (x - y).square().sum(-1))
     if not metrics:
-        return Aligned(moved.loss, {}, moved.plan)
-    if moved.solution is None and not bool(moved.loss.detach().isfinite()):  # the solver, which looks for itself, was not asked
+        return loss, {}, plan.to_dense
+    if solution is None and not bool(loss.detach().isfinite()):  # the solver, which looks for itself, was not asked
         raise ProblemError("the costs hold NaN or infinity.")
     with torch.no_grad():
-        parts, (rows, columns) = [], moved.sums()
+        parts, (rows, columns) = [], map(wide, plan.marginals)
         # A common centre changes no distance and keeps the digits of features far from the origin.
         centred = [(z := torch.cat((term.x, term.y)).mean(0), term.x - z, term.y - z)[1:] for term in found]
-        sent = moved.times(torch.cat([v for _, v in centred], -1)).split([v.shape[-1] for _, v in centred], -1)
+        sent = (plan @ torch.cat([v for _, v in centred], -1)).split([v.shape[-1] for _, v in centred], -1)
         for term, (u, v), w in zip(found, centred, sent, strict=True):
             squares = u.square().sum(-1).to(w), v.square().sum(-1).to(w)
             mean = squares[0].mean() + squares[1].mean() - 2 * (u.mean(0) * v.mean(0)).sum()
             cost = (rows * squares[0]).sum() + (columns * squares[1]).sum() - 2 * (u * w).sum()
             parts.append((term.name, term.weight, mean, cost.clamp(min=0) / units))
-        return Aligned(moved.loss, _metrics(moved, parts), moved.plan)
+        return loss, _metrics(loss, plan, solution, parts), plan.to_dense
 
 
-def _transport(cost: Cost, cfg: TransportConfig, reference: Tensor | None, paired: Callable[[], Tensor]) -> _Moved:
-    """The plan of `cost`, detached, and <P, cost>; `paired` gives the costs of the pairs (i, i) alone."""
+def _transport(cost: Cost, cfg: TransportConfig, r: Tensor | None, paired: Callable[[], Tensor]) -> tuple[Tensor, Any, Solution | None]:
+    """<P, cost> with P detached, the plan P, and what found it where it was looked for; `paired` gives the costs of pairs (i, i) alone."""
     n, m = cost.shape
     named, number = call(cfg.reference, "reference", REFERENCES)
-    if reference is None and named != "product" and n != m:
+    if r is None and named != "product" and n != m:
         raise ProblemError(
             f"reference: {cfg.reference} compares pairs (i, i), and this batch has {n} source and {m} target rows: pass as many of both, "
             "pair by pair, or use reference: product."
         )
     eps = cfg.reg[1] * float(cost.scale(cfg.reg[0])) if isinstance(cfg.reg, list) else cfg.reg
-    if reference is None and named == "diagonal":
-        return _diagonal(paired(), eps, cfg)
-    r = reference
+    if r is None and named == "diagonal":  # n P_ii = exp(-M_ii / (eps + tau_src + tau_tgt))
+        D = paired()
+        p = (-wide(D.detach()) / (eps + sum(cfg.taus))).exp() / n
+        return (p.to(D) * D).sum(), _OneToOne(p), None
     if r is not None and (r.shape != cost.shape or not bool(((r >= 0) & r.isfinite()).all())):
         raise ProblemError(f"reference must hold finite numbers >= 0 of shape {errors.shape(cost.shape)}, found {errors.shape(r.shape)}.")
     if r is None and number is not None:
-        ones = _wide(next(iter(cost.inputs.values())).new_ones(n, n))
+        ones = wide(next(iter(cost.inputs.values())).new_ones(n, n))
         r = (
             (1 - number) * torch.eye(n).to(ones) / n + number * ones / n**2
             if named == "soft_diagonal"
@@ -262,18 +275,7 @@ def _transport(cost: Cost, cfg: TransportConfig, reference: Tensor | None, paire
     solution = _solved(cost, eps, cfg, r)
     plan = solution.plan
     loss = held_cost(solution) if r is None else (plan.to_dense().detach().to(C := cost.dense()) * C).sum()
-
-    def sums() -> tuple[Tensor, Tensor]:
-        rows, columns = plan.marginals
-        return _wide(rows), _wide(columns)
-
-    return _Moved(loss, sums, (lambda: _wide(plan.diagonal())) if n == m else None, lambda v: plan @ v, plan.to_dense, solution)
-
-
-def _diagonal(D: Tensor, eps: float, cfg: TransportConfig) -> _Moved:
-    """The plan where only pairs (i, i) may move: n P_ii = exp(-M_ii / (eps + tau_src + tau_tgt))."""
-    p = (-_wide(D.detach()) / (eps + sum(cfg.taus))).exp() / len(D)
-    return _Moved((p.to(D) * D).sum(), lambda: (p, p), lambda: p, lambda v: p.to(v).unsqueeze(-1) * v, p.diag, None)
+    return loss, plan, solution
 
 
 def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> Solution:
@@ -283,8 +285,8 @@ def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> S
     a = b = None
     if r is not None:
         C = cost.dense().detach()
-        cost = Matrix(C - (eps * (_wide(r) * (n * m)).log()).to(C))
-        a, b = (_wide(r.sum(axis) > 0) / r.shape[1 - axis] for axis in (1, 0))  # mass without a partner stays away
+        cost = Matrix(C - (eps * (wide(r) * (n * m)).log()).to(C))
+        a, b = (wide(r.sum(axis) > 0) / r.shape[1 - axis] for axis in (1, 0))  # mass without a partner stays away
         for w, penalty, side in ((a, penalties[0], "row"), (b, penalties[1], "column")):
             if penalty.balanced and bool((w == 0).any()):
                 raise ProblemError(
@@ -296,15 +298,15 @@ def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> S
     return solution
 
 
-def _metrics(moved: _Moved, parts: list[tuple[str, float, Tensor, Tensor]]) -> Metrics:
+def _metrics(loss: Tensor, plan: Any, solution: Solution | None, parts: list[tuple[str, float, Tensor, Tensor]]) -> Metrics:
     """`parts`: name, weight, mean over all pairs, and <P, M_term> of each term."""
-    mass = moved.sums()[0].sum()
-    out = {"ot_loss": moved.loss.detach(), "ot_pi_sum": mass}
-    if moved.diagonal is not None:
-        on = moved.diagonal().sum()
+    mass = wide(plan.marginals[0]).sum()
+    out = {"ot_loss": loss.detach(), "ot_pi_sum": mass}
+    if plan.shape[0] == plan.shape[1]:
+        on = wide(plan.diagonal()).sum()
         out |= {"ot_pi_diag": on, "ot_diag_ratio": torch.where(mass > 0, on / mass, 0.0)}
     zero = torch.zeros_like(mass)
-    if (s := moved.solution) is None:  # the closed form is exact and one-to-one
+    if (s := solution) is None:  # the closed form is exact and one-to-one
         out |= {"ot_iters": zero, "ot_marginal_error": zero, "ot_plan_entropy": zero}
     else:
         out |= {"ot_iters": zero + s.n_iter, "ot_marginal_error": s.errors[-1].to(mass), "ot_plan_entropy": s.normalized_entropy.to(mass)}
@@ -316,25 +318,9 @@ def _metrics(moved: _Moved, parts: list[tuple[str, float, Tensor, Tensor]]) -> M
     return out
 
 
-def _wide(z: Tensor) -> Tensor:
+def wide(z: Tensor) -> Tensor:
     """As wide as potentials are on its device."""
     return z.to(vector_dtype(z.device))
-
-
-class _Everyone(torch.autograd.Function):
-    """The rows of all ranks, in their order; the gradient goes to this rank's own."""
-
-    @staticmethod
-    def forward(ctx, z: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        parts = [torch.empty_like(z) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, z.contiguous())
-        ctx.rows = len(z)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        start = torch.distributed.get_rank() * ctx.rows
-        return grad_outputs[0][start : start + ctx.rows]
 
 
 def _same_sizes(term: Term) -> None:
@@ -350,4 +336,8 @@ def _same_sizes(term: Term) -> None:
 
 
 def _everyone(z: Tensor) -> Tensor:
-    return _Everyone.apply(z)  # pyright: ignore[reportReturnType]
+    """The rows of all ranks, in their order; those of the others are constants."""
+    parts = [torch.empty_like(z) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, z.detach().contiguous())
+    parts[torch.distributed.get_rank()] = z
+    return torch.cat(parts)

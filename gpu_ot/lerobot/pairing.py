@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ..errors import ProblemError
-from .dtw import Alignment, align, available, checked
+from .dtw import Alignment, checked, dtw
 from .episodes import Recording, Side
 from .pairs import PairOptions, Pairs
 
@@ -19,20 +19,18 @@ def pair_episodes(
     target: Recording | Sequence[np.ndarray],
     options: PairOptions | None = None,
     *,
-    engine: str = "auto",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pairs:
-    """DTW of every target episode with every source episode, in threads: the numba kernel and large numpy operations need no lock.
+    """DTW of every target episode with every source episode, in threads: the compiled kernel needs no lock.
 
     source, target  recordings of `read_recording`, or lists of arrays (frames, d), numbered from 0.
-    engine          "numba", "numpy" (the same to the last bit, slower), "auto": numba where it is installed.
     workers         threads; by default one a processor.
     progress        called with (pairs done, pairs in all), from this thread.
 
     Raises ProblemError naming the episode that cannot be compared.
     """
-    options, engine = options or PairOptions(), available(engine)
+    options = options or PairOptions()
     from_side, to_side = _side(source, "source"), _side(target, "target")
     xs, ys = _prepare(_arrays(source), _arrays(target), options)
     band = None if options.band is None else max(1.0, options.band / options.stride)
@@ -40,45 +38,30 @@ def pair_episodes(
     short_x, short_y = ([z[k] for z, k in zip(zs, ks, strict=True)] for zs, ks in ((xs, kept_x), (ys, kept_y)))
     arcs = [[_arc(z, options.cost) for z in zs] if options.norm == "arc" else [] for zs in (xs, ys)]
 
-    size = 8 if engine == "numba" else 32
-    tasks = [(j, range(i, min(i + size, len(xs)))) for j in range(len(ys)) for i in range(0, len(xs), size)]
+    tasks = [(j, i) for j in range(len(ys)) for i in range(len(xs))]
 
-    def work(task: tuple[int, range]) -> list[Alignment]:
-        j, chosen = task
-        return align([short_x[i] for i in chosen], short_y[j], cost=options.cost, band=band, engine=engine)
+    def work(task: tuple[int, int]) -> Alignment:
+        return dtw(short_x[task[1]], short_y[task[0]], cost=options.cost, band=band)
 
-    if engine == "numba":
-        align(short_x[:1], short_y[0][:1], cost=options.cost, engine=engine)  # compiled once, before threads wait for it
+    dtw(short_x[0], short_y[0][:1], cost=options.cost)  # compiled once, before threads wait for it
     rows: list[tuple[int, int, float, int, float, np.ndarray, np.ndarray]] = []
     gathered: list[tuple[float, int, Alignment]] = []
-    done, total = 0, len(xs) * len(ys)
     with ThreadPoolExecutor(workers or _processors()) as pool:
-        for (j, chosen), found in zip(tasks, pool.map(work, tasks), strict=True):
-            for i, alignment in zip(chosen, found, strict=True):
-                gathered.append((_normalised(alignment, options, i, j, arcs), i, alignment))
-            done += len(chosen)
-            if chosen.stop == len(xs):
+        for done, ((j, i), alignment) in enumerate(zip(tasks, pool.map(work, tasks), strict=True), 1):
+            gathered.append((_normalised(alignment, options, i, j, arcs), i, alignment))
+            if i + 1 == len(xs):
                 gathered.sort(key=lambda each: each[:2])
-                for distance, i, a in gathered[: options.topk]:
-                    first, last = _unstride(a, kept_x[i], kept_y[j], len(ys[j]))
-                    rows.append((j, i, a.total, a.steps, distance, first, last - first + 1))
+                for distance, k, a in gathered[: options.topk]:
+                    first, last = _unstride(a, kept_x[k], kept_y[j], len(ys[j]))
+                    rows.append((j, k, a.total, a.steps, distance, first, last - first + 1))
                 gathered = []
-            if progress is not None:
-                progress(done, total)
+            if progress is not None and (done % len(xs) == 0 or done % 32 == 0):
+                progress(done, len(tasks))
     t, s, totals, steps, distances, firsts, counts = zip(*rows, strict=True)
-    return Pairs(
-        from_side,
-        to_side,
-        options,
-        to_side.episodes[list(t)],
-        from_side.episodes[list(s)],
-        np.array(totals),
-        np.array(steps),
-        np.array(distances),
-        np.concatenate(([0], np.cumsum([len(each) for each in firsts]))),
-        np.concatenate(firsts),
-        np.concatenate(counts),
-    )
+    offsets = np.concatenate(([0], np.cumsum([len(each) for each in firsts])))
+    columns = [to_side.episodes[list(t)], from_side.episodes[list(s)], *(np.array(each) for each in (totals, steps, distances))]
+    columns += [offsets, np.concatenate(firsts), np.concatenate(counts)]
+    return Pairs(from_side, to_side, options, *columns)
 
 
 def _side(given: Recording | Sequence[np.ndarray], role: str) -> Side:

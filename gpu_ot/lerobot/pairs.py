@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,16 @@ import numpy as np
 from ..errors import ProblemError, unknown
 from .dtw import COSTS
 from .episodes import Recording, Side
+from .settings import Settings, bounded
 
 NORMS = ("steps", "arc", "none")
 FORMAT = "gpu_ot pairs"
 VERSION = 1
+ARRAYS = ("target_episode", "source_episode", "total", "steps", "distance", "offsets", "first", "count")
 
 
-@dataclass(frozen=True)
-class PairOptions:
+@dataclass
+class PairOptions(Settings):
     """How episodes are compared.
 
     keys         label columns, side by side: the proprioception that both robots share.
@@ -44,32 +44,29 @@ class PairOptions:
     dim_slice: tuple[int, int] | None = None
     center: bool = False
     zscore: bool = False
-    stride: int = 1
-    band: float | None = None
-    topk: int | None = None
+    stride: int = bounded(1, least=1, whole=True)
+    band: float | None = bounded(None, least=1)
+    topk: int | None = bounded(None, least=1, whole=True)
     cost: str = "euclidean"
     norm: str = "steps"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("keys", "target_keys"):  # JSON has lists, and one key is easily given without one
             if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
-        if not self.keys:
-            raise ProblemError('keys is empty: name at least one label, such as "observation.state".')
+                given = (given,) if isinstance(given, str) else tuple(given)
+                if not given or not all(isinstance(key, str) for key in given):
+                    raise ProblemError(f'{name} is empty or holds no keys: name at least one label, such as "observation.state".')
+                setattr(self, name, given)
         if self.cost not in COSTS:
             raise unknown("cost", self.cost, tuple(COSTS))
         if self.norm not in NORMS:
             raise unknown("norm", self.norm, NORMS)
-        for name in ("stride", "topk"):
-            value = getattr(self, name)
-            if value is not None and (value != int(value) or value < 1):
-                raise ProblemError(f"{name} must be a whole number of at least 1, found {value}.")
-        if self.band is not None and not self.band >= 1:
-            raise ProblemError(f"band must be at least 1 frame, found {self.band}. Leave it out to allow every alignment.")
         if self.dim_slice is not None:
-            if len(self.dim_slice) != 2 or not 0 <= self.dim_slice[0] < self.dim_slice[1]:
-                raise ProblemError(f"dim_slice must be [a, b) with 0 <= a < b, found {list(self.dim_slice)}.")
-            object.__setattr__(self, "dim_slice", (int(self.dim_slice[0]), int(self.dim_slice[1])))
+            ends = list(self.dim_slice)
+            if len(ends) != 2 or not all(type(z) is int for z in ends) or not 0 <= ends[0] < ends[1]:
+                raise ProblemError(f"dim_slice must be [a, b) with 0 <= a < b, found {ends}.")
+            self.dim_slice = ends[0], ends[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,20 +135,14 @@ class Pairs:
     def write(self, path: str | Path) -> Path:
         """As compact arrays (.npz, nothing pickled); whole or not at all."""
         path = Path(path)
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "index_base": 0,
-            "options": dataclasses.asdict(self.options) if self.options else None,
-            **{
-                role: {"name": side.name, "fps": side.fps, "digest": side.digest, "exact": side.exact}
-                for role, side in (("source", self.source), ("target", self.target))
-            },
-        }
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
+        sides = (("source", self.source), ("target", self.target))
+        options = dataclasses.asdict(self.options) if self.options else None
+        header: dict[str, Any] = {"format": FORMAT, "version": VERSION, "index_base": 0, "options": options}
+        header |= {role: {name: getattr(side, name) for name in ("name", "fps", "digest", "exact")} for role, side in sides}
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
         if self.frames is not None:
             arrays["frames"] = self.frames
-        for role, side in (("source", self.source), ("target", self.target)):
+        for role, side in sides:
             arrays |= {f"{role}_episodes": side.episodes, f"{role}_lengths": side.lengths}
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
@@ -161,8 +152,9 @@ class Pairs:
                 np.savez_compressed(file, header=np.array(json.dumps(header)), **small)
             partial.replace(path)
         except OSError as problem:
-            partial.unlink(missing_ok=True)
             raise _unwritable(path, problem) from None
+        finally:  # also of what was interrupted
+            partial.unlink(missing_ok=True)
         return path
 
 
@@ -185,116 +177,6 @@ def _unwritable(path: Path, problem: OSError) -> ProblemError:
     return ProblemError(f"{path} cannot be written ({problem.strerror}). Name a file in a folder of yours with --out.")
 
 
-_ARRAYS = ("target_episode", "source_episode", "total", "steps", "distance", "offsets", "first", "count")
-
-
-def read_pairs(path: str | Path, *, norm: str = "steps", base_index_src: int = 0, base_index_tgt: int = 0) -> Pairs:
-    """Pairs of a file of `gpu-ot pair`, or of the fork's JSON {tgt_demo: [{demo_name, raw_dtw_dist, pairing: {tgt: [src, ...]}}]}.
-
-    Validated: episodes exist, frames are inside them, every row has one. What follows is for JSON, which does not say:
-    norm            "steps" divides raw_dtw_dist by the listed matches, which are the cells of the path; "none" keeps it.
-    base_index_...  the number that the file gives the first episode of a side. Frames count from 0 in their episode.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".json":
-            return _read_json(json.loads(path.read_text(encoding="utf-8")), path, norm, base_index_src, base_index_tgt)
-        return _read_npz(path)
-    except FileNotFoundError:
-        raise ProblemError(f"there is no pair file {path}. Make one: gpu-ot pair --src ... --tgt ... --out {path}") from None
-    except ProblemError as problem:
-        raise problem if str(path) in str(problem) else ProblemError(f"{path}: {problem}") from None
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as problem:
-        raise ProblemError(
-            f"{path} is no pair file ({type(problem).__name__}: {problem}). gpu-ot pair writes .npz; of JSON, the fork's is read."
-        ) from None
-
-
-def _read_npz(path: Path) -> Pairs:
-    with np.load(path, allow_pickle=False) as file:
-        header = json.loads(str(file["header"])) if "header" in file else {}
-        if header.get("format") != FORMAT:
-            raise ProblemError(f"{path} is an .npz of something else. Make a pair file with gpu-ot pair.")
-        if header["version"] > VERSION:
-            raise ProblemError(f"{path} has format {header['version']}, and this release reads up to {VERSION}: pip install -U gpu_ot")
-        sides = [
-            Side(
-                header[role]["name"],
-                header[role]["fps"],
-                file[f"{role}_episodes"].astype(np.int64),
-                file[f"{role}_lengths"].astype(np.int64),
-                header[role]["digest"],
-                header[role]["exact"],
-            )
-            for role in ("source", "target")
-        ]
-        options = PairOptions(**header["options"]) if header["options"] else None
-        arrays = [file[name] for name in (*_ARRAYS, *(["frames"] if "frames" in file else []))]
-        return Pairs(sides[0], sides[1], options, *(each.astype(np.int64) if each.dtype.kind in "iu" else each for each in arrays))
-
-
-def _read_json(given: Any, path: Path, norm: str, base_src: int, base_tgt: int) -> Pairs:
-    if not isinstance(given, dict) or not given:
-        raise ProblemError(f"{path} must hold {{target demo: [matches]}}, found {type(given).__name__} of length {len(given or [])}.")
-    if norm not in ("steps", "none"):
-        raise ProblemError(f'norm = "{norm}" cannot be had from {path}, which holds summed distances: "steps" or "none".')
-    rows = []
-    for name, matches in given.items():
-        for match in matches:
-            if missing := [key for key in ("demo_name", "raw_dtw_dist", "pairing") if key not in match]:
-                raise ProblemError(f"{path}: a match of {name} has no {missing[0]}; it has {', '.join(map(str, match))}.")
-            runs = {int(t): np.asarray(s, dtype=np.int64).reshape(-1) for t, s in match["pairing"].items()}
-            runs = {t: s for t, s in sorted(runs.items()) if len(s)}
-            if not runs:
-                raise ProblemError(f"{path}: {match['demo_name']} is matched with {name} and pairs no frame. Drop that match.")
-            steps = sum(map(len, runs.values()))
-            total = float(match["raw_dtw_dist"])
-            distance = total / steps if norm == "steps" else total
-            rows.append((_number(name, base_tgt, path), distance, _number(match["demo_name"], base_src, path), total, steps, runs))
-    if not rows:
-        raise ProblemError(f"{path} matches nothing.")
-    rows.sort(key=lambda row: row[:3])
-
-    reach: dict[int, int] = {}
-    for episode, *_, runs in rows:
-        reach[episode] = max(reach.get(episode, 0), max(runs) + 1)
-    frames, firsts, counts, offset = [], [], [], 0
-    for episode, *_, runs in rows:
-        listed = np.array(list(runs))
-        if listed[0] < 0:
-            raise ProblemError(f"{path}: target episode {episode + base_tgt} has a frame {listed[0]}; frames count from 0.")
-        sizes = np.array([len(s) for s in runs.values()])
-        # A file made with a stride lists some frames only: the others take the nearest listed one's.
-        at = np.arange(reach[episode])
-        right = np.searchsorted(listed, at).clip(max=len(listed) - 1)
-        left = (right - 1).clip(min=0)
-        nearest = np.where(np.abs(listed[left] - at) <= np.abs(listed[right] - at), left, right)
-        firsts.append(offset + (np.cumsum(sizes) - sizes)[nearest])
-        counts.append(sizes[nearest])
-        frames += runs.values()
-        offset += int(sizes.sum())
-
-    target = Side(f"{path}, target", None, np.array(sorted(reach)), np.array([reach[k] for k in sorted(reach)]), exact=False)
-    ends: dict[int, int] = {}
-    for _, _, episode, _, _, runs in rows:
-        ends[episode] = max(ends.get(episode, 1), max(int(s.max()) for s in runs.values()) + 1)
-    source = Side(f"{path}, source", None, np.array(sorted(ends)), np.array([ends[k] for k in sorted(ends)]), exact=False)
-    t, distances, s, totals, steps = (np.array(column) for column in list(zip(*rows, strict=True))[:5])
-    offsets = np.concatenate(([0], np.cumsum([len(each) for each in firsts])))
-    every = np.concatenate(frames)
-    return Pairs(source, target, None, t, s, totals, steps, distances, offsets, np.concatenate(firsts), np.concatenate(counts), every)
-
-
-def _number(name: Any, base: int, path: Path) -> int:
-    """12 of 12, "12", "demo_12" or "episode_000012", less what the first one is called."""
-    match = re.search(r"(\d+)$", str(name))
-    if match is None:
-        raise ProblemError(f'{path}: "{name}" ends in no number, so it names no episode; expected demo_12 or 12.')
-    if (number := int(match[1]) - base) < 0:
-        raise ProblemError(f"{path}: {name} comes before the first episode, which was said to be {base} (base_index_src, base_index_tgt).")
-    return number
-
-
 def _validate(pairs: Pairs) -> None:
     """Raises ProblemError unless every row points into an episode that exists."""
     p, rows = len(pairs.target_episode), len(pairs.first)
@@ -309,11 +191,9 @@ def _validate(pairs: Pairs) -> None:
             raise ProblemError(f"the {role} episodes must be numbered in increasing order and have frames. Pair again.")
         at = np.searchsorted(side.episodes, episodes).clip(max=max(len(side.episodes) - 1, 0))
         if len(side.episodes) == 0 or (side.episodes[at] != episodes).any():
-            known = (
-                f"there are {len(side.episodes)} from {side.episodes[0]} to {side.episodes[-1]}" if len(side.episodes) else "there are none"
-            )
+            known = f"from {side.episodes[0]} to {side.episodes[-1]}" if len(side.episodes) else "none"
             strange = sorted(set(np.asarray(episodes).tolist()) - set(np.asarray(side.episodes).tolist()))
-            raise ProblemError(f"{role} episode {strange[0]} is paired and does not exist: {known}. Pair again.")
+            raise ProblemError(f"{role} episode {strange[0]} is paired and does not exist: there are {known}. Pair again.")
         lengths.append(side.lengths[at].astype(np.int64))
     owned = np.diff(pairs.offsets.astype(np.int64))
     if (owned != lengths[1]).any():
@@ -321,7 +201,7 @@ def _validate(pairs: Pairs) -> None:
         raise ProblemError(f"pair {k} has {owned[k]} rows for the {lengths[1][k]} frames of target episode {pairs.target_episode[k]}.")
     if (np.diff(pairs.target_episode.astype(np.int64)) < 0).any():
         raise ProblemError("the pairs must be sorted by target episode. Pair again.")
-    if not (np.isfinite(pairs.distance) & (pairs.distance >= 0)).all():
+    if not all((np.isfinite(z) & (z >= 0)).all() for z in (pairs.distance, pairs.total, pairs.steps)):
         raise ProblemError("a distance is negative, infinite or NaN. Pair again, with labels that are finite numbers.")
     first, count = pairs.first.astype(np.int64), pairs.count.astype(np.int64)
     last, limit, row = first + count - 1, np.repeat(lengths[0], owned), np.arange(rows)
@@ -352,11 +232,9 @@ def _compare(role: str, ours: Side, given: Side) -> None:
     found, expected, numbers = given.lengths[known], ours.lengths[at][known], given.episodes[known]
     wrong = found != expected if ours.exact and given.exact else found < expected
     if wrong.any():
-        least = "" if ours.exact else "at least "
-        differs.append(
-            f"episode {numbers[wrong][0]} has {found[wrong][0]} frames instead of {least}{expected[wrong][0]}"
-            + (f", and {wrong.sum() - 1} more episodes differ" if wrong.sum() > 1 else "")
-        )
+        more = f", and {wrong.sum() - 1} more episodes differ" if wrong.sum() > 1 else ""
+        least = f"{'' if ours.exact else 'at least '}{expected[wrong][0]}"
+        differs.append(f"episode {numbers[wrong][0]} has {found[wrong][0]} frames instead of {least}{more}")
     if not differs and ours.digest and given.digest and len(given.episodes) == len(ours.episodes) and ours.digest != given.digest:
         differs.append("its labels have other values")
     if differs:
