@@ -154,7 +154,8 @@ def test_total_cost_is_the_objective(problem, reg_type):
     _, their_log = ot.unbalanced.lbfgsb_unbalanced(a, b, M, 0.1, (0.5, 0.8), reg_div=reg_type, log=True, numItermax=20_000, stopThr=1e-16)
     assert ours == pytest.approx(their_log["total_cost"], abs=1e-9) and ours == log["total_cost"]
     linear = unbalanced.sinkhorn_unbalanced2(a, b, M, 0.1, (0.5, 0.8), reg_type=reg_type, stopThr=1e-12)
-    assert linear == log["cost"] == pytest.approx(their_log["cost"], abs=1e-5) and np.ndim(linear) == 0
+    assert linear == pytest.approx(log["cost"], rel=1e-14)  # this run leaps over ten iterations where the other records each
+    assert linear == pytest.approx(their_log["cost"], abs=1e-5) and np.ndim(linear) == 0
 
 
 def test_total_variation_is_no_worse_than_pots(problem):

@@ -76,16 +76,20 @@ class Geometry(ABC):
 
     def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:
         """T.softmin(f + eps log a), with which the iterations begin: a backend may prepare itself for them."""
-        return self.T.softmin(weigh(f, a, eps), eps)
+        return self.T.update(f, a, eps)
+
+    def update(self, g: Tensor, b: Tensor, eps: float) -> Tensor:
+        """softmin(g + eps log b): the update of g, (*batch, n), before it is damped."""
+        return self.softmin(weigh(g, b, eps), eps)
 
     def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """k >= 1 plain iterations from g: (f, g, g_next), where f is the update of the g returned and g_next the update of f."""
-        penalty_a, penalty_b = problem.penalties
+        (penalty_a, penalty_b), columns = problem.penalties, self.T
         f = g_next = g
         for _ in range(k):
             g = g_next
-            f = penalty_a.damp(self.softmin(weigh(g, problem.b, eps), eps), eps)
-            g_next = penalty_b.damp(self.T.softmin(weigh(f, problem.a, eps), eps), eps)
+            f = penalty_a.damp(self.update(g, problem.b, eps), eps)
+            g_next = penalty_b.damp(columns.update(f, problem.a, eps), eps)
         return f, g, g_next
 
     def run(self, step: Any, state: Any, k: int) -> Any:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from .. import transforms
 from ..geometry.protocol import Attached, Geometry, attach, folds, weigh
-from ..problem import Problem
 
 
 class Each(torch.autograd.Function):
@@ -250,35 +249,15 @@ def exponentials(k: Tensor, h: Tensor, C: Tensor, eps: float, empty_rows: Tensor
     return exponent.masked_fill(empty_rows.unsqueeze(-1) & empty_columns.unsqueeze(-2), -math.inf).exp()
 
 
-class Differentiable(Geometry):
+class Differentiable(Attached):
     """A geometry whose iterations autograd records, in everything: the start, the weights, the penalties and the cost."""
 
     def __init__(self, geometry: Geometry) -> None:
-        self.geometry, self.inputs, self.dtype = geometry, geometry.inputs, geometry.dtype
+        super().__init__(geometry, geometry.inputs)
 
     @property
     def T(self) -> Differentiable:
-        return Differentiable(self.geometry.T)
+        return Differentiable(self.backend.T)
 
-    def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:
-        return softmin(self.geometry.T, f, a, eps)
-
-    def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        (penalty_a, penalty_b), f, g_next, columns = problem.penalties, g, g, self.geometry.T
-        for _ in range(k):
-            g = g_next
-            f = penalty_a.damp(softmin(self.geometry, g, problem.b, eps), eps)
-            g_next = penalty_b.damp(softmin(columns, f, problem.a, eps), eps)
-        return f, g, g_next
-
-    def softmin(self, h: Tensor, eps: float) -> Tensor:
-        return self.geometry.softmin(h, eps)
-
-    def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
-        return self.geometry.apply(k, h, eps, v)
-
-    def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
-        return self.geometry.plan(k, h, eps)
-
-    def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
-        return self.geometry.pull_back(k, h, eps, w)
+    def update(self, g: Tensor, b: Tensor, eps: float) -> Tensor:
+        return softmin(self.backend, g, b, eps)

@@ -194,7 +194,7 @@ class Symmetric(Alternating):
             g = _hold(state, g)
         a = self.problem.a
         # A backend may prepare itself with the first sweep, which is the transpose's: the same for a symmetric cost.
-        s = geometry.softmin(weigh(g, a, self.eps), self.eps) if state.n_iter else geometry.first(g, a, self.eps)
+        s = geometry.update(g, a, self.eps) if state.n_iter else geometry.first(g, a, self.eps)
         halfway = (g + self.problem.penalties[0].damp(s, self.eps)) / 2
         return State(g, g, halfway, memory, state.done, None, state.n_iter + 1, state.age + 1, state.n_sweeps + 1)
 
