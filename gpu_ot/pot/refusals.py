@@ -1,4 +1,4 @@
-"""What POT answers and this package does not: an error that names POT's function, and the warning that points at the caller."""
+"""Messages to POT's callers: the error for what POT alone solves, warnings, and POT's table of errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import sys
 import warnings
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from ..errors import ProblemError
+from ..solver.status import CONVERGED, STALLED, Status
+
+NOT_CONVERGED = (
+    "Sinkhorn did not converge. You might want to increase the number of iterations `numItermax` or the regularization parameter `reg`."
+)
 
 
 class Elsewhere(ProblemError, NotImplementedError):
@@ -24,8 +31,20 @@ def unknown_method(method: object, among: Iterable[str], elsewhere: dict[str, st
 
 
 def warn(message: str) -> None:
-    """A UserWarning that points at the caller's line, however many of our own frames lie between."""
+    """A UserWarning at the line outside this package that called it."""
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gpu_ot."):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def warn_unless_converged(status: Status, message: str = NOT_CONVERGED) -> None:
+    if status not in (CONVERGED, STALLED):
+        warn(f"{message} Status {status}")
+
+
+def print_error(iteration: int, error: Tensor, header_every: int = 200) -> None:
+    """A line of POT's table, below its header where one is due."""
+    if iteration % header_every == 0:
+        print("{:5s}|{:12s}".format("It.", "Err") + "\n" + "-" * 19)
+    print(f"{iteration:5d}|{error.amax().item():8e}|")

@@ -1,22 +1,20 @@
-"""What POT's unified API returns."""
+"""The result of POT's unified API."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ..solution.plan import Plan
 from ..solver.status import Status
-from .answer import ConvertedPlan, in_kind
+from .answer import ConvertedPlan
 
 
 @dataclass
 class OTResult:
-    """What POT's `OTResult` holds, and how the loop ended.
+    """POT's `OTResult`, and how the loop ended.
 
     plan        (n, m), or (B, n, m) for a batch; None where the problem is solved lazily.
     lazy_plan   slices, multiplies and samples the plan without forming it; None where it is formed.
@@ -101,18 +99,3 @@ class OnDemand(OTResult):
     @plan.setter
     def plan(self, P: Any) -> None:
         self._formed = P
-
-
-def returned(result: OTResult, back: Callable[[Tensor], Any]) -> OTResult:
-    """A lazy result in the caller's kind of array."""
-
-    def there(z: Any) -> Any:
-        if isinstance(z, Tensor):
-            return back(z)
-        if isinstance(z, (list, tuple)):
-            return type(z)(there(y) for y in z)
-        if isinstance(z, dict):
-            return {k: there(y) for k, y in z.items()}
-        return in_kind(z, back) if isinstance(z, Plan) else z
-
-    return OTResult(**{name: there(getattr(result, name)) for name in OTResult.__dataclass_fields__})
