@@ -70,11 +70,6 @@ class Settings(NamedTuple):
     def unroll(self) -> bool:
         return self.grad in ("autodiff", "last_step")
 
-    def problem(self, cost: Cost, a: Tensor | None, b: Tensor | None) -> Problem:
-        """The problem of a Cost, with reg and the penalties as plain numbers."""
-        rows, columns = (self.penalty(number(tau)) for tau in pair(self.relaxed))
-        return Problem(cost, number(self.reg), a, b, (rows, columns))
-
 
 def checked(
     reg: Any, reg_type: Any, unbalanced: Any, unbalanced_type: str, method: str | None, init: Any, verbose: bool, grad: str,
@@ -106,6 +101,12 @@ def kinds(reg_type: Any, relaxed: Any, unbalanced_type: Any) -> tuple[bool, type
     if relaxed is not None and unbalanced_type.lower() not in kinds:
         raise elsewhere(f'Not implemented unbalanced_type="{unbalanced_type}": it', "ot.unbalanced.lbfgsb_unbalanced")
     return regular == "entropy", kinds.get(unbalanced_type.lower(), KL)
+
+
+def problem_of(cost: Cost, reg: Any, a: Any, b: Any, relaxed: Any, penalty: type[KL] | type[TV]) -> Problem:
+    """The problem of a Cost, with reg and the penalties as plain numbers."""
+    rows, columns = (penalty(number(tau)) for tau in pair(relaxed))
+    return Problem(cost, number(reg), a, b, (rows, columns))
 
 
 def solve_matrix(M: Any, a: Any, b: Any, c: Any, settings: Settings) -> OTResult:
@@ -145,7 +146,7 @@ def solve_cost(cost: Cost, a: Tensor | None, b: Tensor | None, back: Callable[[T
         )
     if s.entropy and s.relaxed is not None:
         raise errors.ProblemError('reg_type = "entropy" with relaxed marginals needs a matrix of costs: pass lazy=False, or reg_type="KL".')
-    problem = s.problem(cost, a, b)
+    problem = problem_of(cost, s.reg, a, b, s.relaxed, s.penalty)
     with torch.set_grad_enabled(s.grad != "detach" and recorded):
         done = empirical.solve_lazily(problem, back, s.max_iter, s.tol, s.verbose, True, s.init, s.unroll, s.entropy)
         value = done.optimum()

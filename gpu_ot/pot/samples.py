@@ -9,11 +9,10 @@ from typing import Any
 from .. import errors
 from ..distributed.costs import Sharded
 from ..distributed.dtensors import is_dtensor, local
-from ..solution.solution import Solution
 from ..solve import solve as solve_problem
 from .arrays import take
 from .clouds import between, take_points
-from .linear import METHODS, Settings, checked, kinds, solve_cost, solve_matrix
+from .linear import METHODS, checked, kinds, problem_of, solve_cost, solve_matrix
 from .refusals import elsewhere, unknown_method
 from .relaxed import ELSEWHERE
 from .result import OnDemand, OTResult
@@ -48,7 +47,15 @@ def solve_sample(
         others = dict(c=c, potentials_init=potentials_init, debias=debias or None, scaler=scaler, lazy=lazy or None, method=method)
         if refused := [name for name, value in others.items() if value is not None]:
             raise errors.ProblemError(f"{', '.join(refused)}: not known where ranks share the points. SamplesLoss(group=...) debiases.")
-        return _solve_shared(X_a, X_b, a, b, metric, reg, reg_type, unbalanced, unbalanced_type, max_iter, tol, grad, group, layout)
+        entropy, penalty = kinds(reg_type, unbalanced, unbalanced_type)
+        if entropy:
+            raise errors.ProblemError('reg_type = "entropy" is not known where ranks share the points: pass reg_type="KL", the same plan.')
+        if reg is None:
+            raise errors.bad_eps("reg", reg)
+        group = next((z.device_mesh for z in (X_a, X_b) if is_dtensor(z)), None) if group is None else group
+        cost = Sharded(between(local("X_a", X_a), local("X_b", X_b), metric), group, layout)
+        options: dict[str, Any] = dict(max_iter=10_000 if max_iter is None else max_iter, tol=1e-4 if tol is None else tol)
+        return solve_problem(problem_of(cost, reg, a, b, unbalanced, penalty), grad="envelope" if grad == "autodiff" else grad, **options)
     name = None if method is None else method.lower()
     if name in OTHER_SOLVERS:
         raise elsewhere(f"method = {method!r}", f"ot.solve_sample(..., method={method!r})")
@@ -75,22 +82,6 @@ def solve_sample(
 
     result = _debiased(between_clouds, X_a, X_b, a, b) if debias else between_clouds(X_a, X_b, a, b)
     return OnDemand(**vars(result)) if on_demand else result
-
-
-def _solve_shared(
-    X_a: Any, X_b: Any, a: Any, b: Any, metric: str, reg: Any, reg_type: Any, unbalanced: Any, unbalanced_type: str,
-    max_iter: int | None, tol: float | None, grad: str, group: Any, layout: str,
-) -> Solution:  # fmt: skip
-    entropy, penalty = kinds(reg_type, unbalanced, unbalanced_type)
-    if entropy:
-        raise errors.ProblemError('reg_type = "entropy" is not known where ranks share the points: pass reg_type="KL", the same plan.')
-    if reg is None:
-        raise errors.bad_eps("reg", reg)
-    group = next((z.device_mesh for z in (X_a, X_b) if is_dtensor(z)), None) if group is None else group
-    cost = Sharded(between(local("X_a", X_a), local("X_b", X_b), metric), group, layout)
-    mode, limit, tol = "envelope" if grad == "autodiff" else grad, 10_000 if max_iter is None else max_iter, 1e-4 if tol is None else tol
-    problem = Settings(reg, entropy, unbalanced, penalty, None, False, mode, limit, tol).problem(cost, a, b)
-    return solve_problem(problem, max_iter=limit, tol=tol, grad=mode)
 
 
 def _scaled(scaler: Any, X: Any) -> Any:
