@@ -50,7 +50,7 @@ def convergence(solution: Solution, ax: Axes | None = None, tol: float | None = 
     axes.set_yscale("log")
     axes.grid(True, alpha=0.3)
     _label(axes, "check of the error", "marginal error")
-    axes.set_title(f"{solution.status.name}: {solution.n_iter} iterations, {solution.n_sweeps} passes over the pairs", fontsize=LARGE)
+    axes.set_title(f"{solution.status.name}: {solution.n_iter} iterations, {solution.n_sweeps} sweeps over the pairs", fontsize=LARGE)
     return axes
 
 

@@ -125,7 +125,7 @@ def divergence(
     value = between.wide_value - (self_a.value + self_b.value) / 2 + eps / 2 * masses.square()
     result = Divergence(value.to(problem.given_dtype), between.f - self_a.f, between.g - self_b.f, between, self_a, self_b)
     if strict and not bool(result.converged.all()):
-        raise NotConverged(f"{result.status} (after {result.n_sweeps} passes over the pairs)")
+        raise NotConverged(f"{result.status} (after {result.n_sweeps} sweeps over the pairs)")
     return result
 
 

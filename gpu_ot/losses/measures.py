@@ -98,7 +98,8 @@ def backend_for(name: str, problem: Problem) -> str:
 
 
 def report(status: Status, n_sweeps: int, verbose: bool) -> None:
+    message = f"SamplesLoss, {n_sweeps} sweeps over the pairs, {status}"
     if verbose:
-        print(f"SamplesLoss, {n_sweeps} passes over the pairs, {status}")
+        print(message)
     if status not in (CONVERGED, STALLED):  # stalled is as good as the type allows
-        warnings.warn(f"SamplesLoss, {n_sweeps} passes over the pairs, {status}", RuntimeWarning, stacklevel=5)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)

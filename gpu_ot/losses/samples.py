@@ -64,30 +64,12 @@ class SamplesLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        loss: str = "sinkhorn",
-        p: float = 2,
-        blur: float = 0.05,
-        reach: float | None = None,
-        diameter: float | None = None,
-        scaling: float = 0.5,
-        truncate: float | None = 5,
-        cost: Ground | None = None,
-        kernel: Any = None,
-        cluster_scale: float | None = None,
-        debias: bool = True,
-        potentials: bool = False,
-        verbose: bool = False,
-        backend: str = "auto",
-        *,
-        tol: float = 1e-4,
-        max_iter: int = 10_000,
-        plan: bool = False,
-        precision: torch.dtype | None = None,
-        grad: str = "envelope",
-        static_y: bool = False,
-        group: Any = None,
-    ) -> None:
+        self, loss: str = "sinkhorn", p: float = 2, blur: float = 0.05, reach: float | None = None, diameter: float | None = None,
+        scaling: float = 0.5, truncate: float | None = 5, cost: Ground | None = None, kernel: Any = None,
+        cluster_scale: float | None = None, debias: bool = True, potentials: bool = False, verbose: bool = False, backend: str = "auto",
+        *, tol: float = 1e-4, max_iter: int = 10_000, plan: bool = False, precision: torch.dtype | None = None, grad: str = "envelope",
+        static_y: bool = False, group: Any = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if loss in _KERNEL_NORMS:
             raise ProblemError(f'loss = "{loss}" is a kernel norm, not optimal transport: use geomloss.SamplesLoss("{loss}") for it.')

@@ -41,18 +41,10 @@ class SinkhornLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        eps: float | Tensor,
-        tau: float | Tensor | tuple[float | Tensor, float | Tensor] | None = None,
-        cost: Callable[[Tensor, Tensor], Cost | Tensor] = SqEuclidean,
-        reduction: str = "mean",
-        detach_plan: bool = False,
-        *,
-        backend: str = "auto",
-        grad: str = "envelope",
-        tol: float = 1e-4,
-        max_iter: int = 10_000,
-    ) -> None:
+        self, eps: float | Tensor, tau: float | Tensor | tuple[float | Tensor, float | Tensor] | None = None,
+        cost: Callable[[Tensor, Tensor], Cost | Tensor] = SqEuclidean, reduction: str = "mean", detach_plan: bool = False,
+        *, backend: str = "auto", grad: str = "envelope", tol: float = 1e-4, max_iter: int = 10_000,
+    ) -> None:  # fmt: skip
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise errors.unknown("reduction", reduction, ["mean", "sum", "none"])

@@ -38,9 +38,9 @@ def take(**named: Any) -> tuple[list[Any], Callable[[Tensor], Any]]:
         )
     first = arrays[0] if arrays else None
     taken = [z if isinstance(z, Cost) else _tensor(name, z, first) for name, z in named.items()]
-    if first is None and any(isinstance(z, Cost) for z in taken):
+    if isinstance(first, Tensor) or (first is None and any(isinstance(z, Cost) for z in taken)):
         return taken, tensors
-    return taken, _way_back(first)
+    return taken, _from_dlpack(first) if _is_foreign(first) else _to_numpy
 
 
 def take_problem(a: Any, b: Any, M: Any, **others: Any) -> tuple[list[Any], Callable[[Tensor], Any]]:
@@ -94,14 +94,6 @@ def _kind(z: Any) -> type:
     return next((kind for kind in (np.ndarray, Tensor) if isinstance(z, kind)), type(z))
 
 
-def _way_back(first: Any) -> Callable[[Tensor], Any]:
-    if isinstance(first, Tensor):
-        return tensors
-    if first is not None and _is_foreign(first):
-        return _from_dlpack(first)
-    return _to_numpy
-
-
 def _tensor(name: str, z: Any, like: Any) -> Tensor | None:
     if z is None:
         return None
@@ -140,7 +132,7 @@ def _to_numpy(z: Tensor) -> Any:
 
 
 def _from_dlpack(like: Any) -> Callable[[Tensor], Any]:
-    """Results in the kind of `like`: by its array-API namespace (JAX, NumPy's followers), or its package's own `from_dlpack` (CuPy)."""
+    """Converts results to the kind of `like`, by the `from_dlpack` of its array-API namespace (JAX) or of its package (CuPy)."""
     package = type(like).__module__.partition(".")[0]
     namespaces = [like.__array_namespace__()] if hasattr(like, "__array_namespace__") else []
     namespaces += [sys.modules[name] for name in (type(like).__module__, package, f"{package}.dlpack") if name in sys.modules]

@@ -8,7 +8,6 @@ u_i = a_i exp(f_i / reg), v_j = b_j exp(g_j / reg), P = diag(u) exp(-M / reg) di
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from ..solver.criterion import Marginal
 from ..solver.step import scaled
 from .answer import Answer
 from .arrays import lazily, number, take_problem, take_start
-from .refusals import print_error, unknown_method, warn_unless_converged
+from .refusals import print_error, warn_unless_converged
 from .refusals import warn as warn_caller
 
 #: POT's default limit. A caller who allows fewer iterations gets POT's iterates; one who allows 1e7 wants the converged plan.
@@ -109,21 +108,14 @@ def solve_balanced(
         problem = Problem(cost, eps, wa, matched(wa.double(), wb.double()).to(wb.dtype))
 
     unrolled = unroll and needs_gradient(problem)
-    # A tolerance of 0 cannot be met: it asks for that many of POT's iterations.
+    # A tolerance of 0 cannot be met: all of `max_iter` are then POT's iterations.
     plain = unrolled or accelerate is False or (accelerate is None and tol <= 0)
-    every = rules.check_every
     solution = find(
-        problem,
-        criterion=Marginal(tol, "l2_joint" if rules.joint else "l2"),
-        start=scaled(_start(problem, rules, warmstart, many, eps * number(unit))),
-        max_iter=max(max_iter, 1),
-        check_every=every,
-        accelerate="none" if plain else "mixing",
-        after=0 if accelerate else PLAIN,
-        schedule=schedule,
-        on_check=(lambda n_iter, error: None if (n_iter - 1) % every else print_error(n_iter - 1, error)) if verbose else None,
-        grad="unroll" if unrolled else "envelope",
-    )
+        problem, criterion=Marginal(tol, "l2_joint" if rules.joint else "l2"), grad="unroll" if unrolled else "envelope",
+        start=scaled(_start(problem, rules, warmstart, many, eps * number(unit))), schedule=schedule, max_iter=max(max_iter, 1),
+        check_every=rules.check_every, accelerate="none" if plain else "mixing", after=0 if accelerate else PLAIN,
+        on_check=(lambda n_iter, error: print_error(n_iter - 1, error, rules.check_every)) if verbose else None,
+    )  # fmt: skip
     if warn:
         warn_unless_converged(solution.status)
     return Answer(solution, back, unit, many, entropy)
@@ -149,9 +141,3 @@ def _start(problem: Problem, rules: Method, warmstart: Any, many: bool, reg: flo
     else:
         log_u = take_start(warmstart, 0, a)
     return eps / reg * log_u + base if rules.potentials else eps * log_u
-
-
-def known(method: str, among: Iterable[str]) -> str:
-    if method.lower() not in among:
-        raise unknown_method(method, among)
-    return method.lower()

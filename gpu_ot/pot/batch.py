@@ -1,4 +1,4 @@
-"""POT's `ot.batch`: B problems of one shape at once. Columns are exact, and all stop together when the worst row marginal is."""
+"""POT's `ot.batch`: B problems of one shape at once. Columns are exact. All stop when the worst row marginal is within the tolerance."""
 
 from __future__ import annotations
 
@@ -41,12 +41,9 @@ def solve_batch(
     Returns an OTResult: plan (B, n, m), value and value_linear (B,), potentials (B, n) and (B, m).
     """
     entropy = reg_type.lower() == "entropy"
-    for name, given, found, known in (
-        ("method", method, method, METHODS),
-        ("reg_type", reg_type, reg_type.lower(), REG_TYPES),
-        ("grad", grad, grad, GRADS),
-    ):
-        if found not in known:
+    settings = (("method", method, METHODS), ("reg_type", reg_type, REG_TYPES), ("grad", grad, GRADS))
+    for name, given, known in settings:
+        if (given.lower() if name == "reg_type" else given) not in known:
             raise errors.ProblemError(f"Unknown {name}: {given}. Must be one of {known}.")
     if method == "proximal" or (method == "auto" and (reg is None or number(reg) == 0)):
         raise elsewhere('method = "proximal", or "auto" without reg,', "ot.batch.solve_batch")
@@ -61,14 +58,9 @@ def solve_batch(
     learnable = isinstance(reg, Tensor) and reg.requires_grad
     problem = Problem(tM / reg if learnable else tM, 1.0 if learnable else number(reg), ta, tb)
     solution = find(
-        problem,
-        order="columns",
-        criterion=Marginal(tol, "l2"),
-        start=scaled(torch.zeros_like(problem.b)),  # v = 1
-        max_iter=max(max_iter, 1),
-        accelerate="none",
-        grad="unroll" if grad in ("autodiff", "last_step") else "envelope",
-    )
+        problem, order="columns", criterion=Marginal(tol, "l2"), grad="unroll" if grad in ("autodiff", "last_step") else "envelope",
+        start=scaled(torch.zeros_like(problem.b)), max_iter=max(max_iter, 1), accelerate="none",
+    )  # fmt: skip
     done = Answer(solution, back, reg if learnable else 1.0, entropy=entropy)
 
     def others() -> tuple[Any, ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .balanced import METHODS, known, run, solve_balanced
+from .balanced import METHODS, run, solve_balanced
 from .empirical import empirical_sinkhorn, empirical_sinkhorn2, empirical_sinkhorn_divergence
 from .forwarding import forward
+from .refusals import known_method
 
 __all__ = [
     "empirical_sinkhorn",
@@ -107,7 +108,7 @@ def sinkhorn(a, b, M, reg, method="sinkhorn", numItermax=1000, stopThr=1e-9, ver
 
     Cuturi 2013, arXiv:1306.0895; Schmitzer 2019, arXiv:1610.06519.
     """
-    return run(known(method, METHODS), a, b, M, reg, numItermax, stopThr, verbose, log, warn, warmstart, **kwargs)
+    return run(known_method(method, METHODS), a, b, M, reg, numItermax, stopThr, verbose, log, warn, warmstart, **kwargs)
 
 
 def sinkhorn2(
@@ -118,7 +119,7 @@ def sinkhorn2(
     Returns a 0-d result, or (k,) for k histograms; otherwise as `sinkhorn`, but silent unless `warn=True`.
     """
     among = [name for name in METHODS if name not in ("sinkhorn_epsilon_scaling", "greenkhorn")]  # as in POT
-    return run(known(method, among), a, b, M, reg, numItermax, stopThr, verbose, log, warn, warmstart, True, **kwargs)
+    return run(known_method(method, among), a, b, M, reg, numItermax, stopThr, verbose, log, warn, warmstart, True, **kwargs)
 
 
 __getattr__, __dir__ = forward(__name__, "ot.bregman")

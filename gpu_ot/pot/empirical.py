@@ -19,9 +19,9 @@ from ..solver.criterion import Marginal
 from ..solver.step import scaled
 from .answer import Answer
 from .arrays import take, take_start
-from .balanced import METHODS, known, run
+from .balanced import METHODS, run
 from .clouds import between, take_points
-from .refusals import warn_unless_converged
+from .refusals import known_method, warn_unless_converged
 
 
 def solve_lazily(
@@ -31,15 +31,9 @@ def solve_lazily(
     """Solve with exact columns, until the L1 error of the rows is below `tol`; f and g carry a gradient with `unroll`."""
     start = torch.zeros_like(problem.b) if warmstart is None else problem.eps * take_start(warmstart, 1, problem.b)
     solution = find(
-        problem,
-        order="columns",
-        criterion=Marginal(tol / float(problem.a.detach().sum())),
-        start=scaled(start),
-        max_iter=max(max_iter, 1),
-        accelerate="none",
-        on_check=_print_progress if verbose else None,
-        grad="unroll" if unroll else "envelope",
-    )
+        problem, order="columns", criterion=Marginal(tol / float(problem.a.detach().sum())), grad="unroll" if unroll else "envelope",
+        start=scaled(start), max_iter=max(max_iter, 1), accelerate="none", on_check=_print_progress if verbose else None,
+    )  # fmt: skip
     if warn:
         warn_unless_converged(solution.status)
     return Answer(solution, back, entropy=entropy)
@@ -64,7 +58,7 @@ def _between_points(
     (x, y), back = take_points(X_s=X_s, X_t=X_t)
     cost = between(x, y, metric)
     if not lazy:
-        method, M = known(options.pop("method", "sinkhorn"), METHODS), back(cost.dense())
+        method, M = known_method(options.pop("method", "sinkhorn"), METHODS), back(cost.dense())
         return run(method, a, b, M, reg, max_iter, tol, verbose, log, warn, warmstart, loss, **options)
     if not (isinstance(batch, int) or (isinstance(batch, tuple) and len(batch) == 2)):
         raise errors.ProblemError(f"Batch size must be in integer or a tuple of two integers, found {batch!r}.")

@@ -16,7 +16,7 @@ from ..problem import Problem
 from . import balanced, empirical, relaxed
 from .answer import Answer
 from .arrays import is_array, lazily, number, take
-from .refusals import elsewhere, unknown_method, warn_unless_converged
+from .refusals import elsewhere, known_method, warn_unless_converged
 from .relaxed import ELSEWHERE, pair
 from .result import OTResult
 
@@ -80,10 +80,10 @@ def checked(
     if grad == "last_step" and max_iter == 0:
         raise errors.ProblemError("The maximum number of iterations must be greater than 0 when using grad=last_step.")
     entropy, penalty = kinds(reg_type, unbalanced, unbalanced_type)
-    if method is not None and method.lower() not in METHODS:
-        if method.lower() in ELSEWHERE:
-            raise elsewhere(f"method = {method!r}", ELSEWHERE[method.lower()])
-        raise unknown_method(method, METHODS)
+    if method is not None and method.lower() in ELSEWHERE:
+        raise elsewhere(f"method = {method!r}", ELSEWHERE[method.lower()])
+    if method is not None:
+        known_method(method, METHODS)
     if reg is None or number(reg) == 0:
         raise elsewhere("reg = 0", "ot.solve(M, a, b, ...) or ot.emd" if unbalanced is None else "ot.unbalanced.mm_unbalanced")
     if number(reg) < 0:
@@ -97,10 +97,10 @@ def kinds(reg_type: Any, relaxed: Any, unbalanced_type: Any) -> tuple[bool, type
     if regular not in ("kl", "entropy"):
         what = "a regulariser that is a pair of functions" if regular is None else f'Not implemented reg_type="{reg_type}": it'
         raise elsewhere(what, "ot.solve" if relaxed is None else "ot.unbalanced.lbfgsb_unbalanced")
-    kinds: dict[str, type[KL] | type[TV]] = {"kl": KL, "tv": TV}
-    if relaxed is not None and unbalanced_type.lower() not in kinds:
+    penalties: dict[str, type[KL] | type[TV]] = {"kl": KL, "tv": TV}
+    if relaxed is not None and unbalanced_type.lower() not in penalties:
         raise elsewhere(f'Not implemented unbalanced_type="{unbalanced_type}": it', "ot.unbalanced.lbfgsb_unbalanced")
-    return regular == "entropy", kinds.get(unbalanced_type.lower(), KL)
+    return regular == "entropy", penalties.get(unbalanced_type.lower(), KL)
 
 
 def problem_of(cost: Cost, reg: Any, a: Any, b: Any, relaxed: Any, penalty: type[KL] | type[TV]) -> Problem:
@@ -152,11 +152,5 @@ def solve_cost(cost: Cost, a: Tensor | None, b: Tensor | None, back: Callable[[T
         value = done.optimum()
     with torch.set_grad_enabled(s.unroll and recorded):
         linear, log = done.linear(), empirical.lazy_log(done)
-    return OTResult(
-        value=done.give(value),
-        value_linear=done.give(linear),
-        potentials=(log["u"], log["v"]),
-        lazy_plan=log["lazy_plan"],
-        log=log,
-        **done.report(),
-    )
+    found: dict[str, Any] = dict(potentials=(log["u"], log["v"]), lazy_plan=log["lazy_plan"], log=log, **done.report())
+    return OTResult(value=done.give(value), value_linear=done.give(linear), **found)

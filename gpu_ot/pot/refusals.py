@@ -24,10 +24,13 @@ def elsewhere(what: str, call: str) -> Elsewhere:
     return Elsewhere(f"{what} is not entropic transport, which is all that gpu_ot solves. POT has it: call {call}.")
 
 
-def unknown_method(method: object, among: Iterable[str], elsewhere: dict[str, str] | None = None) -> ProblemError:
-    known = (elsewhere or {}).get(str(method).lower())
-    hint = f" It is another algorithm, POT's {known}." if known else ""
-    return ProblemError(f"Unknown method '{method}'.{hint} Choose one of {', '.join(among)}.")
+def known_method(method: str, among: Iterable[str], elsewhere: dict[str, str] | None = None) -> str:
+    """The method in lower case, if it is one of these. `elsewhere` names POT's functions for other methods."""
+    name = method.lower()
+    if name in among:
+        return name
+    hint = f" It is another algorithm, POT's {elsewhere[name]}." if elsewhere and name in elsewhere else ""
+    raise ProblemError(f"Unknown method '{method}'.{hint} Choose one of {', '.join(among)}.")
 
 
 def warn(message: str) -> None:
@@ -43,8 +46,9 @@ def warn_unless_converged(status: Status, message: str = NOT_CONVERGED) -> None:
         warn(f"{message} Status {status}")
 
 
-def print_error(iteration: int, error: Tensor, header_every: int = 200) -> None:
-    """A line of POT's table, below its header where one is due."""
+def print_error(iteration: int, error: Tensor, every: int, header_every: int = 200) -> None:
+    """A line of POT's table every so many iterations, and its header."""
     if iteration % header_every == 0:
         print("{:5s}|{:12s}".format("It.", "Err") + "\n" + "-" * 19)
-    print(f"{iteration:5d}|{error.amax().item():8e}|")
+    if iteration % every == 0:
+        print(f"{iteration:5d}|{error.amax().item():8e}|")

@@ -209,19 +209,14 @@ def run(
     else:
         f, g = (problem.eps * take_start(warmstart, k, like=w) for k, w in enumerate((problem.a, problem.b)))
     found = find(
-        problem,
-        order="columns",
-        grad="unroll" if unroll and (learnable or needs_gradient(problem)) else "envelope",
+        problem, order="columns", grad="unroll" if unroll and (learnable or needs_gradient(problem)) else "envelope",
         criterion=Change(stopThr, rules.both_sides, translate_after=after, relative_after=math.inf if rules.translate else after),
-        start=Start(g, problem.b, f),
-        max_iter=max(numItermax, 1),
-        check_every=rules.check_every,
-        accelerate="none",
+        start=Start(g, problem.b, f), max_iter=max(numItermax, 1), check_every=rules.check_every, accelerate="none",
         leap=rules.both_sides and not (log or verbose),
-    )
+    )  # fmt: skip
     if verbose:
         for k, change in enumerate(found.errors):
-            print_error(k * rules.check_every, change, rules.header_every)
+            print_error(k * rules.check_every, change, 1, rules.header_every)
     if rules.warns:
         warn_unless_converged(found.status, NOT_CONVERGED)
     mass = tc.to(wa).sum() if tc is not None else wa.sum(-1) * wb.sum(-1) * (not entropy)

@@ -34,7 +34,7 @@ class OTResult:
     n_iter: int | None = None
     errors: list[Any] = field(default_factory=list)
     value_quad: None = None
-    _backend: None = field(default=None, repr=False)  # POT's own code asks for one; None is numpy's, which passes tensors on
+    _backend: None = field(default=None, repr=False)  # POT's own code reads it; None is numpy's, which accepts tensors
 
     @property
     def potential_a(self) -> Any:
@@ -68,9 +68,8 @@ class OTResult:
         return None if self.lazy_plan is None and self.plan is None else (self.marginal_a, self.marginal_b)
 
     def _marginal(self, axis: int) -> Any:
-        if self.lazy_plan is not None:
-            return self.lazy_plan.sum(axis)
-        return None if self.plan is None else self.plan.sum(axis)
+        plan = self.plan if self.lazy_plan is None else self.lazy_plan
+        return None if plan is None else plan.sum(axis)
 
     @property
     def a_to_b(self) -> Any:

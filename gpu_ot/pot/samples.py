@@ -13,7 +13,7 @@ from ..solve import solve as solve_problem
 from .arrays import take
 from .clouds import between, take_points
 from .linear import METHODS, checked, kinds, problem_of, solve_cost, solve_matrix
-from .refusals import elsewhere, unknown_method
+from .refusals import elsewhere, known_method
 from .relaxed import ELSEWHERE
 from .result import OnDemand, OTResult
 
@@ -59,10 +59,13 @@ def solve_sample(
     name = None if method is None else method.lower()
     if name in OTHER_SOLVERS:
         raise elsewhere(f"method = {method!r}", f"ot.solve_sample(..., method={method!r})")
-    if name is not None and name not in (*METHODS, *GEOMLOSS, *ELSEWHERE):
-        raise unknown_method(method, (*METHODS, *GEOMLOSS))
+    if method is not None and name not in ELSEWHERE:
+        known_method(method, (*METHODS, *GEOMLOSS))
     if scaler is not None:
-        X_a, X_b = _scaled(scaler, X_a), _scaled(scaler, X_b)
+        scale = getattr(scaler, "transform", scaler)
+        if not callable(scale):
+            raise errors.ProblemError(f"scaler must be None, an object with .transform(), or a function, found {type(scaler).__name__}.")
+        X_a, X_b = scale(X_a), scale(X_b)
     on_demand = name in GEOMLOSS and name != "geomloss_tensorized"
     if name in GEOMLOSS:
         lazy, name = on_demand, None
@@ -82,14 +85,6 @@ def solve_sample(
 
     result = _debiased(between_clouds, X_a, X_b, a, b) if debias else between_clouds(X_a, X_b, a, b)
     return OnDemand(**vars(result)) if on_demand else result
-
-
-def _scaled(scaler: Any, X: Any) -> Any:
-    if callable(getattr(scaler, "transform", None)):
-        return scaler.transform(X)
-    if callable(scaler):
-        return scaler(X)
-    raise errors.ProblemError(f"scaler must be None, an object with .transform(), or a function, found {type(scaler).__name__}.")
 
 
 def _debiased(between_clouds: Callable[..., OTResult], X_a: Any, X_b: Any, a: Any, b: Any) -> OTResult:

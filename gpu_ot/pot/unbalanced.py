@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import errors
 from .forwarding import forward
-from .refusals import unknown_method, warn
+from .refusals import known_method, warn
 from .relaxed import ELSEWHERE, METHODS, run
 
 __all__ = [
@@ -102,11 +102,10 @@ def sinkhorn_unbalanced2(
 
 
 def _known(method: str) -> str:
-    if method.lower() not in METHODS:
-        raise unknown_method(method, list(METHODS), ELSEWHERE)
-    if method.lower() == "sinkhorn_reg_scaling":
+    name = known_method(method, METHODS, ELSEWHERE)
+    if name == "sinkhorn_reg_scaling":
         warn("Method not implemented yet. Using classic Sinkhorn-Knopp")
-    return method.lower()
+    return name
 
 
 __getattr__, __dir__ = forward(__name__, "ot.unbalanced")
