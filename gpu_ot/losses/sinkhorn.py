@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import errors, gradients
 from ..costs import Cost, SqEuclidean
 from ..errors import ProblemError
-from ..geometry.protocol import Geometry, attach, weigh
+from ..geometry.protocol import Geometry, attach
 from ..penalties import KL
 from ..problem import Problem
 from ..solution.solution import Solution
@@ -22,20 +22,20 @@ from ..solver.status import CONVERGED, STALLED
 
 
 class SinkhornLoss(nn.Module):
-    """Entropic transport as a loss, for costs or for clouds: OT_eps(a, b), or <P, C> with the plan taken as given.
+    """Entropic transport as a loss, for costs or for clouds: OT_eps(a, b), or <P, C> with a constant plan P.
 
     eps          > 0, in units of the cost.
     tau          None holds the marginals exactly; a number, or a pair (rows, columns), relaxes them by tau KL, in units of the cost.
-                 eps and tau may be tensors of one number, parameters say, and get derivatives, too (grad="envelope").
+                 eps and tau may be tensors of one number, such as parameters, and then get derivatives (grad="envelope").
     cost         the cost of moving x_i to y_j, (x, y) -> Cost or costs (*batch, n, m); for clouds only.
     reduction    "mean" or "sum" over the batch, "none" for each problem's own, (*batch,).
     detach_plan  False: the value <C, P> + eps KL(P | a⊗b) + penalties, whose gradients in C, x, y, a and b are exact at convergence.
-                 True: sum_ij P_ij C_ij with P constant, whose gradient in C is P itself, and in x and y that of the cost under P.
+                 True: sum_ij P_ij C_ij with P constant. Its gradient in C is P, and in x and y that of the cost under P.
     backend, grad, tol, max_iter  as in `gpu_ot.solve`.
 
     Call it with costs (*batch, n, m), with a gpu_ot.Cost, or with clouds x (*batch, n, d) and y (*batch, m, d), and weights a=(*batch, n)
-    and b=(*batch, m), uniform when left out. Nothing n by m is formed for clouds that are streamed. Raises what `gpu_ot.solve` raises;
-    not converging is a warning.
+    and b=(*batch, m), uniform when left out. Streamed clouds need no n-by-m array. Raises what `gpu_ot.solve` raises; not converging is
+    a warning.
 
     Cuturi 2013, arXiv:1306.0895; Feydy et al. 2019, arXiv:1810.08278, equation (9).
     """
@@ -97,6 +97,5 @@ class _PlanCost(gradients.Each):
 
 def held_cost(solution: Solution) -> Tensor:
     """<P, C> with P constant."""
-    problem, geometry = solution.problem, solution.geometry
-    k, h = (weigh(z.detach(), w.detach(), problem.eps) for z, w in ((solution.f, problem.a), (solution.g, problem.b)))
-    return _PlanCost.apply(geometry, problem.eps, solution.sharp_cost.detach(), k, h, *geometry.inputs)
+    geometry = solution.geometry
+    return _PlanCost.apply(geometry, solution.problem.eps, solution.sharp_cost.detach(), *solution.levels, *geometry.inputs)

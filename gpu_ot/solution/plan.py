@@ -76,9 +76,9 @@ class Plan:
     def __getitem__(self, key: Any) -> Tensor:
         """Entries (*batch, n', m') of some rows and, if given, columns: ints or slices. An int keeps its axis."""
         rows, columns = (*key, slice(None))[:2] if isinstance(key, tuple) else (key, slice(None))
-        (*batch, n, m), columns = self.shape, _slice(columns, self.shape[-1])
-        kept, width = range(n)[_slice(rows, n)], len(range(m)[columns])
-        size = max(1, BLOCK // max(1, math.prod(batch) * width * self._cost.depth))
+        *batch, n, m = self.shape
+        kept, columns = range(n)[_slice(rows, n)], _slice(columns, m)
+        size = max(1, BLOCK // max(1, math.prod(batch) * len(range(m)[columns]) * self._cost.depth))
         parts = [kept[i : i + size] for i in range(0, max(1, len(kept)), size)]
         return torch.cat([self._entries(slice(z.start, z.stop, z.step), columns).to(self.dtype) for z in parts], -2)
 

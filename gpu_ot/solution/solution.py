@@ -63,7 +63,7 @@ class Solution:
         return self._plan(self._live)
 
     def _plan(self, live: Live | None = None) -> Plan:
-        return Plan(self.geometry, *self._levels, self.problem.eps, self.problem.given_dtype, self.problem.cost, live=live)
+        return Plan(self.geometry, *self.levels, self.problem.eps, self.problem.given_dtype, self.problem.cost, live=live)
 
     @property
     def _live(self) -> Live | None:
@@ -86,7 +86,7 @@ class Solution:
             if isinstance(found, tuple):
                 raise ProblemError(f"this cost is a sum over {len(found)} clouds: say which target points to carry over, y=...")
             y = found
-        ranks, (_, h), eps = self.problem.cost.ranks, self._levels, self.problem.eps
+        ranks, (_, h), eps = self.problem.cost.ranks, self.levels, self.problem.eps
         targets = ranks.shard(h, COLUMNS).shape[-1]
         if y.ndim < 2 or y.shape[-2] != targets:
             raise errors.wrong_shape("y", y.shape, f"(*batch, {targets}, c), a row for each target point")
@@ -141,7 +141,7 @@ class Solution:
         marginals = self._plan().wide_marginals
         mass = marginals[0].sum(-1)
         # log P_ij = (k_i + h_j - C_ij) / eps, so sum P log P needs the marginals and <P, C> alone.
-        inner = [torch.where(p > 0, p * z, 0.0).sum(-1) for p, z in zip(marginals, self._levels, strict=True)]
+        inner = [torch.where(p > 0, p * z, 0.0).sum(-1) for p, z in zip(marginals, self.levels, strict=True)]
         H = (self._sharp_cost - inner[0] - inner[1]) / (self.problem.eps * mass) + log(mass)
         H_a, H_b = (_entropy(p / mass.unsqueeze(-1)) for p in marginals)
         least = torch.minimum(H_a, H_b)
@@ -154,7 +154,7 @@ class Solution:
         return self.problem.shape
 
     @property
-    def _levels(self) -> tuple[Tensor, Tensor]:
+    def levels(self) -> tuple[Tensor, Tensor]:
         """k = f + eps log a and h = g + eps log b, detached: P_ij = exp((k_i + h_j - C_ij) / eps)."""
         p = self.problem
         return weigh(self.f.detach(), p.a.detach(), p.eps), weigh(self.g.detach(), p.b.detach(), p.eps)
@@ -177,7 +177,7 @@ class Solution:
 
     def _extended(self, side: int, new: Points | Cost) -> Tensor:
         """The potential of a side, 0 for rows and 1 for columns, at other points of that side."""
-        own, other = (self.f, self.g)[side].detach(), self._levels[1 - side]
+        own, other = (self.f, self.g)[side].detach(), self.levels[1 - side]
         if isinstance(new, Cost):
             try:
                 points, old = new.points[side], self.problem.cost.points[side]
