@@ -8,7 +8,8 @@ from .errors import BackendError, NotConverged, ProblemError, RankFailed
 from .geometry.select import explain
 from .initial import gaussian_potentials, sorted_potentials
 from .losses.divergence import Divergence, SelfTerm, divergence, self_term
-from .losses.samples import SamplesLoss, SinkhornLoss
+from .losses.samples import SamplesLoss
+from .losses.sinkhorn import SinkhornLoss
 from .penalties import KL, TV
 from .pot.batch import (
     bregman_log_projection_batch,

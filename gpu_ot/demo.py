@@ -1,4 +1,4 @@
-"""`gpu-ot demo`: two photographs exchange their colours through one plan, beside POT's numbers for the same plan."""
+"""`gpu-ot demo`: two photographs exchange their colours through one plan. A table compares POT's numbers for the same plan."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .pot.bregman import sinkhorn
 
 #: The same for all four solvers; `TOLERANCE` is POT's stopThr, the Euclidean norm of the column marginal's error.
 MAX_ITER, TOLERANCE = 2000, 1e-6
-#: Numbers in the largest array of the map, a chunk of pixels by all samples: 32 MiB in float32.
+#: Numbers in the largest array of the map, some pixels by all samples: 32 MiB in float32.
 CHUNK = 2**23
 #: Rows and columns in the picture's close-up of the plan.
 ZOOM = 60
@@ -83,7 +83,7 @@ def sample(photo: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Entry:
-    """One solver's answer. `plan` is (n, n) in float64 on the host; `ended` is what the solver said about how it went."""
+    """One solver's answer. `plan` is (n, n) in float64 on the host; `ended` is the solver's report of how its loop ended."""
 
     solver: str
     seconds: float
@@ -109,7 +109,7 @@ def compare(C: Tensor, reg: float, device: torch.device) -> list[Entry]:
         (f"gpu_ot fp32, {device}", sinkhorn, "sinkhorn_log", single),
     ]
     entries = []
-    # At this size a second thread gains nothing, and one that waits its turn on a busy machine can cost a hundredfold.
+    # At this size a second thread gains nothing, and on a busy computer waiting for it can cost a hundredfold.
     with tqdm(contestants, unit="solver") as bar, threadpool_limits(1):
         for name, solver, method, (weights, costs) in bar:
             bar.set_description(name)
@@ -119,29 +119,23 @@ def compare(C: Tensor, reg: float, device: torch.device) -> list[Entry]:
 
 def _timed(name: str, solver: Callable[..., Any], a: Any, C: Any, reg: float, method: str) -> Entry:
     options = dict(method=method, stopThr=TOLERANCE, log=True)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         solver(a, a, C, reg, numItermax=1, warn=False, **options)  # loads libraries and kernels, off the clock
-        said.clear()
+        caught.clear()
         start = time.perf_counter()
         plan, log = solver(a, a, C, reg, numItermax=MAX_ITER, **options)
         plan = torch.as_tensor(plan).double().cpu()  # also waits for the device
         seconds = time.perf_counter() - start
-    # POT has no status: what it warned about is all that it tells.
-    ended = log["status"].name if "status" in log else _gist([str(w.message) for w in said])
-    return Entry(name, seconds, plan, log, ended)
-
-
-def _gist(messages: list[str]) -> str:
-    """The first sentence of each warning, once."""
-    sentences = dict.fromkeys(m.removeprefix("Warning: ").partition(". ")[0] for m in messages)
-    return "warned: " + "; ".join(sentences) if sentences else "no warning"
+    # POT has no status, only warnings: the first sentence of each, once.
+    sentences = dict.fromkeys(str(w.message).removeprefix("Warning: ").partition(". ")[0] for w in caught)
+    warned = "warned: " + "; ".join(sentences) if sentences else "no warning"
+    return Entry(name, seconds, plan, log, log["status"].name if "status" in log else warned)
 
 
 def table(entries: list[Entry], C: Tensor, reg: float) -> str:
-    """One line a solver; plans are compared with POT's `sinkhorn_log`, the most careful of POT's own."""
-    _, careful, _, _ = entries
-    truth = careful.plan
+    """One line a solver. Plans are compared with that of POT's `sinkhorn_log`, the most accurate of POT's own."""
+    truth = entries[1].plan
     lines = [
         f"{len(C)} pixels of each photograph, uniform weights; squared RGB distance, largest {float(C.max()):.2f}; reg = {reg:g}.",
         f"All: one CPU thread, at most {MAX_ITER} iterations, stopping at a column error of {TOLERANCE:g} (Euclidean norm).",
@@ -160,18 +154,18 @@ def table(entries: list[Entry], C: Tensor, reg: float) -> str:
 def extend(x: Tensor, y: Tensor, log_v: Tensor, reg: float) -> Tensor:
     """(k, 3) colours -> the (k, 3) colours they become: T(x) = sum_j w_j y_j, w_j proportional to v_j exp(-|x - y_j|^2 / reg).
 
-    Here v_j = b_j exp(g_j / reg). At a sampled x_i the weights are row i of the plan, u_i exp(-C_ij / reg) v_j, over its sum: T(x_i) is
-    the plan's barycentric map (P y)_i / (P 1)_i. But u_i has dropped out, so the formula answers for pixels never sampled, too.
+    Here v_j = b_j exp(g_j / reg). At a sampled x_i the weights are row i of the plan, u_i exp(-C_ij / reg) v_j, divided by its sum, so
+    T(x_i) is the barycentric map (P y)_i / (P 1)_i. u_i cancels, so the formula holds for pixels that were not sampled, too.
 
     Seguy et al. 2018, arXiv:1711.02283; Pooladian & Niles-Weed 2021, arXiv:2109.12004 (the entropic map).
     """
-    # |x|^2 is the same for all j and leaves the softmax: what is left is one matrix product.
+    # |x|^2 is the same for all j and cancels in the softmax, which leaves one matrix product.
     return torch.addmm(log_v - y.square().sum(-1) / reg, x, y.T, alpha=2 / reg).softmax(-1) @ y
 
 
 def recolour(photo: Tensor, y: Tensor, log_v: Tensor, reg: float, device: torch.device, bar: tqdm[Any]) -> Tensor:
     """Every pixel of `photo` through `extend`, a chunk at a time."""
-    # float32 leaves an exponent of 3 / reg off by 3 / reg * 6e-8: invisible among 256 shades until reg is tiny.
+    # In float32 an exponent of 3 / reg is wrong by 3 / reg * 6e-8: invisible among 256 shades unless reg is tiny.
     dtype = torch.float32 if reg > 1e-4 else torch.float64
     y, log_v = y.to(device, dtype), log_v.to(device, dtype)
     painted = []
@@ -210,7 +204,7 @@ def draw(
 
 
 def _liveliest(shares: Tensor, y: Tensor) -> tuple[int, int, int]:
-    """(top, left, size) of the close-up: the window with most mass times spread of colours, so that there is something to see."""
+    """(top, left, size) of the close-up: the window with the largest product of mass and variance of colours."""
     size = min(ZOOM, len(shares))
     mass = torch.nn.functional.avg_pool2d(shares[None], size, stride=1)[0]
     spread = y.unfold(0, size, 1).var(-1).sum(-1)
@@ -219,7 +213,7 @@ def _liveliest(shares: Tensor, y: Tensor) -> tuple[int, int, int]:
 
 
 def _draw_plan(ax: Axes, shares: Tensor, x: Tensor, y: Tensor) -> Any:
-    """Dark to light, downwards and to the right; strips show the colours that the rows and columns stand for."""
+    """A heat-map of the shares. Strips beside it show the colours of its rows and columns, from dark to light."""
     image = ax.imshow(shares.numpy(), norm=LogNorm(1e-4, 1e-1, clip=True), cmap="magma")
     ax.set_xticks([])
     ax.set_yticks([])
@@ -241,7 +235,7 @@ def _device(name: str) -> torch.device:
 
 
 def _make_room(path: Path) -> None:
-    """Finds out whether `path` can be written before a minute is spent on what goes there."""
+    """Raises ProblemError if `path` cannot be written: now, not after a minute of work."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         existed = path.exists()

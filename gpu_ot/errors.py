@@ -1,4 +1,4 @@
-"""What can be refused, and how it is said: the argument, what was found, and the way out."""
+"""The errors. A message names the argument, what was found, and the way out."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 
 class ProblemError(ValueError):
-    """The question has no answer as posed: a shape, a weight, a cost or a regularisation is wrong."""
+    """The problem has no solution as posed: a shape, a weight, a cost or a regularisation is wrong."""
 
 
 class UnequalMasses(ProblemError):
-    """A balanced problem whose two measures weigh differently."""
+    """The two measures of a balanced problem have different masses."""
 
 
 class BackendError(RuntimeError):
-    """No backend, or not the one asked for, can serve this problem."""
+    """No backend, or not the one named, can serve this problem."""
 
 
 class NotConverged(RuntimeError):
@@ -22,17 +22,17 @@ class NotConverged(RuntimeError):
 
 
 class RankRefused(ProblemError):
-    """What some ranks of a group were asked cannot be; raised on all of them."""
+    """Some ranks of a group refuse their arguments; raised on all of them."""
 
-    unanimous: bool = False  # the same on every rank
+    unanimous: bool = False  # the same refusal on every rank
 
 
 class RanksDiffer(ProblemError):
-    """The ranks of a group were asked different things; raised on all of them."""
+    """The ranks of a group have different arguments; raised on all of them."""
 
 
 class RankFailed(RuntimeError):
-    """A rank that others share a problem with has failed or ended, or does not answer within the timeout of their group."""
+    """Another rank of the group has failed or ended, or does not answer within the timeout of the group."""
 
 
 def shape(of: Sequence[int]) -> str:
@@ -119,10 +119,11 @@ def backend_refused(name: str, why: str) -> BackendError:
 
 
 def rank_refused(refusals: Sequence[tuple[int, str]], size: int) -> RankRefused:
-    told = list(dict.fromkeys(text for _, text in refusals))
-    by = ["rank " + ", ".join(str(rank) for rank, said in refusals if said == text) for text in told]
-    error = RankRefused("; ".join(f"{who} of {size}: {text}" for who, text in zip(by, told, strict=True)))
-    error.unanimous = len(refusals) == size and len(told) == 1
+    ranks_of: dict[str, list[str]] = {}
+    for rank, message in refusals:
+        ranks_of.setdefault(message, []).append(str(rank))
+    error = RankRefused("; ".join(f"rank {', '.join(ranks)} of {size}: {message}" for message, ranks in ranks_of.items()))
+    error.unanimous = len(refusals) == size and len(ranks_of) == 1
     return error
 
 
@@ -133,6 +134,6 @@ def ranks_differ(name: str, one: int, has: str, other: int, found: str) -> Ranks
     )
 
 
-def rank_failed(rank: int, size: int, doing: str, cause: str | None, said: str) -> RankFailed:
+def rank_failed(rank: int, size: int, doing: str, cause: str | None, message: str) -> RankFailed:
     cause = cause or "some rank ended or did not answer within the timeout of the group"
-    return RankFailed(f"the {size} ranks cannot go on: {cause} (noticed by rank {rank} in {doing}: {said})")
+    return RankFailed(f"the {size} ranks cannot go on: {cause} (noticed by rank {rank} in {doing}: {message})")

@@ -1,8 +1,8 @@
-"""Where to start: row potentials of problems with a closed form that resemble the one at hand.
+"""Row potentials to start from, `solve(problem, start=f)`: those of similar problems that have a closed form.
 
-`solve(problem, start=f)` takes them. They are potentials without entropy, which those with a small eps are close to: at large eps,
-where the loop is fast anyway, they gain little. Thornton and Cuturi 2022, arXiv:2206.07630. Detached, in float64 (float32 on
-Apple's GPUs, which lack it), in units of the cost and up to a constant, which the first iteration settles.
+They are potentials without entropy, which are close to those of a small eps. At large eps, where the loop is fast anyway, they gain
+little. Thornton and Cuturi 2022, arXiv:2206.07630. Detached, in float64 (float32 on Apple's GPUs, which have no float64), in units of
+the cost and up to a constant, which the first iteration removes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from . import errors
 from .problem import vector_dtype
 
-#: Masses whose running totals differ by less than this fraction are taken for equal.
+#: Running totals of mass that differ by less than this fraction count as equal.
 TIE = 1e-12
 
 
@@ -22,15 +22,15 @@ def sorted_potentials(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor |
     """f (*batch, n), exact for the cost |x_i - y_j|^p on the line, p >= 1, without entropy. O((n + m) log(n + m)).
 
     x, y  (n,) and (m,), or (*batch, n, 1) and (*batch, m, 1).
-    a, b  weights (*batch, n) and (*batch, m) of any mass, each divided by its own; None is uniform.
+    a, b  weights (*batch, n) and (*batch, m) of any mass, which is normalised; None is uniform.
 
-    Mass on the line moves in order: the pairs that share mass are a staircase (the north-west corner rule), along which
-    f_i + g_j = C_ij; so from one row to the next f grows as the cost does, seen from the column where the staircase steps down:
+    Mass on the line moves in order: the pairs with mass are a staircase (the north-west corner rule). Along it f_i + g_j = C_ij. So from
+    one row to the next f grows as the cost to the column j where the staircase steps down:
 
         f_(i+1) - f_i = |x_(i+1) - y_j|^p - |x_i - y_j|^p.
 
-    Any staircase gives f_i + g_j <= C_ij, since such costs are Monge. Where it may step down at several columns, as for equal
-    weights, each is optimal; f is the mean of the first and the last, between which the entropic potentials lie.
+    Any staircase gives f_i + g_j <= C_ij, since such costs are Monge. If it may step down at several columns, as for equal weights,
+    each gives optimal potentials. f is the mean of the first and the last, and the entropic potentials lie between these.
     Raises ProblemError for clouds that are not on a line and p < 1. Villani 2003, Topics in Optimal Transportation, section 2.2.
     """
     if not p >= 1:
@@ -42,17 +42,17 @@ def sorted_potentials(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor |
     (x, order), (y, across) = x.sort(-1), y.sort(-1)
     A, B = a.gather(-1, order).cumsum(-1)[..., :-1], b.gather(-1, across).cumsum(-1).contiguous()
     rises = []
-    for reach, right in ((A - TIE, False), (A + TIE, True)):
-        column = torch.searchsorted(B, reach.contiguous(), right=right).clamp(max=y.shape[-1] - 1)
-        seen = y.gather(-1, column)
-        rises.append((x[..., 1:] - seen).abs() ** p - (x[..., :-1] - seen).abs() ** p)
+    for total, right in ((A - TIE, False), (A + TIE, True)):
+        column = torch.searchsorted(B, total.contiguous(), right=right).clamp(max=y.shape[-1] - 1)
+        y_j = y.gather(-1, column)
+        rises.append((x[..., 1:] - y_j).abs() ** p - (x[..., :-1] - y_j).abs() ** p)
     f = torch.cat((torch.zeros_like(x[..., :1]), ((rises[0] + rises[1]) / 2).cumsum(-1)), -1)
     return torch.empty_like(f).scatter_(-1, order, f)
 
 
 @torch.no_grad()
 def gaussian_potentials(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-    """f (*batch, n) for the cost |x_i - y_j|^2: exact for the Gaussians that have the clouds' means and covariances.
+    """f (*batch, n) for the cost |x_i - y_j|^2: exact for Gaussians with the means and covariances of the clouds.
 
     x, y  (*batch, n, d) and (*batch, m, d).
     a, b  weights (*batch, n) and (*batch, m) of any mass; None is uniform.
@@ -69,7 +69,7 @@ def gaussian_potentials(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor
         raise errors.wrong_shape("y", y.shape, f"(*batch, m, d) to match x with shape {errors.shape(x.shape)}")
     wide = vector_dtype(x.device)
     x, y = x.to(wide), y.to(wide)
-    # Around a common centre: |x|^2 of clouds far from the origin would leave no digits for the rest.
+    # Around a common centre: for clouds far from the origin, rounding of |x|^2 would be larger than the rest.
     centre = x.mean(-2, keepdim=True)
     x, y = x - centre, y - centre
     a, b = _masses("a", a, x[..., 0]), _masses("b", b, y[..., 0])

@@ -19,17 +19,17 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("-m", dest="module", action="store_true", help="the name is that of a module")
     parser.add_argument("script", help="path of the script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script finds in sys.argv")
-    asked = parser.parse_args(arguments)
-    if not asked.module and not Path(asked.script).is_file():
-        parser.error(f"{asked.script} is not a file")
-    sys.argv = [asked.script, *asked.arguments]
-    with patch(asked.device):
-        if asked.module:
+    given = parser.parse_args(arguments)
+    if not given.module and not Path(given.script).is_file():
+        parser.error(f"{given.script} is not a file")
+    sys.argv = [given.script, *given.arguments]
+    with patch(given.device):
+        if given.module:
             sys.path[0] = ""
-            runpy.run_module(asked.script, run_name="__main__", alter_sys=True)
+            runpy.run_module(given.script, run_name="__main__", alter_sys=True)
         else:
-            sys.path[0] = str(Path(asked.script).resolve().parent)
-            runpy.run_path(asked.script, run_name="__main__")
+            sys.path[0] = str(Path(given.script).resolve().parent)
+            runpy.run_path(given.script, run_name="__main__")
 
 
 if __name__ == "__main__":

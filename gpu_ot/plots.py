@@ -1,6 +1,6 @@
-"""Pictures of a solution: how it converged, the plan with its marginals, and who is matched with whom.
+"""Pictures of a solution: its convergence, the plan with its marginals, and the matched points.
 
-matplotlib is imported when one is asked for. Each function draws on `ax`, or on a new figure, and returns the Axes.
+Each function draws on `ax`, or on a new figure, and returns the Axes. matplotlib is imported on the first call.
 """
 
 from __future__ import annotations
@@ -17,48 +17,48 @@ from .solution.solution import Solution
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Told apart by colour-blind readers too. Okabe and Ito 2008.
+#: Colour-blind readers can distinguish these. Okabe and Ito 2008.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#595959"
 LINES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LARGE, SMALL = 12, 10  # points
-#: Cells of a heat-map a side, and numbers that a sweep for it may return.
+#: Most cells on a side of a heat-map, and most numbers that one sweep for it returns.
 CELLS, NUMBERS = 512, 2**25
 
 
 def convergence(solution: Solution, ax: Axes | None = None, tol: float | None = None) -> Axes:
-    """The marginal errors at each look, on a logarithmic scale, in the unit of the stopping rule; how it ended, in the title.
+    """The marginal errors at each check, on a logarithmic scale, in the unit of the stopping rule. The title says how the loop ended.
 
-    tol  the tolerance that was asked for, drawn as a line.
+    tol  the tolerance, drawn as a line.
 
-    Of a batch up to 7 problems get a line each; of more, the median one, in the band that holds all.
+    Up to 7 problems of a batch get a line each. More are drawn as a band that contains all, with their median.
     """
     axes = _axes(ax, (6.0, 4.0))
     found = solution.errors.detach().cpu().double()
     least = found[found > 0].min() if bool((found > 0).any()) else 1e-300
     lines = found.reshape(len(found), -1).clamp(min=float(least)).numpy()  # an error of 0 has no logarithm
-    looks, several = range(1, len(lines) + 1), lines.shape[1] > 1
+    checks, several = range(1, len(lines) + 1), lines.shape[1] > 1
     if lines.shape[1] <= len(LINES):
         for k, (line, colour) in enumerate(zip(lines.T, LINES, strict=False)):
-            axes.plot(looks, line, color=colour, marker="." if len(looks) < 50 else None, label=f"problem {k}" if several else None)
+            axes.plot(checks, line, color=colour, marker="." if len(checks) < 50 else None, label=f"problem {k}" if several else None)
     else:
-        axes.fill_between(looks, lines.min(1), lines.max(1), color=BLUE, alpha=0.25, label=f"all {lines.shape[1]} problems")
-        axes.plot(looks, np.median(lines, 1), color=BLUE, label="median")
+        axes.fill_between(checks, lines.min(1), lines.max(1), color=BLUE, alpha=0.25, label=f"all {lines.shape[1]} problems")
+        axes.plot(checks, np.median(lines, 1), color=BLUE, label="median")
     if tol is not None:
         axes.axhline(tol, color=GREY, linestyle="--", label=f"tolerance {tol:g}")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=SMALL)
     axes.set_yscale("log")
     axes.grid(True, alpha=0.3)
-    _label(axes, "look at the error", "marginal error")
-    axes.set_title(f"{solution.status.name}: {solution.n_iter} iterations, {solution.n_sweeps} passes over the pairs", fontsize=LARGE)
+    _label(axes, "check of the error", "marginal error")
+    axes.set_title(f"{solution.status.name}: {solution.n_iter} iterations, {solution.n_sweeps} sweeps over the pairs", fontsize=LARGE)
     return axes
 
 
 def plan(solution: Solution, ax: Axes | None = None) -> Axes:
     """The plan as a heat-map, darker for more mass, with its row sums at the right and its column sums on top.
 
-    Of more than 512 rows or columns groups of neighbours are averaged, by sweeps that return a group of columns at a time: no n-by-m
-    array is held. Raises ProblemError for a batch.
+    More than 512 rows or columns are averaged in groups of neighbours, by sweeps that return some groups of columns at a time: there is
+    no n-by-m array. Raises ProblemError for a batch.
     """
     _one_problem(solution)
     axes = _axes(ax, (6.5, 6.0))
@@ -91,10 +91,10 @@ def plan(solution: Solution, ax: Axes | None = None) -> Axes:
 
 
 def matching(x: Tensor, y: Tensor, solution: Solution, k: int = 200, ax: Axes | None = None) -> Axes:
-    """The clouds x (n, 2) and y (m, 2), and lines between up to k of the pairs that hold the most mass, more opaque for more of it.
+    """The clouds x (n, 2) and y (m, 2), and lines between up to k of the pairs with the most mass, more opaque for more of it.
 
-    The pairs are those drawn most often from the plan, of 20 k draws: the same at each call. Points are as large as their weight.
-    Raises ProblemError for a batch, and for clouds that are not in the plane or not those of the solution's sizes.
+    These are the pairs drawn most often among 20 k draws from the plan, the same at each call. The size of a point shows its weight.
+    Raises ProblemError for a batch, for clouds that are not in the plane, and for clouds of other sizes than the solution's.
     """
     _one_problem(solution)
     for name, z, size in (("x", x, solution.shape[0]), ("y", y, solution.shape[1])):
@@ -128,7 +128,7 @@ def matching(x: Tensor, y: Tensor, solution: Solution, k: int = 200, ax: Axes | 
 
 
 def _groups(solution: Solution) -> tuple[Tensor, Tensor, Tensor]:
-    """The plan summed over groups of neighbours, at most CELLS a side, and how many rows and columns each group has; on the host."""
+    """The plan summed over groups of neighbours, at most CELLS a side, and the number of rows and columns of each group; on the host."""
     (n, m), plan = solution.shape, solution.plan
     lengths = [-(-size // CELLS) for size in (n, m)]
     row_of, column_of = (torch.arange(size, device=solution.f.device) // length for size, length in zip((n, m), lengths, strict=True))

@@ -17,7 +17,8 @@ with contextlib.redirect_stdout(io.StringIO()):  # greets on stdout through KeOp
 
 from gpu_ot import KL, Cosine, Formula, Problem, ProblemError, SqEuclidean
 from gpu_ot.losses import samples as losses_room
-from gpu_ot.losses.samples import SamplesLoss, SinkhornLoss
+from gpu_ot.losses.samples import SamplesLoss
+from gpu_ot.losses.sinkhorn import SinkhornLoss
 from gpu_ot.solve import solve
 
 EXAMPLES = Path(__file__).parents[1] / "bench" / "examples"

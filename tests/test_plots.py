@@ -37,7 +37,7 @@ def test_the_curve_is_the_errors():
     curve, tolerance = ax.get_lines()
     assert list(curve.get_ydata()) == found.errors.tolist() and list(tolerance.get_ydata()) == [1e-6, 1e-6]
     assert ax.get_yscale() == "log"
-    assert ax.get_title() == f"converged: {found.n_iter} iterations, {found.n_sweeps} passes over the pairs"
+    assert ax.get_title() == f"converged: {found.n_iter} iterations, {found.n_sweeps} sweeps over the pairs"
     assert ax.get_xlabel() and ax.get_ylabel()
 
 

@@ -14,7 +14,8 @@ import torch.utils.checkpoint
 
 from gpu_ot import KL, Cosine, Euclidean, Formula, Problem, ProblemError, SqEuclidean, divergence, gradients
 from gpu_ot import solve as front_door
-from gpu_ot.losses.samples import SamplesLoss, SinkhornLoss
+from gpu_ot.losses.samples import SamplesLoss
+from gpu_ot.losses.sinkhorn import SinkhornLoss
 from gpu_ot.penalties import BALANCED
 from gpu_ot.solve import solve
 from problems import A, B, X, Y, leaves, pairwise, rand

@@ -165,8 +165,8 @@ def test_total_variation_is_no_worse_than_pots(problem):
     _, log = ot.unbalanced.lbfgsb_unbalanced(
         a, 1.3 * b, M, 0.1, 0.3, reg_div="kl", regm_div="tv", log=True, numItermax=20_000, stopThr=1e-16
     )
-    assert float(done.total()) == pytest.approx(float(done.envelope()), abs=1e-9)  # primal and dual meet
-    assert float(done.total()) <= log["total_cost"] + 1e-9
+    assert float(done.objective()) == pytest.approx(float(done.optimum()), abs=1e-9)  # primal and dual meet
+    assert float(done.objective()) <= log["total_cost"] + 1e-9
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -366,7 +366,7 @@ def test_gradients_in_reg_and_reg_m(problem):
 
     def function(reg, tau_a, tau_b):
         done = run(a, b, M, reg, (tau_a, tau_b), numItermax=60, stopThr=0.0)
-        return done.linear(), done.total(), done.plan()
+        return done.linear(), done.objective(), done.plan()
 
     assert gradcheck(function, settings)
 
@@ -417,7 +417,7 @@ def test_the_envelope_is_the_derivative_of_the_optimum(problem, penalty, reg_typ
     def function(a, b, M, reg, tau_a, tau_b):
         # 1.3: with equal masses total variation has a kink
         done = run(a, 1.3 * b, M, reg, (tau_a, tau_b), penalty=penalty, reg_type=reg_type, numItermax=400, stopThr=0.0, unroll=False)
-        return done.envelope()
+        return done.optimum()
 
     assert gradcheck(function, (a, b, M, *settings))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import errors
 from ..costs import Cost, Matrix, SqEuclidean
 from ..errors import ProblemError
-from ..losses.samples import held_cost
+from ..losses.sinkhorn import held_cost
 from ..penalties import KL
 from ..problem import Problem, vector_dtype
 from ..solution.solution import Solution

@@ -1,4 +1,4 @@
-"""The debiased Sinkhorn divergence: what is left of a transport cost when the cost of moving each measure onto itself is taken out."""
+"""The debiased Sinkhorn divergence: a transport cost less half the costs of moving each measure onto itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..solver.step import Start
 class SelfTerm:
     """OT_eps(a, a): `value` (*batch,) in units of the cost, f (*batch, n) the potential of both sides, and how its loop ended.
 
-    Wide, in the type of the potentials: it is there to be subtracted.
+    `value` has the type of the potentials, because it will be subtracted.
     """
 
     value: Tensor
@@ -35,7 +35,7 @@ class SelfTerm:
     n_sweeps: int
 
     def detach(self) -> SelfTerm:
-        """Without the graph: for the side of a loss that stays as it is."""
+        """Without gradients: for the constant side of a loss."""
         return replace(self, value=self.value.detach(), f=self.f.detach())
 
 
@@ -44,8 +44,8 @@ class Divergence:
     """The result of `divergence`.
 
     value    S_eps(a, b), (*batch,), in units of the cost and the type of the inputs.
-    f, g     debiased potentials, those of OT(a, b) less those of OT(a, a) and OT(b, b): (*batch, n) and (*batch, m), wide; detached but
-             for grad="implicit". For hard marginals they are the derivatives in a and b, each up to a constant.
+    f, g     debiased potentials, those of OT(a, b) less those of OT(a, a) and OT(b, b): (*batch, n) and (*batch, m), float64.
+             For hard marginals they are the derivatives in a and b, each up to a constant. Detached unless grad="implicit".
     between  the Solution of OT(a, b), with its plan.
     self_a, self_b  the self terms.
     """
@@ -75,34 +75,25 @@ class Divergence:
 
     @property
     def n_sweeps(self) -> int:
-        """Sweeps over pairs of points made by the three loops together."""
+        """Sweeps over pairs of points in all three loops."""
         return self.between.n_sweeps + self.self_a.n_sweeps + self.self_b.n_sweeps
 
 
 def divergence(
-    problem: Problem,
-    *,
-    cost_aa: Cost | Tensor | None = None,
-    cost_bb: Cost | Tensor | None = None,
-    self_a: SelfTerm | None = None,
-    self_b: SelfTerm | None = None,
-    backend: str = "auto",
-    grad: str = "envelope",
-    tol: float = 1e-4,
-    max_iter: int = 10_000,
-    accelerate: str = "auto",
-    strict: bool = False,
-) -> Divergence:
+    problem: Problem, *, cost_aa: Cost | Tensor | None = None, cost_bb: Cost | Tensor | None = None, self_a: SelfTerm | None = None,
+    self_b: SelfTerm | None = None, backend: str = "auto", grad: str = "envelope", tol: float = 1e-4, max_iter: int = 10_000,
+    accelerate: str = "auto", strict: bool = False,
+) -> Divergence:  # fmt: skip
     """The debiased Sinkhorn divergence of the two measures of `problem`, batched over leading axes:
 
         S(a, b) = OT(a, b) - 1/2 OT(a, a) - 1/2 OT(b, b) + eps/2 (|a| - |b|)^2
 
-    It is 0 where the measures are the same and, for costs whose exp(-C / eps) is a positive definite kernel, such as Euclidean and
-    squared Euclidean ones, positive elsewhere and convex in each measure. `value` carries envelope gradients to the points, the costs
-    and the weights, exact at convergence, through both sides of each self term.
+    It is 0 where the measures are the same. Where exp(-C / eps) is a positive definite kernel, as for Euclidean and squared Euclidean
+    costs, it is positive elsewhere and convex in each measure. `value` carries envelope gradients to the points, the costs and the
+    weights, exact at convergence, through both sides of each self term.
 
     cost_aa, cost_bb  the costs within each side, (*batch, n, n) and (*batch, m, m), symmetric: for problems whose cost is a matrix.
-    self_a, self_b    terms to reuse, from `self_term` or an earlier result: the side of a loss that stays as it is (detach it first).
+    self_a, self_b    terms to reuse, from `self_term` or an earlier result, for a constant side of a loss (detach them first).
     grad              "envelope", or "implicit": f and g then carry gradients as well, and `value` second derivatives.
     backend, tol, max_iter, accelerate   as in `gpu_ot.solve`, for each of the three solves.
     strict            raise NotConverged, with the explanation, unless all met the tolerance.
@@ -116,19 +107,16 @@ def divergence(
     ranks.agree(backend=backend, grad=grad, tol=tol, max_iter=max_iter, accelerate=accelerate, self_a=self_a is None, self_b=self_b is None)
 
     def own(side: int, given: Cost | Tensor | None) -> SelfTerm:
-        weights = (problem.a, problem.b)[side].to(problem.dtype)  # wide ones would make the sweeps wide
+        weights = (problem.a, problem.b)[side].to(problem.dtype)  # float64 weights would make the sweeps float64
         within = _within(problem.cost, side, given)
         return self_term(within, eps, weights, penalties[side], backend=backend, grad=grad, tol=tol, max_iter=max_iter)
 
     with ranks.report_failure(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
-        if self_a is None:
-            self_a = own(0, cost_aa)
-        if self_b is None:
-            self_b = own(1, cost_bb)
+        self_a, self_b = self_a or own(0, cost_aa), self_b or own(1, cost_bb)
         # At the row potentials of OT(a, a) the dual is at least 1/2 (OT(a, a) + OT(b, b)) - eps/2 (|a| - |b|)^2 for a positive definite
-        # kernel (Feydy et al. 2019, Theorem 1), and plain iterations only raise it: stopped early, the divergence is not negative.
-        # (Accelerated ones are kept for smaller errors, which where measures are that close are larger duals; annealing forgets the start,
-        # and pays only where they are far apart.) For measures that are nearly the same, as late in a training, it is most of the work.
+        # kernel (Feydy et al. 2019, Theorem 1). Plain iterations only raise it, so the divergence of a loop stopped early is not negative.
+        # Accelerated ones are accepted for smaller errors, which means larger duals where the measures are close. Annealing, which forgets
+        # the start, is used only where they are far from each other. Measures that are nearly equal converge within few iterations.
         start = Start(self_a.f.detach().expand_as(problem.a), problem.a)
         between = find(
             problem, backend=backend, grad=_mode(grad), criterion=Marginal(tol), start=start, max_iter=max_iter, accelerate=accelerate
@@ -137,14 +125,14 @@ def divergence(
     value = between.wide_value - (self_a.value + self_b.value) / 2 + eps / 2 * masses.square()
     result = Divergence(value.to(problem.given_dtype), between.f - self_a.f, between.g - self_b.f, between, self_a, self_b)
     if strict and not bool(result.converged.all()):
-        raise NotConverged(f"{result.status} (after {result.n_sweeps} passes over the pairs)")
+        raise NotConverged(f"{result.status} (after {result.n_sweeps} sweeps over the pairs)")
     return result
 
 
 def at_potentials(problem: Problem, f: Tensor, g: Tensor, own: tuple[Tensor, Tensor] | None, backend: str = "auto") -> Tensor:
-    """The value (*batch,), wide, at potentials that are known: the divergence given its self potentials `own`, else OT(a, b).
+    """The value (*batch,), float64, at known potentials: the divergence with self potentials `own`, or OT(a, b) without.
 
-    For derivatives without the solve that they belong to. Differentiable in the cost and the weights.
+    Differentiable in the cost and the weights, without another solve.
     """
     value, (eps, penalties) = gradients.value(problem, bind(problem, backend), f, g), problem.asked
     if own is None:
@@ -157,34 +145,21 @@ def at_potentials(problem: Problem, f: Tensor, g: Tensor, own: tuple[Tensor, Ten
 
 
 def self_term(
-    cost: Cost | Tensor,
-    eps: float | Tensor,
-    a: Tensor | None = None,
-    penalty: Penalty = BALANCED,
-    *,
-    backend: str = "auto",
-    grad: str = "envelope",
-    tol: float = 1e-4,
-    max_iter: int = 10_000,
-) -> SelfTerm:
-    """OT_eps(a, a) for a symmetric `cost` (*batch, n, n) within one cloud, SqEuclidean(x, x) say, held by `penalty` on both sides.
+    cost: Cost | Tensor, eps: float | Tensor, a: Tensor | None = None, penalty: Penalty = BALANCED, *, backend: str = "auto",
+    grad: str = "envelope", tol: float = 1e-4, max_iter: int = 10_000,
+) -> SelfTerm:  # fmt: skip
+    """OT_eps(a, a) for a symmetric `cost` (*batch, n, n) within one cloud, such as SqEuclidean(x, x), with `penalty` on both sides.
 
-    One softmin an iteration and about five of them, see `Symmetric`; `value` carries envelope gradients through both sides. The
-    arguments are those of `gpu_ot.solve`. Raises ProblemError for a cost that is not symmetric.
+    About five iterations of one softmin each, see `Symmetric`. `value` carries envelope gradients through both sides. The arguments are
+    those of `gpu_ot.solve`. Raises ProblemError for a cost that is not symmetric.
     """
     problem = Problem(cost, eps, a, a, penalty)
     _check_symmetric(problem.cost)
     # C_ii / 2 is the solution for eps -> 0 of costs with exp(-C / eps) positive definite.
     start = Start(_half_diagonal(problem), problem.a)
+    rule = Marginal(tol)
     found = find(
-        problem,
-        order="symmetric",
-        backend=backend,
-        grad=_mode(grad),
-        criterion=Marginal(tol),
-        start=start,
-        max_iter=max_iter,
-        check_every=1,
+        problem, order="symmetric", backend=backend, grad=_mode(grad), criterion=rule, start=start, max_iter=max_iter, check_every=1
     )
     return SelfTerm(found.wide_value, found.f, found.status, found.converged, found.n_iter, found.n_sweeps)
 
@@ -210,7 +185,7 @@ def _within(cost: Cost, side: int, given: Cost | Tensor | None) -> Cost | Tensor
 
 
 def _half_diagonal(problem: Problem) -> Tensor:
-    """(*batch, n) C_ii / 2 where it is at hand, else 0."""
+    """(*batch, n) C_ii / 2 for costs that are stored or fold, 0 for others."""
     cost, zeros = problem.cost, torch.zeros_like(problem.a)
     with torch.no_grad():
         if cost.stored:
@@ -223,7 +198,7 @@ def _half_diagonal(problem: Problem) -> Tensor:
 
 
 def _check_symmetric(cost: Cost) -> None:
-    """Refuses a cost that is plainly not symmetric, by a look at some of its entries; known formulas need none."""
+    """Raises ProblemError if some entries show that the cost is not symmetric. Costs with a known formula are not sampled."""
     n, m = cost.shape[-2:]
     if n != m:
         raise errors.wrong_shape("the cost within a measure", cost.shape, "(*batch, n, n)")

@@ -1,4 +1,4 @@
-"""A Solution in POT's words: its scales and shapes, its objective, the caller's kind of array."""
+"""A Solution in POT's conventions: its scales, shapes and objective, in the caller's kind of array."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Problem
 from ..solution.plan import Plan
 from ..solution.solution import Solution
 from .arrays import take, tensors
@@ -17,16 +16,18 @@ from .arrays import take, tensors
 
 @dataclass(frozen=True)
 class Answer:
-    """`solution`, translated. P = diag(u) exp(-M / reg) diag(v) with u = a exp(f / eps) and v = b exp(g / eps), up to the scale they share.
+    """A balanced `solution`. P = diag(u) exp(-M / reg) diag(v), u = a exp(f / eps), v = b exp(g / eps), up to the scale they share.
 
-    unit   what one unit of the problem's cost is in M's: reg where the problem is that of M / reg, otherwise 1.
-    many   histograms are a batch in front, (k, n) and (k, m), which POT has behind.
+    unit     one unit of the problem's cost in units of M: reg if the problem is that of M / reg, otherwise 1.
+    many     several histograms: batches (k, n) and (k, m) here, (n, k) and (m, k) in POT.
+    entropy  the objective has reg sum P log P in place of reg KL(P | a⊗b).
     """
 
     solution: Solution
     back: Callable[[Tensor], Any]
     unit: Tensor | float = 1.0
     many: bool = False
+    entropy: bool = False
 
     def give(self, z: Tensor) -> Any:
         return self.back(z.to(self.solution.problem.given_dtype))
@@ -35,48 +36,55 @@ class Answer:
         return self.give(self.solution.plan.to_dense())
 
     def lazy_plan(self) -> Any:
-        return in_kind(self.solution.plan, self.back)
+        return self.solution.plan if self.back is tensors else ConvertedPlan(self.solution.plan, self.back)
 
     def linear(self) -> Tensor:
-        """<P, M>, of each histogram; forbidden pairs carry nothing."""
+        """<P, M> of each histogram; forbidden pairs carry nothing."""
         return self.unit * self.solution.sharp_cost
 
-    def objective(self, entropy: bool) -> Tensor:
-        """<P, M> + reg KL(P | a⊗b), or + reg sum P log P, of the plan as it is: eps log(P / a⊗b) is f + g - C, so the marginals know it."""
+    def objective(self) -> Tensor:
+        """<P, M> + reg KL(P | a⊗b), or + reg sum P log P, of the plan at hand.
+
+        eps log(P / a⊗b) = f + g - C, so both are sums over the marginals.
+        """
         s, (rows, columns) = self.solution, self.solution.plan.wide_marginals
         value = carried(rows, s.f) + carried(columns, s.g)
-        if entropy:  # sum P log P = sum P log(P / a⊗b) + the same of the weights
-            value = value + s.problem.eps * (carried(rows, log_weight(s.problem.a)) + carried(columns, log_weight(s.problem.b)))
-        return self.unit * value
+        return self.unit * (value + self._entropy_of_weights(rows, columns) if self.entropy else value)
 
-    def optimum(self, entropy: bool) -> Tensor:
-        """`objective` where it is smallest, from the dual: by grad="envelope" it has the derivatives of the optimum."""
+    def optimum(self) -> Tensor:
+        """The smallest `objective`, from the dual: with grad="envelope" its derivatives are those of the optimum."""
         s, value = self.solution, self.solution.wide_value
-        return self.unit * (value + s.problem.eps * _entropy_of(s.problem) if entropy else value)
+        return self.unit * (value + self._entropy_of_weights(s.problem.a, s.problem.b) if self.entropy else value)
 
-    def logarithms(self, scale: float = 1.0) -> tuple[Any, Any]:
-        """scale * (log u, log v), shaped as POT shapes its scalings: (n,), or (n, k). -inf for an empty atom."""
-        u, v = self._logarithms()
-        return self.give(scale * u), self.give(scale * v)
+    def _entropy_of_weights(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """eps sum P log(a⊗b), the difference between the two regularisers, of a plan with these marginals."""
+        problem = self.solution.problem
+        return problem.eps * ((rows * log_weight(problem.a)).sum(-1) + (columns * log_weight(problem.b)).sum(-1))
 
-    def scalings(self, mass: Tensor | float = 1.0) -> dict[str, Any]:
-        """u and v, of the plan divided by `mass`."""
-        u, v = self._logarithms()
-        return {"u": self.give(u.exp() / mass), "v": self.give(v.exp())}
-
-    def _logarithms(self) -> tuple[Tensor, Tensor]:
+    def log_scalings(self) -> tuple[Tensor, Tensor]:
+        """(log u, log v), (*batch, n) and (*batch, m). -inf for an empty atom."""
         s = self.solution
         pairs = ((s.f, s.problem.a), (s.g, s.problem.b))
         u, v = (torch.where(w > 0, z / s.problem.eps + log_weight(w), -torch.inf) for z, w in pairs)
-        return (u.mT, v.mT) if self.many else (u, v)
+        return u, v
+
+    def logarithms(self, scale: float = 1.0) -> tuple[Any, Any]:
+        """scale * (log u, log v) in POT's shapes: (n,) and (m,), or (n, k) and (m, k)."""
+        u, v = (self.give(scale * (z.mT if self.many else z)) for z in self.log_scalings())
+        return u, v
+
+    def scalings(self, mass: Tensor | float = 1.0) -> dict[str, Any]:
+        """u and v in POT's shapes, of the plan divided by `mass`."""
+        u, v = (z.mT.exp() if self.many else z.exp() for z in self.log_scalings())
+        return {"u": self.give(u / mass), "v": self.give(v)}
 
     def err(self, check_every: int | None = None) -> list[Any]:
-        """One number a check: all of them, or those at iterations 0, check_every, 2 check_every, ... as POT counts them."""
+        """One error a check: all of them, or those that POT makes, at iterations 0, check_every, 2 check_every, ..."""
         checks = None if check_every is None else self.last_iteration // check_every + 1
         return [self.give(e.amax()) for e in self.solution.errors[:checks]]
 
-    def story(self) -> dict[str, Any]:
-        """What POT does not tell: how the loop ended."""
+    def report(self) -> dict[str, Any]:
+        """How the loop ended, which POT does not say."""
         return {
             "status": self.solution.status,
             "converged": self.back(self.solution.converged),
@@ -90,23 +98,13 @@ class Answer:
 
 
 def carried(mass: Tensor, z: Tensor) -> Tensor:
-    """Where no mass is, z may be anything."""
+    """sum of mass * z over the last axis. z may be anything where no mass is."""
     return (mass * torch.where(mass > 0, z, 0.0)).sum(-1)
 
 
 def log_weight(w: Tensor) -> Tensor:
     """log w, and 0 with derivative 0 at w = 0: an empty atom has no entropy."""
     return torch.where(w > 0, torch.where(w > 0, w, 1.0).log(), 0.0)
-
-
-def _entropy_of(problem: Problem) -> Tensor:
-    """sum a log a + sum b log b, what sum P log P has beyond KL(P | a⊗b)."""
-    return (problem.a * log_weight(problem.a)).sum(-1) + (problem.b * log_weight(problem.b)).sum(-1)
-
-
-def in_kind(plan: Plan, back: Callable[[Tensor], Any]) -> Any:
-    """The plan, for callers without tensors as one whose results are in their kind of array."""
-    return plan if back is tensors else ConvertedPlan(plan, back)
 
 
 class ConvertedPlan:

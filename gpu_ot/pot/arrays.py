@@ -1,5 +1,7 @@
-"""Arrays as POT's callers hold them: numpy in, numpy out; torch in, torch out; others through `__dlpack__`; lists follow the first
-array given."""
+"""POT's callers hold arrays of several kinds: numpy in, numpy out; torch in, torch out; others through `__dlpack__`.
+
+A list becomes an array of the same kind and type as the first array given.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,17 @@ from ..errors import ProblemError
 from ..problem import float_type
 from .refusals import Elsewhere
 
-#: Where numpy arrays and lists are solved, and from where their results come back. `gpu_ot.patch(device=...)` sets it.
+#: numpy arrays and lists are solved on this device. `gpu_ot.patch(device=...)` sets it.
 numpy_device: torch.device | None = None
 
 
-def take(**named: Any) -> tuple[list[Tensor | None], Callable[[Tensor], Any]]:
-    """The arguments as tensors, in order (None and empty arrays as None), and the way back to the caller's kind.
+def take(**named: Any) -> tuple[list[Any], Callable[[Tensor], Any]]:
+    """The arguments as tensors, in order, and a function that converts results to the caller's kind of array.
 
-    Raises ProblemError for a mixture of kinds, as POT does: nothing crosses devices in silence.
+    None and empty arrays become None. A Cost stays one, and a LazyTensor of KeOps becomes one; without any array beside it, results
+    are tensors. Raises ProblemError for a mixture of kinds, as POT does: nothing crosses devices in silence.
     """
+    named = {name: lazily(z) for name, z in named.items()}
     arrays = [z for z in named.values() if is_array(z)]
     if len({_kind(z) for z in arrays}) > 1:
         found = [str(type(z)) for z in named.values()]
@@ -33,22 +37,15 @@ def take(**named: Any) -> tuple[list[Tensor | None], Callable[[Tensor], Any]]:
             f"All array should be from the same type/backend. Current types are : {found}. Convert with torch.from_numpy or .numpy()."
         )
     first = arrays[0] if arrays else None
-    tensors = [_tensor(name, z, first) for name, z in named.items()]
-    return tensors, _way_back(first)
+    taken = [z if isinstance(z, Cost) else _tensor(name, z, first) for name, z in named.items()]
+    if isinstance(first, Tensor) or (first is None and any(isinstance(z, Cost) for z in taken)):
+        return taken, tensors
+    return taken, _from_dlpack(first) if _is_foreign(first) else _to_numpy
 
 
 def take_problem(a: Any, b: Any, M: Any, **others: Any) -> tuple[list[Any], Callable[[Tensor], Any]]:
-    """[a (n,), b (m,) or (m, n_hists), M (n, m), *others] as tensors, checked against each other, and the way back.
-
-    M may be a Cost, which stays one, or a LazyTensor of KeOps, which becomes one.
-    """
-    M = lazily(M)
-    if bound := isinstance(M, Cost):
-        (ta, tb, *rest), back = take(a=a, b=b, **others)
-        back = back if any(is_array(z) for z in (a, b)) else tensors
-        found: Any = M
-    else:
-        (ta, tb, found, *rest), back = take(a=a, b=b, M=M, **others)
+    """`take` of [a (n,), b (m,) or (m, n_hists), M (n, m), *others], checked against each other. b comes back as (m,) or (n_hists, m)."""
+    (ta, tb, found, *rest), back = take(a=a, b=b, M=M, **others)
     if found is None or len(found.shape) != 2:
         raise errors.wrong_shape("M", () if found is None else found.shape, "(n, m), one row for each weight of a")
     n, m = found.shape
@@ -58,21 +55,29 @@ def take_problem(a: Any, b: Any, M: Any, **others: Any) -> tuple[list[Any], Call
         raise errors.wrong_shape("a", ta.shape, f"({n},) to match M with shape ({n}, {m})")
     if tb is not None and tb.shape[:1] + tb.shape[2:] != (m,):
         raise errors.wrong_shape("b", tb.shape, f"({m},) or ({m}, n_hists) to match M with shape ({n}, {m})")
-    return [ta, tb, found if bound else promoted(found, ta, tb), *rest], back
+    if isinstance(found, Tensor) and not found.is_complex():  # arrays of several types promote; a Problem has the type of its costs
+        found = found.to(float_type(found, *(z for z in (ta, tb) if z is not None)))
+    return [ta, tb if tb is None or tb.ndim == 1 else tb.mT, found, *rest], back
 
 
-def promoted(M: Tensor, *others: Tensor | None) -> Tensor:
-    """M in the type that all of these promote to, as arrays of several types do. (A Problem has the type of its costs.)"""
-    return M if M.is_complex() else M.to(float_type(M, *(z for z in others if z is not None)))
+def take_start(warmstart: Any, k: int, like: Tensor) -> Tensor:
+    """warmstart[k], (n,) or (n, n_hists), as a detached tensor of the shape and type of `like` (*batch, n)."""
+    (z,), _ = take(warmstart=warmstart[k])
+    n = like.shape[-1]
+    z = z.mT if z is not None and z.ndim == 2 else z
+    if z is None or z.shape[-1:] != (n,):
+        found = () if z is None else z.mT.shape if z.ndim == 2 else z.shape
+        raise errors.wrong_shape(f"warmstart[{k}]", found, f"({n},), or ({n}, n_hists) for several histograms")
+    return z.detach().to(like).expand_as(like)
 
 
 def lazily(M: Any) -> Any:
-    """A LazyTensor of KeOps as the Cost that it is; anything else as it came."""
+    """A LazyTensor of KeOps as a Cost; anything else unchanged."""
     return Lazy(M) if hasattr(M, "__GenericLazyTensor__") else M
 
 
 def number(z: Any) -> float:
-    """A setting as a float, whatever holds it; its gradient, if any, is taken elsewhere."""
+    """A setting as a float, without its gradient."""
     return float(z.detach() if isinstance(z, Tensor) else z)
 
 
@@ -81,20 +86,12 @@ def is_array(z: Any) -> bool:
 
 
 def _is_foreign(z: Any) -> bool:
-    """An array of another library (CuPy, JAX, ...), which the DLPack protocol hands over without a copy."""
+    """Whether z is an array of another library (CuPy, JAX, ...), which DLPack shares without a copy."""
     return hasattr(z, "__dlpack__") and hasattr(z, "__dlpack_device__") and not isinstance(z, (np.ndarray, np.generic, Tensor))
 
 
 def _kind(z: Any) -> type:
     return next((kind for kind in (np.ndarray, Tensor) if isinstance(z, kind)), type(z))
-
-
-def _way_back(first: Any) -> Callable[[Tensor], Any]:
-    if isinstance(first, Tensor):
-        return tensors
-    if first is not None and _is_foreign(first):
-        return _from_dlpack(first)
-    return _to_numpy
 
 
 def _tensor(name: str, z: Any, like: Any) -> Tensor | None:
@@ -126,7 +123,7 @@ def _tensor(name: str, z: Any, like: Any) -> Tensor | None:
 
 
 def tensors(z: Tensor) -> Tensor:
-    """The way back for callers who hold tensors: none."""
+    """Results for callers who hold tensors."""
     return z
 
 
@@ -135,7 +132,7 @@ def _to_numpy(z: Tensor) -> Any:
 
 
 def _from_dlpack(like: Any) -> Callable[[Tensor], Any]:
-    """Results in the kind of `like`: by its array-API namespace (JAX, NumPy's followers), or its package's own `from_dlpack` (CuPy)."""
+    """Converts results to the kind of `like`, by the `from_dlpack` of its array-API namespace (JAX) or of its package (CuPy)."""
     package = type(like).__module__.partition(".")[0]
     namespaces = [like.__array_namespace__()] if hasattr(like, "__array_namespace__") else []
     namespaces += [sys.modules[name] for name in (type(like).__module__, package, f"{package}.dlpack") if name in sys.modules]

@@ -1,6 +1,9 @@
-"""POT's `ot.batch`: B problems of one shape at once. Columns are exact, and all stop together when the worst row marginal is."""
+"""POT's `ot.batch`: B problems of one shape at once. Columns are exact. All stop when the worst row marginal is within the tolerance."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +15,9 @@ from ..solver.criterion import Marginal
 from ..solver.step import scaled
 from .answer import Answer
 from .arrays import number, take
-from .clouds import between
+from .clouds import between, take_points
 from .forwarding import forward
-from .linear import GRADS, with_gradient
+from .linear import GRADS, with_gradients
 from .refusals import elsewhere
 from .result import OTResult
 
@@ -23,17 +26,7 @@ REG_TYPES = ("kl", "entropy")
 
 
 def solve_batch(
-    M,
-    reg=None,
-    a=None,
-    b=None,
-    max_iter=1000,
-    tol=1e-5,
-    method="auto",
-    inner_iter=1,
-    inner_reg=1e-3,
-    reg_type="entropy",
-    grad="envelope",
+    M, reg=None, a=None, b=None, max_iter=1000, tol=1e-5, method="auto", inner_iter=1, inner_reg=1e-3, reg_type="entropy", grad="envelope"
 ):
     """POT's `ot.batch.solve_batch`: minimises <P, M> + reg R(P) for each of B balanced problems.
 
@@ -47,68 +40,54 @@ def solve_batch(
 
     Returns an OTResult: plan (B, n, m), value and value_linear (B,), potentials (B, n) and (B, m).
     """
-    if method not in METHODS:
-        raise errors.ProblemError(f"Unknown method: {method}. Must be one of {METHODS}.")
-    if reg_type.lower() not in REG_TYPES:
-        raise errors.ProblemError(f"Unknown reg_type: {reg_type}. Must be one of {REG_TYPES}.")
-    if grad not in GRADS:
-        raise errors.ProblemError(f"Unknown grad: {grad}. Must be one of {GRADS}.")
+    entropy = reg_type.lower() == "entropy"
+    settings = (("method", method, METHODS), ("reg_type", reg_type, REG_TYPES), ("grad", grad, GRADS))
+    for name, given, known in settings:
+        if (given.lower() if name == "reg_type" else given) not in known:
+            raise errors.ProblemError(f"Unknown {name}: {given}. Must be one of {known}.")
     if method == "proximal" or (method == "auto" and (reg is None or number(reg) == 0)):
         raise elsewhere('method = "proximal", or "auto" without reg,', "ot.batch.solve_batch")
     if reg is None or not number(reg) > 0:
         raise errors.ProblemError(
             f"Sinkhorn methods require a strictly positive reg parameter, found {reg}. Please provide a valid reg value."
         )
-    (tM, ta, tb), back = take(M=M, a=a, b=b)
-    if tM is None or tM.ndim != 3:
-        raise errors.wrong_shape("M", () if tM is None else tM.shape, "(B, n, m)")
+    tM, (ta, tb), back = _take_batch("M", M, a=a, b=b)
     if grad == "detach":
         tM, ta, tb = tM.detach(), *(z if z is None else z.detach() for z in (ta, tb))
         reg = number(reg)
-    unroll = grad in ("autodiff", "last_step")
-    learnt = isinstance(reg, Tensor) and reg.requires_grad
-    problem = Problem(tM / reg if learnt else tM, 1.0 if learnt else number(reg), ta, tb)
+    learnable = isinstance(reg, Tensor) and reg.requires_grad
+    problem = Problem(tM / reg if learnable else tM, 1.0 if learnable else number(reg), ta, tb)
     solution = find(
-        problem,
-        order="columns",
-        criterion=Marginal(tol, "l2"),
-        start=scaled(torch.zeros_like(problem.b)),  # v = 1
-        max_iter=max(max_iter, 1),
-        accelerate="none",
-        grad="unroll" if unroll else "envelope",
-    )
-    done, entropy = Answer(solution, back, reg if learnt else 1.0), reg_type.lower() == "entropy"
-    with torch.set_grad_enabled(unroll and torch.is_grad_enabled()):
-        value, P = done.objective(entropy), solution.plan.to_dense()
-        u, v = done.scalings().values() if method == "sinkhorn" else done.logarithms()
-    if grad == "envelope" and torch.is_grad_enabled():
-        value = with_gradient(value, done.optimum(entropy))
+        problem, order="columns", criterion=Marginal(tol, "l2"), grad="unroll" if grad in ("autodiff", "last_step") else "envelope",
+        start=scaled(torch.zeros_like(problem.b)), max_iter=max(max_iter, 1), accelerate="none",
+    )  # fmt: skip
+    done = Answer(solution, back, reg if learnable else 1.0, entropy=entropy)
+
+    def others() -> tuple[Any, ...]:
+        return solution.plan.to_dense(), tuple(done.scalings().values()) if method == "sinkhorn" else done.logarithms()
+
+    value, P, potentials = with_gradients(done, grad, others)
     return OTResult(
         value=done.give(value),
         value_linear=done.give(loss_linear_batch(torch.where(tM.isinf(), 0.0, tM), P)),
-        potentials=(u, v),
+        potentials=potentials,
         plan=done.give(P),
         log={"n_iter": done.last_iteration},
-        **done.story(),
+        **done.report(),
     )
 
 
+def _take_batch(name: str, M: Any, **weights: Any) -> tuple[Tensor, list[Tensor | None], Callable[[Tensor], Any]]:
+    (tM, *others), back = take(**{name: M}, **weights)
+    if tM is None or tM.ndim != 3:
+        raise errors.wrong_shape(name, () if tM is None else tM.shape, "(B, n, m)")
+    return tM, others, back
+
+
 def solve_sample_batch(
-    X_a,
-    X_b,
-    reg=None,
-    a=None,
-    b=None,
-    metric="sqeuclidean",
-    p=2,
-    max_iter=1000,
-    tol=1e-5,
-    method="auto",
-    inner_iter=1,
-    inner_reg=1e-3,
-    reg_type="entropy",
-    grad="envelope",
-):
+    X_a, X_b, reg=None, a=None, b=None, metric="sqeuclidean", p=2, max_iter=1000, tol=1e-5, method="auto", inner_iter=1, inner_reg=1e-3,
+    reg_type="entropy", grad="envelope",
+):  # fmt: skip
     """POT's `ot.batch.solve_sample_batch`: `solve_batch` between the points X_a (B, n, d) and X_b (B, m, d), `metric` as `dist_batch`."""
     M = dist_batch(X_a, X_b, metric=metric, p=p)
     return solve_batch(M, reg, a, b, max_iter, tol, method, inner_iter, inner_reg, reg_type, grad)
@@ -119,9 +98,7 @@ def dist_batch(X1, X2=None, metric="sqeuclidean", p=2, nx=None):
 
     metric   "sqeuclidean", "euclidean", "minkowski" with p, or "kl": sum_k y_k log(y_k / x_k) of histograms, as the rows.
     """
-    (x, y), back = take(X1=X1, X2=X1 if X2 is None else X2)
-    if x is None or y is None or x.ndim != 3 or y.ndim != 3:
-        raise errors.wrong_shape("X1" if x is None or x.ndim != 3 else "X2", () if x is None else x.shape, "(B, n, d)")
+    (x, y), back = take_points(3, X1=X1, X2=X1 if X2 is None else X2)
     if metric.lower() == "kl":
         tiny = 1e-10  # POT's guard: part of the definition here
         negative_entropy = (y * (y + tiny).log()).sum(-1)
@@ -136,9 +113,7 @@ def bregman_log_projection_batch(K, a=None, b=None, nx=None, max_iter=10000, tol
 
     Returns T, log_T, n_iters and potentials (u, v).
     """
-    (tK,), back = take(K=K)
-    if tK is None or tK.ndim != 3:
-        raise errors.wrong_shape("K", () if tK is None else tK.shape, "(B, n, m)")
+    tK, _, back = _take_batch("K", K)
     found = solve_batch(back(-tK), 1.0, a, b, max_iter, tol, "log_sinkhorn", grad="detach" if grad == "detach" else "autodiff")
     u, v = found.potential_a, found.potential_b
     return {"T": found.plan, "log_T": K + u[:, :, None] + v[:, None, :], "n_iters": found.n_iter, "potentials": (u, v)}
@@ -149,9 +124,7 @@ def bregman_projection_batch(K, a=None, b=None, nx=None, max_iter=10000, tol=1e-
 
     Returns T, n_iters and potentials (u, v).
     """
-    (tK,), back = take(K=K)
-    if tK is None or tK.ndim != 3:
-        raise errors.wrong_shape("K", () if tK is None else tK.shape, "(B, n, m)")
+    tK, _, back = _take_batch("K", K)
     M = torch.where(tK > 0, -torch.where(tK > 0, tK, 1.0).log(), torch.inf)
     found = solve_batch(back(M), 1.0, a, b, max_iter, tol, "sinkhorn", grad="detach" if grad == "detach" else "autodiff")
     return {"T": found.plan, "n_iters": found.n_iter, "potentials": found.potentials}

@@ -1,12 +1,13 @@
-"""POT's `ot.bregman`, balanced: the same names, arguments, results and `log`, from one stable solver in `balanced`."""
+"""POT's `ot.bregman`: the same names, arguments, results and `log`, all from the solver in `balanced`."""
 
 from __future__ import annotations
 
 import torch
 
-from .balanced import METHODS, known, own, run, transport
+from .balanced import METHODS, run, solve_balanced
 from .empirical import empirical_sinkhorn, empirical_sinkhorn2, empirical_sinkhorn_divergence
 from .forwarding import forward
+from .refusals import known_method
 
 __all__ = [
     "empirical_sinkhorn",
@@ -25,89 +26,69 @@ __all__ = [
 
 def sinkhorn_knopp(a, b, M, reg, numItermax=1000, stopThr=1e-9, verbose=False, log=False, warn=True, warmstart=None, **kwargs):
     """POT's `ot.bregman.sinkhorn_knopp`, in the log domain. Arguments and results as `sinkhorn`; `log` holds err, niter, u, v."""
-    return run("sinkhorn", a, b, M, reg, **own(locals()))
+    return run("sinkhorn", a, b, M, reg, numItermax, stopThr, verbose, log, warn, warmstart, **kwargs)
 
 
 def sinkhorn_log(a, b, M, reg, numItermax=1000, stopThr=1e-9, verbose=False, log=False, warn=True, warmstart=None, **kwargs):
     """POT's `ot.bregman.sinkhorn_log`. Arguments and results as `sinkhorn`; `log` adds log_u, log_v."""
-    return run("sinkhorn_log", a, b, M, reg, **own(locals()))
+    return run("sinkhorn_log", a, b, M, reg, numItermax, stopThr, verbose, log, warn, warmstart, **kwargs)
 
 
 def sinkhorn_stabilized(
     a, b, M, reg, numItermax=1000, tau=1e3, stopThr=1e-9, warmstart=None, verbose=False, print_period=20, log=False, warn=True, **kwargs
 ):
-    """POT's `ot.bregman.sinkhorn_stabilized`. `tau` is accepted and not needed: absorption here watches the precision itself.
+    """POT's `ot.bregman.sinkhorn_stabilized`. `tau` is accepted and not needed: absorption here follows the precision itself.
 
     `warmstart` and `log` hold alpha, beta = reg log(u), reg log(v).
     """
-    return run("sinkhorn_stabilized", a, b, M, reg, **own(locals()))
+    options = (numItermax, stopThr, verbose, log, warn, warmstart)
+    return run("sinkhorn_stabilized", a, b, M, reg, *options, print_period=print_period, **kwargs)
 
 
 def sinkhorn_epsilon_scaling(
-    a,
-    b,
-    M,
-    reg,
-    numItermax=100,
-    epsilon0=1e4,
-    numInnerItermax=100,
-    tau=1e3,
-    stopThr=1e-9,
-    warmstart=None,
-    verbose=False,
-    print_period=10,
-    log=False,
-    warn=True,
-    **kwargs,
-):
-    """POT's `ot.bregman.sinkhorn_epsilon_scaling`: the same plan, solved at `reg` itself with the iterations POT would allow.
+    a, b, M, reg, numItermax=100, epsilon0=1e4, numInnerItermax=100, tau=1e3, stopThr=1e-9, warmstart=None, verbose=False, print_period=10,
+    log=False, warn=True, **kwargs,
+):  # fmt: skip
+    """POT's `ot.bregman.sinkhorn_epsilon_scaling`: the same plan, solved at `reg` from the start, within the iterations POT would allow.
 
     `epsilon0` and `tau` are accepted and not needed. `log` holds err, niter, alpha, beta, warmstart.
     """
-    return run("sinkhorn_epsilon_scaling", a, b, M, reg, **own(locals()))
+    options = (numItermax, stopThr, verbose, log, warn, warmstart)
+    return run("sinkhorn_epsilon_scaling", a, b, M, reg, *options, numInnerItermax=numInnerItermax, **kwargs)
 
 
 def greenkhorn(a, b, M, reg, numItermax=10000, stopThr=1e-9, verbose=False, log=False, warn=True, warmstart=None):
-    """POT's `ot.bregman.greenkhorn`: the plan it converges to, by full sweeps, at most `numItermax` of them, each as parallel as the
-    machine; greedy single-entry updates would be serial. `log` holds u, v, n_iter."""
-    return run("greenkhorn", a, b, M, reg, **own(locals()))
+    """POT's `ot.bregman.greenkhorn`: the plan it converges to, in at most `numItermax` iterations of `sinkhorn`. `log` holds u, v, n_iter.
+
+    Greedy updates of single entries would be serial; full sweeps run in parallel.
+    """
+    return run("greenkhorn", a, b, M, reg, numItermax, stopThr, verbose, log, warn, warmstart)
 
 
 def screenkhorn(
-    a,
-    b,
-    M,
-    reg,
-    ns_budget=None,
-    nt_budget=None,
-    uniform=False,
-    restricted=True,
-    maxiter=10000,
-    maxfun=10000,
-    pgtol=1e-09,
-    verbose=False,
+    a, b, M, reg, ns_budget=None, nt_budget=None, uniform=False, restricted=True, maxiter=10000, maxfun=10000, pgtol=1e-09, verbose=False,
     log=False,
-):
+):  # fmt: skip
     """POT's `ot.bregman.screenkhorn`, of mass 1, with every point kept: the plan that screening approximates.
 
-    POT fixes the scalings of all but `ns_budget` and `nt_budget` points, and misses the marginals by what that costs; a full sweep is
-    cheaper here than its L-BFGS-B. `maxiter` and `pgtol` limit the iterations; the other settings are accepted and not
-    needed. `log` holds u, v with P = u exp(-M / reg) v, and Isel, Jsel, which are all True.
+    POT fixes the scalings of all but `ns_budget` and `nt_budget` points, which costs accuracy in the marginals. Full sweeps are cheaper
+    here than its L-BFGS-B. `maxiter` and `pgtol` limit the iterations; the other settings are accepted and not needed. `log` holds
+    u, v with P = u exp(-M / reg) v, and Isel, Jsel, which are all True.
 
     Alaya et al. 2019, arXiv:1906.08540.
     """
-    done = transport(a, b, M, reg, METHODS["sinkhorn"], maxiter, pgtol, verbose, True, None)
+    done = solve_balanced(a, b, M, reg, METHODS["sinkhorn"], maxiter, pgtol, verbose, True, None)
     mass = done.solution.transport_mass
     result = done.give(done.solution.plan.to_dense() / mass)
     if not log:
         return result
     u, v = done.solution.problem.a, done.solution.problem.b
     kept = {name: done.back(torch.ones_like(w, dtype=torch.bool)) for name, w in (("Isel", u), ("Jsel", v))}
-    return result, {**done.scalings(mass), **kept, **done.story()}
+    return result, {**done.scalings(mass), **kept, **done.report()}
 
 
 def sinkhorn(a, b, M, reg, method="sinkhorn", numItermax=1000, stopThr=1e-9, verbose=False, log=False, warn=True, warmstart=None, **kwargs):
-    """Entropic optimal transport plan: `ot.sinkhorn`, on the device its tensors live on, without underflow.
+    """Entropic optimal transport plan: `ot.sinkhorn`, on the device of its tensors, without underflow.
 
     Minimises <P, M> + reg sum P log P over plans P >= 0 with marginals a and b.
 
@@ -116,18 +97,18 @@ def sinkhorn(a, b, M, reg, method="sinkhorn", numItermax=1000, stopThr=1e-9, ver
     M          costs (n, m); +inf forbids a pair. A gpu_ot.Cost, as SqEuclidean(x, y), is never made an n-by-m array.
     reg        > 0, in units of M; a 0-d tensor may carry a gradient.
     method     "sinkhorn", "sinkhorn_log", "sinkhorn_stabilized", "sinkhorn_epsilon_scaling" or "greenkhorn": one solver, five logs.
-    numItermax, stopThr   stop when the columns' marginals are within `stopThr` (Euclidean norm), looked at every 10 iterations.
+    numItermax, stopThr   stop when the columns' marginals are within `stopThr` (Euclidean norm), checked every 10 iterations.
     warmstart  (log u, log v) of an earlier call.
-    accelerate   (keyword) POT's iterations for the first 1000 and accelerated ones after that; False never, True at once. A gradient
-                 goes through POT's iterations, and has them to the end.
+    accelerate   (keyword) None: POT's iterations for the first 1000, accelerated ones after that. False: never. True: at once.
+                 With a gradient, which goes through the iterations: never.
 
-    Returns the plan (n, m), for a Cost a lazy one, or for k histograms the losses <P_k, M> (k,), in the kind, type and device of
-    the inputs; with `log=True` also POT's dictionary, plus `status`, `converged`, `n_iter` and `errors`. Differentiable in a, b, M and reg.
-    Warns when the loop stopped short, with the reason; raises ProblemError for input that has no answer.
+    Returns the plan (n, m), a lazy one for a Cost, or the losses <P_k, M> (k,) of k histograms, in the kind, type and device of the
+    inputs. With `log=True` also POT's dictionary, plus `status`, `converged`, `n_iter` and `errors`. Differentiable in a, b, M and reg.
+    Warns with the reason when the loop stopped short. Raises ProblemError for input that has no answer.
 
     Cuturi 2013, arXiv:1306.0895; Schmitzer 2019, arXiv:1610.06519.
     """
-    return run(known(method, METHODS), a, b, M, reg, **own(locals()))
+    return run(known_method(method, METHODS), a, b, M, reg, numItermax, stopThr, verbose, log, warn, warmstart, **kwargs)
 
 
 def sinkhorn2(
@@ -138,7 +119,7 @@ def sinkhorn2(
     Returns a 0-d result, or (k,) for k histograms; otherwise as `sinkhorn`, but silent unless `warn=True`.
     """
     among = [name for name in METHODS if name not in ("sinkhorn_epsilon_scaling", "greenkhorn")]  # as in POT
-    return run(known(method, among), a, b, M, reg, loss=True, **own(locals()))
+    return run(known_method(method, among), a, b, M, reg, numItermax, stopThr, verbose, log, warn, warmstart, True, **kwargs)
 
 
 __getattr__, __dir__ = forward(__name__, "ot.bregman")

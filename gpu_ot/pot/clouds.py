@@ -1,7 +1,8 @@
-"""Costs between clouds by the names POT has for them."""
+"""Clouds of points as POT's callers pass them, and the costs between them under POT's names."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +11,19 @@ from torch import Tensor
 from .. import errors
 from ..costs import Cosine, Cost, Euclidean, Formula, SqEuclidean
 from ..problem import float_type
+from .arrays import take
 from .refusals import elsewhere
 
 METRICS = ("sqeuclidean", "euclidean", "cityblock", "minkowski", "cosine", "correlation")
+
+
+def take_points(ndim: int = 2, **named: Any) -> tuple[list[Tensor], Callable[[Tensor], Any]]:
+    """Clouds (n, d), for ndim = 3 (B, n, d), as tensors, and the way back to the caller's kind of array."""
+    clouds, back = take(**named)
+    for name, z in zip(named, clouds, strict=True):
+        if z is None or z.ndim != ndim:
+            raise errors.wrong_shape(name, (0,) if z is None else z.shape, "(n, d), one row a point" if ndim == 2 else "(B, n, d)")
+    return clouds, back
 
 
 def between(x: Tensor, y: Tensor, metric: Any = "sqeuclidean", p: float = 2, w: Tensor | None = None) -> Cost:
@@ -47,5 +58,5 @@ def _root(z: Any, p: float) -> Any:
     """z^(1/p), with derivative 0 at 0, where the points coincide. z may be lazy."""
     if not isinstance(z, Tensor):
         return z ** (1 / p)
-    apart = z > 0
-    return torch.where(apart, torch.where(apart, z, 1.0) ** (1 / p), 0.0)
+    positive = z > 0
+    return torch.where(positive, torch.where(positive, z, 1.0) ** (1 / p), 0.0)

@@ -1,4 +1,4 @@
-"""Puts this package's functions into POT, for code that calls POT and cannot or should not be changed."""
+"""Replaces POT's functions by this package's, for code that calls POT and should not be changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from . import arrays, batch, bregman, solvers, unbalanced
 from .refusals import Elsewhere
 
-#: POT's module -> ours and the names replaced. `ot.dist` is left alone: it is no solver, and the rest of POT lives on it.
+#: POT's module -> ours and the names replaced. `ot.dist` stays: it is no solver, and the rest of POT depends on it.
 REPLACED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "ot.bregman": (bregman, tuple(bregman.__all__)),
     "ot.unbalanced": (unbalanced, tuple(unbalanced.__all__)),
@@ -31,32 +31,31 @@ _replacements: dict[Callable[..., Any], Callable[..., Any]] = {}  # POT's functi
 class patch:
     """`with gpu_ot.patch(): ...`, or `gpu_ot.patch()` until its `undo()`: POT's entropic solvers are this package's.
 
-    Every module that holds one of POT's functions, under whatever name, holds ours instead: POT's own (`ot.da`, `ot.gromov`, ...) and
-    clients' (`from ot import sinkhorn`); what is imported meanwhile gets ours, too, and undoing finds it. References elsewhere (in
-    containers, partials, default arguments) stay POT's. A call that POT answers and this package does not, such as `ot.solve` without
-    `reg`, runs on POT's function.
+    Every variable of a module that holds one of POT's functions holds ours instead: in POT (`ot.da`, `ot.gromov`, ...) and in clients
+    (`from ot import sinkhorn`). This includes modules imported while the patch is active. Other references (in containers, partials,
+    default arguments) stay POT's. A call that POT can answer and this package cannot, such as `ot.solve` without `reg`, runs on POT's
+    function.
 
-    device   where numpy arrays and lists are solved, "cuda" for instance: they go there and results come back. Tensors stay where
-             they are. None solves them on the CPU.
+    device   where numpy arrays and lists are solved, "cuda" for instance: they are copied there, and results back. None is the CPU.
+             Tensors stay where they are.
 
-    May be nested, the innermost device counts, and entered from several threads: all of them see the patch until the last has left.
-    Raises ImportError when POT is not installed.
+    Patches may be nested: the innermost device counts. They may be entered from several threads: all of them see the patch until the
+    last one has left. Raises ImportError when POT is not installed.
     """
 
     def __init__(self, device: str | torch.device | None = None) -> None:
         self.device = None if device is None else torch.device(device)
         if self.device is not None:
-            torch.empty(0, device=self.device)  # a device that does not exist fails here, not in a client's call
+            torch.empty(0, device=self.device)  # a missing device fails here, not in a client's call
         self._entered = 0
         self._apply()
-        self._fresh = True  # `with patch():` enters what the call has already applied
+        self._applied = True  # so the first `with` need not apply it again
 
     def __enter__(self) -> patch:
         with _lock:
-            if self._fresh:
-                self._fresh = False
-            else:
+            if not self._applied:
                 self._apply()
+            self._applied = False
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -75,15 +74,14 @@ class patch:
     def _leave(self, times: int) -> None:
         with _lock:
             for _ in range(min(times, self._entered)):
-                _active.reverse()  # the innermost of this patch's entries
-                _active.remove(self)
-                _active.reverse()
+                innermost = _active[::-1].index(self)
+                del _active[-1 - innermost]
                 self._entered -= 1
             _settle()
 
 
 def _settle() -> None:
-    """Makes the modules agree with `_active`. Called with the lock held."""
+    """Puts ours or POT's functions into all modules, as `_active` says. Called with the lock held."""
     arrays.numpy_device = _active[-1].device if _active else None
     if _active:
         _collect()
@@ -98,10 +96,10 @@ def _collect() -> None:
         for name in names:
             theirs = getattr(module, name, None)  # older versions of POT lack some
             if theirs is not None and theirs not in _replacements and theirs not in _replacements.values():
-                _replacements[theirs] = _standing_in(getattr(source, name), theirs)
+                _replacements[theirs] = _with_fallback(getattr(source, name), theirs)
 
 
-def _standing_in(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+def _with_fallback(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(theirs)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:

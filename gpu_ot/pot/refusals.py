@@ -1,4 +1,4 @@
-"""What POT answers and this package does not: an error that names POT's function, and the warning that points at the caller."""
+"""Messages to POT's callers: the error for what POT alone solves, warnings, and POT's table of errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import sys
 import warnings
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from ..errors import ProblemError
+from ..solver.status import CONVERGED, STALLED, Status
+
+NOT_CONVERGED = (
+    "Sinkhorn did not converge. You might want to increase the number of iterations `numItermax` or the regularization parameter `reg`."
+)
 
 
 class Elsewhere(ProblemError, NotImplementedError):
@@ -17,15 +24,31 @@ def elsewhere(what: str, call: str) -> Elsewhere:
     return Elsewhere(f"{what} is not entropic transport, which is all that gpu_ot solves. POT has it: call {call}.")
 
 
-def unknown_method(method: object, among: Iterable[str], elsewhere: dict[str, str] | None = None) -> ProblemError:
-    known = (elsewhere or {}).get(str(method).lower())
-    hint = f" It is another algorithm, POT's {known}." if known else ""
-    return ProblemError(f"Unknown method '{method}'.{hint} Choose one of {', '.join(among)}.")
+def known_method(method: str, among: Iterable[str], elsewhere: dict[str, str] | None = None) -> str:
+    """The method in lower case, if it is one of these. `elsewhere` names POT's functions for other methods."""
+    name = method.lower()
+    if name in among:
+        return name
+    hint = f" It is another algorithm, POT's {elsewhere[name]}." if elsewhere and name in elsewhere else ""
+    raise ProblemError(f"Unknown method '{method}'.{hint} Choose one of {', '.join(among)}.")
 
 
 def warn(message: str) -> None:
-    """A UserWarning that points at the caller's line, however many of our own frames lie between."""
+    """A UserWarning at the line outside this package that called it."""
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gpu_ot."):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def warn_unless_converged(status: Status, message: str = NOT_CONVERGED) -> None:
+    if status not in (CONVERGED, STALLED):
+        warn(f"{message} Status {status}")
+
+
+def print_error(iteration: int, error: Tensor, every: int, header_every: int = 200) -> None:
+    """A line of POT's table every so many iterations, and its header."""
+    if iteration % header_every == 0:
+        print("{:5s}|{:12s}".format("It.", "Err") + "\n" + "-" * 19)
+    if iteration % every == 0:
+        print(f"{iteration:5d}|{error.amax().item():8e}|")

@@ -1,22 +1,20 @@
-"""What POT's unified API returns."""
+"""The result of POT's unified API."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ..solution.plan import Plan
 from ..solver.status import Status
-from .answer import ConvertedPlan, in_kind
+from .answer import ConvertedPlan
 
 
 @dataclass
 class OTResult:
-    """What POT's `OTResult` holds, and how the loop ended.
+    """POT's `OTResult`, and how the loop ended.
 
     plan        (n, m), or (B, n, m) for a batch; None where the problem is solved lazily.
     lazy_plan   slices, multiplies and samples the plan without forming it; None where it is formed.
@@ -36,7 +34,7 @@ class OTResult:
     n_iter: int | None = None
     errors: list[Any] = field(default_factory=list)
     value_quad: None = None
-    _backend: None = field(default=None, repr=False)  # POT's own code asks for one; None is numpy's, which passes tensors on
+    _backend: None = field(default=None, repr=False)  # POT's own code reads it; None is numpy's, which accepts tensors
 
     @property
     def potential_a(self) -> Any:
@@ -70,9 +68,8 @@ class OTResult:
         return None if self.lazy_plan is None and self.plan is None else (self.marginal_a, self.marginal_b)
 
     def _marginal(self, axis: int) -> Any:
-        if self.lazy_plan is not None:
-            return self.lazy_plan.sum(axis)
-        return None if self.plan is None else self.plan.sum(axis)
+        plan = self.plan if self.lazy_plan is None else self.lazy_plan
+        return None if plan is None else plan.sum(axis)
 
     @property
     def a_to_b(self) -> Any:
@@ -101,18 +98,3 @@ class OnDemand(OTResult):
     @plan.setter
     def plan(self, P: Any) -> None:
         self._formed = P
-
-
-def returned(result: OTResult, back: Callable[[Tensor], Any]) -> OTResult:
-    """A lazy result in the caller's kind of array."""
-
-    def there(z: Any) -> Any:
-        if isinstance(z, Tensor):
-            return back(z)
-        if isinstance(z, (list, tuple)):
-            return type(z)(there(y) for y in z)
-        if isinstance(z, dict):
-            return {k: there(y) for k, y in z.items()}
-        return in_kind(z, back) if isinstance(z, Plan) else z
-
-    return OTResult(**{name: there(getattr(result, name)) for name in OTResult.__dataclass_fields__})

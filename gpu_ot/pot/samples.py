@@ -2,73 +2,44 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from .. import errors
 from ..distributed.costs import Sharded
 from ..distributed.dtensors import is_dtensor, local
-from ..problem import Problem
-from ..solution.solution import Solution
 from ..solve import solve as solve_problem
-from .arrays import number, take, tensors
-from .clouds import between
-from .linear import METHODS, kinds, solve
-from .refusals import elsewhere, unknown_method
-from .relaxed import ELSEWHERE, pair
-from .result import OnDemand, OTResult, returned
+from .arrays import take
+from .clouds import between, take_points
+from .linear import METHODS, checked, kinds, problem_of, solve_cost, solve_matrix
+from .refusals import elsewhere, known_method
+from .relaxed import ELSEWHERE
+from .result import OnDemand, OTResult
 
 GEOMLOSS = ("geomloss", "geomloss_auto", "geomloss_tensorized", "geomloss_online", "geomloss_multiscale")
-#: POT's solvers of samples that are no entropic transport between these points.
+#: POT's solvers of samples that are not entropic transport between these points.
 OTHER_SOLVERS = ("1d", "gaussian", "gaussian_hd", "lowrank", "nystroem", "factored", "sliced", "max_sliced", "bsp")
 
 
 def solve_sample(
-    X_a,
-    X_b,
-    a=None,
-    b=None,
-    metric="sqeuclidean",
-    reg=None,
-    c=None,
-    reg_type="KL",
-    unbalanced=None,
-    unbalanced_type="KL",
-    lazy=False,
-    batch_size=None,
-    method=None,
-    n_threads=1,
-    max_iter=None,
-    plan_init=None,
-    rank=100,
-    scaling=0.95,
-    potentials_init=None,
-    X_init=None,
-    tol=None,
-    verbose=False,
-    grad="autodiff",
-    random_state=None,
-    debias=False,
-    n_projections=50,
-    projections=None,
-    scaler=None,
-    *,
-    group=None,
-    layout="auto",
-):
+    X_a, X_b, a=None, b=None, metric="sqeuclidean", reg=None, c=None, reg_type="KL", unbalanced=None, unbalanced_type="KL", lazy=False,
+    batch_size=None, method=None, n_threads=1, max_iter=None, plan_init=None, rank=100, scaling=0.95, potentials_init=None, X_init=None,
+    tol=None, verbose=False, grad="autodiff", random_state=None, debias=False, n_projections=50, projections=None, scaler=None,
+    *, group=None, layout="auto",
+):  # fmt: skip
     """POT's `ot.solve_sample`: `solve` between the points X_a (n, d) and X_b (m, d).
 
     metric   "sqeuclidean", "euclidean", "cityblock", "minkowski", "cosine" or "correlation".
     lazy     no n-by-m array, for relaxed marginals too: the result has `lazy_plan` instead of `plan`, and a `value`.
-    method   "sinkhorn" or "sinkhorn_log"; "geomloss", "geomloss_online", "geomloss_multiscale" and "geomloss_auto" mean lazy=True, and
-             form `plan` when it is read.
+    method   "sinkhorn" or "sinkhorn_log". "geomloss", "geomloss_online", "geomloss_multiscale" and "geomloss_auto" are lazy=True with a
+             `plan` that is formed when it is read.
     debias   True: values minus half of those of X_a and X_b with themselves (Feydy et al. 2019, arXiv:1810.08278).
     scaler   applied to both clouds: a function, or an object with `transform`.
 
-    group    a process group or DeviceMesh: X_a, X_b, a and b are this rank's share of the points, or DTensors (which need no group). All
-             ranks call, and get what `solve(Problem(...))` gives, a gpu_ot.Solution, with its `tol` and `max_iter`; see gpu_ot.Sharded,
-             also for `layout`.
+    group    a process group or DeviceMesh: X_a, X_b, a and b are this rank's share of the points, or DTensors (which need no group).
+             All ranks call. The result is a gpu_ot.Solution; `tol` and `max_iter` have the defaults of gpu_ot.solve. For `layout` see
+             gpu_ot.Sharded.
 
     `batch_size`, `scaling`, `rank`, `n_projections` and the like are accepted and not needed. Otherwise as `solve`.
     """
@@ -76,80 +47,49 @@ def solve_sample(
         others = dict(c=c, potentials_init=potentials_init, debias=debias or None, scaler=scaler, lazy=lazy or None, method=method)
         if refused := [name for name, value in others.items() if value is not None]:
             raise errors.ProblemError(f"{', '.join(refused)}: not known where ranks share the points. SamplesLoss(group=...) debiases.")
-        return _solve_shared(X_a, X_b, a, b, metric, reg, reg_type, unbalanced, unbalanced_type, max_iter, tol, grad, group, layout)
+        entropy, penalty = kinds(reg_type, unbalanced, unbalanced_type)
+        if entropy:
+            raise errors.ProblemError('reg_type = "entropy" is not known where ranks share the points: pass reg_type="KL", the same plan.')
+        if reg is None:
+            raise errors.bad_eps("reg", reg)
+        group = next((z.device_mesh for z in (X_a, X_b) if is_dtensor(z)), None) if group is None else group
+        cost = Sharded(between(local("X_a", X_a), local("X_b", X_b), metric), group, layout)
+        options: dict[str, Any] = dict(max_iter=10_000 if max_iter is None else max_iter, tol=1e-4 if tol is None else tol)
+        return solve_problem(problem_of(cost, reg, a, b, unbalanced, penalty), grad="envelope" if grad == "autodiff" else grad, **options)
     name = None if method is None else method.lower()
     if name in OTHER_SOLVERS:
         raise elsewhere(f"method = {method!r}", f"ot.solve_sample(..., method={method!r})")
-    if name is not None and name not in (*METHODS, *GEOMLOSS, *ELSEWHERE):
-        raise unknown_method(method, (*METHODS, *GEOMLOSS))
+    if method is not None and name not in ELSEWHERE:
+        known_method(method, (*METHODS, *GEOMLOSS))
     if scaler is not None:
-        X_a, X_b = _scaled(scaler, X_a), _scaled(scaler, X_b)
+        scale = getattr(scaler, "transform", scaler)
+        if not callable(scale):
+            raise errors.ProblemError(f"scaler must be None, an object with .transform(), or a function, found {type(scaler).__name__}.")
+        X_a, X_b = scale(X_a), scale(X_b)
     on_demand = name in GEOMLOSS and name != "geomloss_tensorized"
     if name in GEOMLOSS:
         lazy, name = on_demand, None
     if debias == "split":
         raise elsewhere('debias = "split"', 'ot.solve_sample(..., debias="split")')
+    settings = checked(reg, reg_type, unbalanced, unbalanced_type, name, potentials_init, verbose, grad, max_iter, tol)
 
     def between_clouds(X_a: Any, X_b: Any, a: Any, b: Any) -> OTResult:
-        (x, y), back = take(X_a=X_a, X_b=X_b)
-        if x is None or y is None:
-            raise errors.wrong_shape("X_a" if x is None else "X_b", (0,), "(n, d), one row a point")
+        (x, y), back = take_points(X_a=X_a, X_b=X_b)
         cost = between(x, y, metric)
-        options: dict[str, Any] = dict(
-            reg=reg, reg_type=reg_type, unbalanced=unbalanced, unbalanced_type=unbalanced_type, method=name, max_iter=max_iter,
-            potentials_init=potentials_init, tol=tol, verbose=verbose, grad=grad,
-        )  # fmt: skip
         if not lazy:
-            return solve(back(cost.dense()), a, b, c=c, **options)
+            return solve_matrix(back(cost.dense()), a, b, c, settings)
         if c is not None:
             raise errors.ProblemError("c is an n-by-m array, which lazy=True is there to avoid: pass lazy=False.")
         (ta, tb), _ = take(a=a, b=b)
-        result = solve(cost, ta, tb, **options)
-        return result if back is tensors else returned(result, back)
+        return solve_cost(cost, ta, tb, back, settings)
 
     result = _debiased(between_clouds, X_a, X_b, a, b) if debias else between_clouds(X_a, X_b, a, b)
-    return OnDemand(**{name: getattr(result, name) for name in OTResult.__dataclass_fields__}) if on_demand else result
-
-
-def _solve_shared(
-    X_a: Any, X_b: Any, a: Any, b: Any, metric: str, reg: Any, reg_type: Any, relaxed: Any, unbalanced_type: str,
-    max_iter: int | None, tol: float | None, grad: str, group: Any, layout: str,
-) -> Solution:  # fmt: skip
-    entropy, penalty = kinds(reg_type, relaxed, unbalanced_type)
-    if entropy:
-        raise errors.ProblemError('reg_type = "entropy" is not known where ranks share the points: pass reg_type="KL", the same plan.')
-    if reg is None:
-        raise errors.bad_eps("reg", reg)
-    group = next((z.device_mesh for z in (X_a, X_b) if is_dtensor(z)), None) if group is None else group
-    x, y = local("X_a", X_a), local("X_b", X_b)
-    taus = (math.inf, math.inf) if relaxed is None else pair(relaxed)
-    cost = Sharded(between(x, y, metric), group, layout)
-    problem = Problem(cost, number(reg), a, b, (penalty(number(taus[0])), penalty(number(taus[1]))))
-    mode = "envelope" if grad == "autodiff" else grad
-    return solve_problem(problem, max_iter=10_000 if max_iter is None else max_iter, tol=1e-4 if tol is None else tol, grad=mode)
-
-
-def _scaled(scaler: Any, X: Any) -> Any:
-    if callable(getattr(scaler, "transform", None)):
-        return scaler.transform(X)
-    if callable(scaler):
-        return scaler(X)
-    raise errors.ProblemError(f"scaler must be None, an object with .transform(), or a function, found {type(scaler).__name__}.")
+    return OnDemand(**vars(result)) if on_demand else result
 
 
 def _debiased(between_clouds: Callable[..., OTResult], X_a: Any, X_b: Any, a: Any, b: Any) -> OTResult:
     pairs = {"res_aa": (X_a, X_a, a, a), "res_bb": (X_b, X_b, b, b), "res_ab": (X_a, X_b, a, b)}
     found = {name: between_clouds(*clouds) for name, clouds in pairs.items()}
     aa, bb, ab = found.values()
-    return OTResult(
-        value=ab.value - 0.5 * (aa.value + bb.value),
-        value_linear=ab.value_linear - 0.5 * (aa.value_linear + bb.value_linear),
-        potentials=ab.potentials,
-        plan=ab.plan,
-        lazy_plan=ab.lazy_plan,
-        log=found,
-        status=ab.status,
-        converged=ab.converged,
-        n_iter=ab.n_iter,
-        errors=ab.errors,
-    )
+    linear = ab.value_linear - 0.5 * (aa.value_linear + bb.value_linear)
+    return replace(ab, value=ab.value - 0.5 * (aa.value + bb.value), value_linear=linear, log=found)

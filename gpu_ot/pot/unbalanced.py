@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .. import errors
 from .forwarding import forward
-from .refusals import unknown_method, warn
+from .refusals import known_method, warn
 from .relaxed import ELSEWHERE, METHODS, run
 
 __all__ = [
@@ -22,45 +20,38 @@ def sinkhorn_knopp_unbalanced(
     a, b, M, reg, reg_m, reg_type="kl", c=None, warmstart=None, numItermax=1000, stopThr=1e-6, verbose=False, log=False, **kwargs
 ):
     """POT's `ot.unbalanced.sinkhorn_knopp_unbalanced`, in the log domain. Arguments and results as `sinkhorn_unbalanced`."""
-    return _plan("sinkhorn", locals())
+    options = (reg_type, c, warmstart, numItermax, stopThr, verbose, log)
+    return sinkhorn_unbalanced(a, b, M, reg, reg_m, "sinkhorn", *options, accelerate=kwargs.get("accelerate"))
 
 
 def sinkhorn_stabilized_unbalanced(
     a, b, M, reg, reg_m, reg_type="kl", c=None, warmstart=None, tau=1e5, numItermax=1000, stopThr=1e-6, verbose=False, log=False, **kwargs
 ):
-    """POT's `ot.unbalanced.sinkhorn_stabilized_unbalanced`: looks every 10 iterations, at the change of u alone, and warns when the
-    loop stopped short. `tau` is accepted and not needed. Arguments and results as `sinkhorn_unbalanced`."""
-    return _plan("sinkhorn_stabilized", locals())
+    """POT's `ot.unbalanced.sinkhorn_stabilized_unbalanced`: checks the change of u alone, every 10 iterations.
+
+    Warns when the loop stopped short. `tau` is accepted and not needed. Arguments and results as `sinkhorn_unbalanced`.
+    """
+    options = (reg_type, c, warmstart, numItermax, stopThr, verbose, log)
+    return sinkhorn_unbalanced(a, b, M, reg, reg_m, "sinkhorn_stabilized", *options, accelerate=kwargs.get("accelerate"))
 
 
 def sinkhorn_unbalanced_translation_invariant(
     a, b, M, reg, reg_m, reg_type="kl", c=None, warmstart=None, numItermax=1000, stopThr=1e-6, verbose=False, log=False, **kwargs
 ):
-    """POT's `ot.unbalanced.sinkhorn_unbalanced_translation_invariant`: each iterate carries its optimal mass, so large reg_m, where the
-    plain iteration gains its mass in steps of reg / reg_m, needs no more iterations than a balanced problem.
+    """POT's `ot.unbalanced.sinkhorn_unbalanced_translation_invariant`: every iterate has its optimal mass.
 
+    For large reg_m the plain iteration gains mass in steps of reg / reg_m; this one needs no more iterations than a balanced problem.
     Arguments and results as `sinkhorn_unbalanced`. Séjourné, Vialard and Peyré 2022, arXiv:2201.00730.
     """
-    return _plan("sinkhorn_translation_invariant", locals())
+    options = (reg_type, c, warmstart, numItermax, stopThr, verbose, log)
+    return sinkhorn_unbalanced(a, b, M, reg, reg_m, "sinkhorn_translation_invariant", *options, accelerate=kwargs.get("accelerate"))
 
 
 def sinkhorn_unbalanced(
-    a,
-    b,
-    M,
-    reg,
-    reg_m,
-    method="sinkhorn",
-    reg_type="kl",
-    c=None,
-    warmstart=None,
-    numItermax=1000,
-    stopThr=1e-6,
-    verbose=False,
-    log=False,
+    a, b, M, reg, reg_m, method="sinkhorn", reg_type="kl", c=None, warmstart=None, numItermax=1000, stopThr=1e-6, verbose=False, log=False,
     **kwargs,
-):
-    """Entropic transport between measures of any mass: `ot.sinkhorn_unbalanced`, on the device its tensors live on, without underflow.
+):  # fmt: skip
+    """Entropic transport between measures of any mass: `ot.sinkhorn_unbalanced`, on the device of its tensors, without underflow.
 
     Minimises <P, M> + reg KL(P | c) + reg_m1 KL(P1 | a) + reg_m2 KL(P^T 1 | b) over P >= 0.
 
@@ -74,67 +65,47 @@ def sinkhorn_unbalanced(
     c          reference measure (n, m), a⊗b when left out. Where it is 0 so is P: a row without support moves nothing.
     numItermax, stopThr   stop when u and v change by less than `stopThr`, relative to their largest entry or 1.
     warmstart  (log u, log v) of an earlier call.
-    accelerate   (keyword) POT's iterations for the first 100 and translated to their best mass after that, which large reg_m needs;
-                 False never, True at once.
+    accelerate   (keyword) None: POT's iterations for the first 100; after that each iterate is translated to its best mass, which large
+                 reg_m needs. False: never. True: at once.
 
-    Returns the plan (n, m), or for k histograms the losses <P_k, M> (k,), in the kind, type and device of the inputs; with `log=True`
+    Returns the plan (n, m), or for k histograms the losses <P_k, M> (k,), in the kind, type and device of the inputs. With `log=True`
     also err, logu, logv with P = c exp(logu + logv - M / reg), cost = <P, M>, total_cost (the objective above, with the mass terms
     of the generalised KL), and `status`, `converged`, `n_iter`, `errors`. Differentiable in a, b, M, c, reg and reg_m.
     Raises ProblemError for input that has no answer.
 
     Chizat et al. 2018, arXiv:1607.05816.
     """
-    return _plan(_known(method), locals())
+    done = run(
+        a, b, M, reg, reg_m, method=_known(method), reg_type=reg_type, c=c, warmstart=warmstart, numItermax=numItermax, stopThr=stopThr,
+        verbose=verbose, log=log, accelerate=kwargs.get("accelerate"),
+    )  # fmt: skip
+    result = done.give(done.linear()) if done.many else done.plan()
+    return (result, done.log()) if log else result
 
 
 def sinkhorn_unbalanced2(
-    a,
-    b,
-    M,
-    reg,
-    reg_m,
-    method="sinkhorn",
-    reg_type="kl",
-    c=None,
-    warmstart=None,
-    returnCost="linear",
-    numItermax=1000,
-    stopThr=1e-6,
-    verbose=False,
-    log=False,
-    **kwargs,
-):
+    a, b, M, reg, reg_m, method="sinkhorn", reg_type="kl", c=None, warmstart=None, returnCost="linear", numItermax=1000, stopThr=1e-6,
+    verbose=False, log=False, **kwargs,
+):  # fmt: skip
     """The cost of the plan of `sinkhorn_unbalanced`: `ot.sinkhorn_unbalanced2`.
 
     Returns <P, M> for returnCost "linear", the whole objective for "total", 0-d; (k,) for k histograms.
     """
     if returnCost not in ("linear", "total"):
         raise errors.ProblemError(f"Unknown returnCost = {returnCost}. Choose 'linear' or 'total'.")
-    done = run(a, b, M, reg, reg_m, **_own(_known(method), locals()))
-    result = done.give(done.total() if returnCost == "total" else done.linear())
+    done = run(
+        a, b, M, reg, reg_m, method=_known(method), reg_type=reg_type, c=c, warmstart=warmstart, numItermax=numItermax, stopThr=stopThr,
+        verbose=verbose, log=log, accelerate=kwargs.get("accelerate"),
+    )  # fmt: skip
+    result = done.give(done.objective() if returnCost == "total" else done.linear())
     return (result, done.log()) if log else result
 
 
-_OPTIONS = {"reg_type", "c", "warmstart", "numItermax", "stopThr", "verbose", "log", "accelerate"}
-
-
-def _own(method: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The options among the arguments of a front door and its **kwargs; POT ignores the others, too."""
-    return {"method": method, **{k: v for k, v in {**arguments["kwargs"], **arguments}.items() if k in _OPTIONS}}
-
-
-def _plan(method: str, arguments: dict[str, Any]) -> Any:
-    done = run(*(arguments[k] for k in ("a", "b", "M", "reg", "reg_m")), **_own(method, arguments))
-    result = done.give(done.linear()) if done.many else done.plan()
-    return (result, done.log()) if arguments["log"] else result
-
-
 def _known(method: str) -> str:
-    if method.lower() not in METHODS:
-        raise unknown_method(method, list(METHODS), ELSEWHERE)
-    if method.lower() == "sinkhorn_reg_scaling":
+    name = known_method(method, METHODS, ELSEWHERE)
+    if name == "sinkhorn_reg_scaling":
         warn("Method not implemented yet. Using classic Sinkhorn-Knopp")
-    return method.lower()
+    return name
 
 
 __getattr__, __dir__ = forward(__name__, "ot.unbalanced")

@@ -1,4 +1,4 @@
-"""What comes out of a solve."""
+"""The result of a solve."""
 
 from .plan import Plan
 from .solution import Solution

@@ -1,4 +1,4 @@
-"""The plan as a cost and two potentials: products, marginals, entries and draws, computed where they are asked for."""
+"""The plan as a cost and two potentials. Products, marginals, entries and draws are computed on demand."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..errors import ProblemError
 from ..geometry.protocol import Geometry
 from ..problem import Problem
 
-#: Columns of a block that partners are drawn from: many draws are made at once, and long rows of costs in pieces.
+#: Least columns of a block that partners are drawn from. Many rows are drawn at once, and long rows in several blocks.
 WIDTH = 2**10
 
 
 class Live(NamedTuple):
-    """Potentials that carry derivatives, and what they solve."""
+    """Potentials that carry derivatives, and the problem that they solve."""
 
     problem: Problem
     geometry: Geometry
@@ -39,22 +39,15 @@ class Live(NamedTuple):
 class Plan:
     """P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps), computed where it is needed and never stored.
 
-    `P @ v`, `P.T @ v`, `marginals` and `sum` are sweeps over the cost; `P[rows, columns]` and `diagonal` form entries, `sample` draws
-    matched pairs; `to_dense()` is the (*batch, n, m) array. Internally P_ij = exp((k_i + h_j - C_ij) / eps), k = f + eps log a and h alike.
-    Detached; of a solution by grad="implicit" or "unroll", products, sums and the array carry its derivatives.
+    `P @ v`, `P.T @ v`, `marginals` and `sum` are sweeps over the cost. `P[rows, columns]` and `diagonal` form entries, `sample` draws
+    matched pairs, `to_dense()` is the (*batch, n, m) array. With grad="implicit" or "unroll", products, sums and the array carry
+    derivatives; everything else is detached. Internally P_ij = exp((k_i + h_j - C_ij) / eps), k = f + eps log a and h = g + eps log b.
     """
 
     def __init__(
-        self,
-        geometry: Geometry,
-        k: Tensor,
-        h: Tensor,
-        eps: float,
-        dtype: torch.dtype,
-        cost: Cost | None = None,
-        flipped: bool = False,
-        live: Live | None = None,
-    ) -> None:
+        self, geometry: Geometry, k: Tensor, h: Tensor, eps: float, dtype: torch.dtype, cost: Cost | None = None,
+        flipped: bool = False, live: Live | None = None,
+    ) -> None:  # fmt: skip
         self._geometry, self._k, self._h, self._eps, self.dtype = geometry, k, h, eps, dtype
         self._own_cost, self._flipped, self._live = cost, flipped, live  # flipped: rows of the plan are columns of the cost
 
@@ -81,16 +74,16 @@ class Plan:
         return (P.mT if self._flipped else P).to(self.dtype)
 
     def __getitem__(self, key: Any) -> Tensor:
-        """Some rows and columns, (*batch, n', m'): ints and slices of the last two axes, which both stay; the columns may be left out."""
+        """Entries (*batch, n', m') of some rows and, if given, columns: ints or slices. An int keeps its axis."""
         rows, columns = (*key, slice(None))[:2] if isinstance(key, tuple) else (key, slice(None))
-        (*batch, n, m), columns = self.shape, _slice(columns, self.shape[-1])
-        kept, width = range(n)[_slice(rows, n)], len(range(m)[columns])
-        size = max(1, BLOCK // max(1, math.prod(batch) * width * self._cost.depth))
+        *batch, n, m = self.shape
+        kept, columns = range(n)[_slice(rows, n)], _slice(columns, m)
+        size = max(1, BLOCK // max(1, math.prod(batch) * len(range(m)[columns]) * self._cost.depth))
         parts = [kept[i : i + size] for i in range(0, max(1, len(kept)), size)]
         return torch.cat([self._entries(slice(z.start, z.stop, z.step), columns).to(self.dtype) for z in parts], -2)
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        """(m,) or (*batch, m, c) -> (n,) or (*batch, n, c). Where ranks share the points, each has the rows of its own on either side."""
+        """(m,) or (*batch, m, c) -> (n,) or (*batch, n, c). Where ranks share the points, v and the result are this rank's shards."""
         columns = v.unsqueeze(-1) if v.ndim == 1 else v
         if self._ranks is ALONE and (v.ndim == 0 or columns.shape[-2] != self.shape[-1]):
             raise errors.wrong_shape("v", v.shape, f"({self.shape[-1]},) or (*batch, {self.shape[-1]}, c)")
@@ -102,7 +95,7 @@ class Plan:
         return (out.squeeze(-1) if v.ndim == 1 else out).to(self.dtype)
 
     def _apply(self, v: Tensor) -> Tensor:
-        """P @ v for all of v (*batch, m, c), in the type of the potentials."""
+        """P @ v for the whole v (*batch, m, c), in the type of the potentials."""
         if (s := self._live) is not None:
             return gradients.plan_product(s.problem, s.geometry, s.f, s.g, v.to(s.f), self._flipped)
         with torch.no_grad():
@@ -121,7 +114,7 @@ class Plan:
         return self._apply(ones_m).squeeze(-1), self.T._apply(ones_n).squeeze(-1)
 
     def sum(self, dim: int | None = None) -> Tensor:
-        """P1 (*batch, n) for the last axis, P^T 1 (*batch, m) for the last but one, the sum of everything, 0-d, for None."""
+        """P1 (*batch, n) for the last axis, P^T 1 (*batch, m) for the last but one; for None the sum of all entries, 0-d."""
         if dim is None:
             return self.wide_marginals[0].sum().to(self.dtype)
         axis = dim - self.ndim if dim >= 0 else dim
@@ -138,23 +131,23 @@ class Plan:
     def sample(self, k: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """k matched pairs (i, j) of each problem, drawn independently and in proportion to P_ij: two int64 arrays (*batch, k).
 
-        Costs one sweep (the marginal, of which the rows are drawn) and the costs of k rows; see `sample_columns`. Where ranks share the
-        points, each gets those of the k pairs whose rows are its own, both counted among all points.
+        It takes one sweep, for the marginal that the rows are drawn from, and the costs of k rows, see `sample_columns`. Where ranks
+        share the points, a rank gets the pairs whose rows are its own. Both indices count all points.
         """
         total = self.wide_marginals[0].clamp(min=0).cumsum(-1)
-        # The first row whose running total exceeds the draw: one without mass never does. A draw that rounds up to the total would
-        # find none.
+        # The first row whose running total exceeds the draw, which has mass. Draws stay below the total, or no row would exceed them.
         top = torch.nextafter(total[..., -1:], torch.zeros_like(total[..., -1:]))
         u = self._ranks.broadcast(torch.rand(*total.shape[:-1], k, dtype=total.dtype, device=total.device, generator=generator))
         rows = self._ranks.local_indices(torch.searchsorted(total, torch.minimum(u * total[..., -1:], top), right=True), int(self._flipped))
         return rows, self.sample_columns(rows, generator)
 
     def sample_columns(self, rows: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """For each of `rows`, int64 (k,) or (*batch, k), all when left out, a column drawn in proportion to P_ij: int64 (*batch, k). -1
-        where a row has none.
+        """A column for each of `rows`, drawn in proportion to P_ij: int64 (*batch, k), -1 where a row has no mass.
 
-        Gumbel-max over blocks of columns: the largest of (h_j - C_ij) / eps plus Gumbel noise falls on j with the odds of P_ij, and a
-        largest of largests is a largest. O(m) costs a row. Maddison, Tarlow and Minka 2014, arXiv:1411.0030, section 2.
+        rows  int64 (k,) or (*batch, k); every row when left out.
+
+        Gumbel-max: the largest of (h_j - C_ij) / eps plus Gumbel noise is at j with probability P_ij / sum_j P_ij. The maximum is taken
+        over blocks of columns, O(m) costs a row. Maddison, Tarlow and Minka 2014, arXiv:1411.0030, section 2.
         """
         batch, (n, m) = self.shape[:-2], self.shape[-2:]
         rows = torch.arange(n, device=self._h.device) if rows is None else rows
@@ -164,7 +157,7 @@ class Plan:
         for part in rows.split(max(1, BLOCK // (copies * min(m, WIDTH))), -1):
             best = torch.full_like(part, -math.inf, dtype=self._h.dtype)
             chosen = torch.full_like(part, -1)
-            width = max(1, BLOCK // (copies * max(1, part.shape[-1])))  # no rows: another rank's, who gathers the columns with this one
+            width = max(1, BLOCK // (copies * max(1, part.shape[-1])))  # without rows, this rank still takes part in gathering
             for j in range(0, m, width):
                 columns = slice(j, min(j + width, m))
                 scores = (self._h[..., columns].unsqueeze(-2) - self._costs(part, columns)).div_(self._eps)
@@ -176,12 +169,12 @@ class Plan:
         return torch.cat(drawn, -1)
 
     def strips(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(C, P) of some rows of the cost that are held here and all columns at a time, detached, in the type of the potentials."""
+        """(C, P) of this rank's rows of the cost and all columns, some rows at a time: detached, in the type of the potentials."""
         k, h = (self._h, self._k) if self._flipped else (self._k, self._h)
         for rows, part in self._cost.strips():
             with torch.no_grad():
                 C = part.dense().to(h.dtype)
-                size = max(1, C.numel() // max(1, h.shape[:-1].numel() * C.shape[-1]))  # histograms that share a cost have a plan each
+                size = max(1, C.numel() // max(1, h.shape[:-1].numel() * C.shape[-1]))  # problems that share a cost have a plan each
                 for i in range(0, C.shape[-2], size):
                     block, levels = C[..., i : i + size, :], k[..., rows][..., i : i + size]
                     yield block, entries(levels, h, block, self._eps)
@@ -198,7 +191,7 @@ class Plan:
 
     @property
     def _ranks(self) -> Alone:
-        """Who holds the points."""
+        """The ranks that share the points."""
         return ALONE if self._own_cost is None else self._own_cost.ranks
 
     @property
@@ -212,7 +205,7 @@ class Plan:
 
 
 def entries(k: Tensor, h: Tensor, C: Tensor, eps: float) -> Tensor:
-    """exp((k_i + h_j - C_ij) / eps), the same to the bit from either side."""
+    """exp((k_i + h_j - C_ij) / eps), bitwise equal for the plan and its transpose."""
     return (k.unsqueeze(-1) + h.unsqueeze(-2)).sub_(C).div_(eps).exp_()
 
 

@@ -1,4 +1,4 @@
-"""What came out: potentials, the plan, and an account of how the loop ended. Whoever calls in other words translates this one."""
+"""The result of a solve: potentials, the plan, and a report of how the loop ended. The other interfaces translate it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..solver.status import Status
 from ..vectors import log
 from .plan import Live, Plan
 
-#: Pairs of a problem beyond which <P, C> of a cost that folds is taken in one sweep of the machine rather than entry by entry.
+#: For more pairs than this, <P, C> of a cost that folds is one sweep of the backend rather than a sum over entries.
 LARGE = 2**24
 
 
@@ -30,11 +30,11 @@ class Solution:
 
     value    (*batch,) the regularised optimum, in units of the cost; differentiable as `grad` says.
     f, g     (*batch, n) and (*batch, m) potentials, float64: f / eps needs more digits than float32 has.
-    status   how the loop ended, in words; for a batch, the least happy of its problems.
+    status   how the loop ended, in words; for a batch, the worst of its problems.
     converged  (*batch,) which problems met the tolerance.
     n_iter   iterations run.
-    n_sweeps sweeps over the n-by-m pairs made on the way, wherever they happened: two an iteration, and those that start it.
-    errors   (checks, *batch) the marginal errors at each look, in the unit of the stopping rule.
+    n_sweeps sweeps over the n-by-m pairs: two an iteration, those before the first, and any that the backend adds.
+    errors   (checks, *batch) the marginal errors at each check, in the unit of the stopping rule.
     """
 
     problem: Problem
@@ -59,35 +59,34 @@ class Solution:
 
     @cached_property
     def plan(self) -> Plan:
-        """The lazy plan. By grad="implicit" or "unroll" it carries derivatives, see Plan; otherwise it is detached."""
+        """The lazy plan. With grad="implicit" or "unroll" it carries derivatives, see Plan; otherwise it is detached."""
         return self._plan(self._live)
 
     def _plan(self, live: Live | None = None) -> Plan:
-        problem = self.problem
-        return Plan(self.geometry, self._k, self._h, problem.eps, problem.given_dtype, problem.cost, live=live)
+        return Plan(self.geometry, *self.levels, self.problem.eps, self.problem.given_dtype, self.problem.cost, live=live)
 
     @property
     def _live(self) -> Live | None:
-        """The potentials, where they carry derivatives."""
-        asked = transforms.asks(self.f) or transforms.asks(self.g)
-        return Live(self.problem, self.geometry, self.f, self.g) if asked else None
+        """The potentials, if they carry derivatives."""
+        carried = transforms.asks(self.f) or transforms.asks(self.g)
+        return Live(self.problem, self.geometry, self.f, self.g) if carried else None
 
     def transport(self, x_new: Points | None = None, y: Tensor | None = None) -> Tensor:
         """Where the plan sends the source points, or `x_new` (*batch, k, d), on average: sum_j P_ij y_j / sum_j P_ij, (*batch, n or k, c).
 
-        y  what is carried over, (m, c) or (*batch, m, c); the target points when left out. Colours or labels (one-hot) work as well.
+        y  the values to average, (m, c) or (*batch, m, c): the target points when left out, or colours, or one-hot labels.
 
-        New points are sent by the same potentials: the entropic map, Pooladian and Niles-Weed 2021, arXiv:2109.12004, equation (6). A
-        point that may go nowhere gives NaN. New points see the problem detached; gradients flow to `x_new`, at the price of keeping the
-        k-by-m costs. For the source points and grad="implicit" or "unroll", derivatives reach the problem and y. In the problem's type.
-        Raises ProblemError for new points where the cost is a matrix, which knows none.
+        For new points this is the entropic map, Pooladian and Niles-Weed 2021, arXiv:2109.12004, equation (6). Gradients flow to `x_new`,
+        which keeps the k-by-m costs in memory, and not to the problem. For the source points and grad="implicit" or "unroll", derivatives
+        reach the problem and y. A point that may go nowhere gives NaN. The result has the problem's type.
+        Raises ProblemError for new points where the cost is a matrix, which has none.
         """
         if y is None:
             found = self.problem.cost.points[1]
             if isinstance(found, tuple):
                 raise ProblemError(f"this cost is a sum over {len(found)} clouds: say which target points to carry over, y=...")
             y = found
-        ranks, h, eps = self.problem.cost.ranks, self._h, self.problem.eps
+        ranks, (_, h), eps = self.problem.cost.ranks, self.levels, self.problem.eps
         targets = ranks.shard(h, COLUMNS).shape[-1]
         if y.ndim < 2 or y.shape[-2] != targets:
             raise errors.wrong_shape("y", y.shape, f"(*batch, {targets}, c), a row for each target point")
@@ -100,36 +99,34 @@ class Solution:
             parts = [((h.unsqueeze(-2) - part.dense().to(h.dtype)) / eps).softmax(-1) @ y for _, part in cost.strips()]
             return torch.cat(parts, -2).to(self.problem.given_dtype)
         with torch.no_grad():
-            s = self.geometry.softmin(h, eps)  # each row's own total, so that rows without weight have an image too
+            s = self.geometry.softmin(h, eps)  # each row's own total: rows without weight have an image, too
             sent = self.geometry.product(torch.where(s.isfinite(), s, 0.0), h, eps, y)
             return torch.where(ranks.shard(s, ROWS).isfinite().unsqueeze(-1), sent, math.nan).to(self.problem.given_dtype)
 
     def potential_a(self, x_new: Points | Cost) -> Tensor:
-        """f as a function, at points x_new (*batch, k, d): the update damp(softmin over y of C(x_new, y) with g), (*batch, k), wide.
+        """f at points x_new (*batch, k, d): the update damp(softmin over y of C(x_new, y) with g), (*batch, k), in the type of f.
 
-        At the source points it is f itself, as exact as the last iteration. Given a Cost, at its row points, which is a warm start for
-        it; a matrix, or another cost without points, stands for the same rows and gets f. +inf for a point that may go nowhere.
-        Detached from the problem; gradients flow to `x_new`. Raises ProblemError for a cost whose points are of another kind.
+        At the source points it is f, as exact as the last iteration. For a Cost it is f at the row points of that cost: a warm start. A
+        cost without points, such as a matrix, has the same rows and gets f. A point that may go nowhere gets +inf. Detached from the
+        problem; gradients flow to `x_new`. Raises ProblemError for a cost whose points are of another kind.
         """
         return self._extended(0, x_new)
 
     def potential_b(self, y_new: Points | Cost) -> Tensor:
-        """g as a function, at points y_new (*batch, k, d), as `potential_a`. At the target points it is the next update of g, which is
-        g within the tolerance."""
+        """g at points y_new (*batch, k, d), as `potential_a`. At the target points it is the next update of g: g within the tolerance."""
         return self._extended(1, y_new)
 
     @cached_property
     def transport_mass(self) -> Tensor:
-        """(*batch,) the mass that moves, sum_ij P_ij: |a| for balanced problems. Carries derivatives as the plan does."""
+        """(*batch,) sum_ij P_ij, |a| for balanced problems. Carries derivatives as the plan does."""
         return self.plan.wide_marginals[0].sum(-1).to(self.problem.given_dtype)
 
     @cached_property
     def sharp_cost(self) -> Tensor:
-        """(*batch,) <P, C>, without the entropy and penalties that `value` holds; in units of the cost. Carries derivatives as the
-        plan does.
+        """(*batch,) <P, C>, without the entropy and penalties of `value`; in units of the cost. Carries derivatives as the plan does.
 
-        Exact entry by entry, in blocks, for up to 2^24 pairs a problem and for costs that do not fold. Beyond, by one sweep with C's folded
-        form, alpha P1 + P beta - <u, P v>, whose rounding error is that of the largest of these terms.
+        A sum over entries, in blocks, for up to 2^24 pairs a problem and for costs that do not fold. Beyond, one sweep with the folded
+        form of C, alpha P1 + P beta - <u, P v>, whose rounding error is that of the largest of these terms.
         """
         ranks, live = self.problem.cost.ranks, self._live
         return (self._sharp_cost if live is None else ranks.sum(gradients.plan_cost(*live.local()))).to(self.problem.given_dtype)
@@ -138,13 +135,13 @@ class Solution:
     def normalized_entropy(self) -> Tensor:
         """(*batch,) how blurred the plan is: 0 for a one-to-one matching of equal weights, 1 for a⊗b. Detached.
 
-        1 - I(P) / min(H(P1), H(P^T 1)) with I the mutual information H(P1) + H(P^T 1) - H(P) and H(p) = -sum p log p, all of P divided by
-        its mass. For n = m uniform weights this is H(P) / log n - 1. 1 where one side is a single point.
+        1 - I(P) / min(H(P1), H(P^T 1)) for P of mass 1, with the mutual information I = H(P1) + H(P^T 1) - H(P) and H(p) = -sum p log p.
+        For n = m uniform weights this is H(P) / log n - 1. 1 where one side is a single point.
         """
         marginals = self._plan().wide_marginals
         mass = marginals[0].sum(-1)
-        # log P_ij = (k_i + h_j - C_ij) / eps, so that sum P log P takes the marginals and the cost alone.
-        inner = [torch.where(p > 0, p * z, 0.0).sum(-1) for p, z in zip(marginals, (self._k, self._h), strict=True)]
+        # log P_ij = (k_i + h_j - C_ij) / eps, so sum P log P needs the marginals and <P, C> alone.
+        inner = [torch.where(p > 0, p * z, 0.0).sum(-1) for p, z in zip(marginals, self.levels, strict=True)]
         H = (self._sharp_cost - inner[0] - inner[1]) / (self.problem.eps * mass) + log(mass)
         H_a, H_b = (_entropy(p / mass.unsqueeze(-1)) for p in marginals)
         least = torch.minimum(H_a, H_b)
@@ -157,12 +154,10 @@ class Solution:
         return self.problem.shape
 
     @property
-    def _k(self) -> Tensor:
-        return weigh(self.f.detach(), self.problem.a.detach(), self.problem.eps)
-
-    @property
-    def _h(self) -> Tensor:
-        return weigh(self.g.detach(), self.problem.b.detach(), self.problem.eps)
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """k = f + eps log a and h = g + eps log b, detached: P_ij = exp((k_i + h_j - C_ij) / eps)."""
+        p = self.problem
+        return weigh(self.f.detach(), p.a.detach(), p.eps), weigh(self.g.detach(), p.b.detach(), p.eps)
 
     @property
     def _detached_cost(self) -> Cost:
@@ -181,8 +176,8 @@ class Solution:
         return (alpha * sent[..., 0] + sent[..., 1] - (u * sent[..., 2:]).sum(-1)).sum(-1)
 
     def _extended(self, side: int, new: Points | Cost) -> Tensor:
-        """The potential of one side, 0 for rows and 1 for columns, at other points of that side."""
-        own, other = (self.f.detach(), self._h) if side == 0 else (self.g.detach(), self._k)
+        """The potential of a side, 0 for rows and 1 for columns, at other points of that side."""
+        own, other = (self.f, self.g)[side].detach(), self.levels[1 - side]
         if isinstance(new, Cost):
             try:
                 points, old = new.points[side], self.problem.cost.points[side]
@@ -194,8 +189,8 @@ class Solution:
             if points is old:
                 return own
             return new.ranks.gather(self._extended(side, points), side)
-        cost, dim = self._detached_cost, side - 2
-        cost = cost.at(x=new) if side == 0 else cost.at(y=new)
+        dim = side - 2
+        cost = self._detached_cost.at(x=new) if side == 0 else self._detached_cost.at(y=new)
         h, eps = other.unsqueeze(dim), self.problem.eps
         logs = [((h - part.dense().to(h.dtype)) / eps).logsumexp(-3 - dim) for _, part in cost.strips(dim)]
         return self.problem.penalties[side].damp(-eps * torch.cat(logs, -1), eps)
