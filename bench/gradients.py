@@ -2,7 +2,7 @@
 
     python bench/gradients.py [--out DIR] [--repeats 9] [--sizes 2000 20000]
 
-The bar is 1.2 sweeps for the backward, and for clouds no array of n by m numbers. A sweep is the softmin of the same machine, one half
+The bar is 1.2 sweeps for the backward, and for clouds no array of n by m numbers. A sweep is the softmin of the same backend, one half
 of an iteration; for "dense", which multiplies with a stored kernel and takes no exponential, also a softmin that does ("softmin") is timed.
 The two take turns, each timed after an untimed one of its own; medians, with the smallest and largest. Peaks are taken in a
 fresh process each, above what is in use before the backward, beside what an array of n by m numbers would take.

@@ -36,7 +36,7 @@ def float_type(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-class Learnt(NamedTuple):
+class Learnable(NamedTuple):
     """The numbers of a problem that derivatives are asked of, 0-d tensors: eps, and tau of the rows and of the columns."""
 
     eps: Tensor | None
@@ -68,7 +68,7 @@ class Problem:
     penalties: tuple[Penalty, Penalty]
     given_dtype: torch.dtype
     forbids: bool  # whether some pair has cost +inf
-    learnt: Learnt
+    learnable: Learnable
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Problem:
                 "torch.vmap hides the numbers of each problem, and a solve looks at them: pass the batch itself, its axes in front, costs "
                 "(*batch, n, m) or points (*batch, n, d), whose problems are solved at once. (SamplesLoss takes vmap as it is.)"
             )
-        learnt, pair = _learnt(bound, eps, pair)
+        learnable, pair = _learnable(bound, eps, pair)
         relative = eps if isinstance(eps, tuple) else None
         number = float(eps[1] if isinstance(eps, tuple) else eps.detach() if isinstance(eps, Tensor) else eps)
         if not 0 < number < math.inf:
@@ -140,18 +140,18 @@ class Problem:
         bound, forbids = _check_values(bound, wa, wb, balanced, MASS_RTOL if exact else MASS_RTOL_HALF)
         if balanced:
             wb = matched(wa, wb)
-        return dict(cost=bound, eps=number, a=wa, b=wb, penalties=pair, given_dtype=given, forbids=forbids, learnt=learnt)
+        return dict(cost=bound, eps=number, a=wa, b=wb, penalties=pair, given_dtype=given, forbids=forbids, learnable=learnable)
 
-    def between(self, cost: Cost, a: Tensor, b: Tensor, penalties: tuple[Penalty, Penalty] | None = None) -> Problem:
+    def restricted(self, cost: Cost, a: Tensor, b: Tensor, penalties: tuple[Penalty, Penalty] | None = None) -> Problem:
         """The same problem of a part of its points, whose numbers are checked already."""
         return self._with(cost=cost, a=a, b=b, penalties=penalties or self.penalties)
 
     @property
     def T(self) -> Problem:
         """Rows for columns; not checked again."""
-        eps, rows, columns = self.learnt
-        learnt = Learnt(eps, columns, rows)
-        return self._with(cost=self.cost.T, a=self.b, b=self.a, penalties=self.penalties[::-1], learnt=learnt)
+        eps, rows, columns = self.learnable
+        learnable = Learnable(eps, columns, rows)
+        return self._with(cost=self.cost.T, a=self.b, b=self.a, penalties=self.penalties[::-1], learnable=learnable)
 
     def _with(self, **fields: Any) -> Problem:
         other = copy.copy(self)
@@ -163,15 +163,15 @@ class Problem:
     def dtype(self) -> torch.dtype:
         return float_type(*self.cost.inputs.values())
 
-    def plain(self) -> Problem:
+    def unwrapped(self) -> Problem:
         """The same problem of the numbers inside what torch.func makes of its tensors; not checked again."""
-        cost = self.cost.of(transforms.plain(z) for z in self.cost.inputs.values())
-        return self._with(cost=cost, a=transforms.plain(self.a), b=transforms.plain(self.b))
+        cost = self.cost.of(transforms.unwrapped(z) for z in self.cost.inputs.values())
+        return self._with(cost=cost, a=transforms.unwrapped(self.a), b=transforms.unwrapped(self.b))
 
     @property
-    def asked(self) -> tuple[float | Tensor, tuple[Penalty, Penalty]]:
+    def as_given(self) -> tuple[float | Tensor, tuple[Penalty, Penalty]]:
         """eps and the penalties with the tensors in them that derivatives are asked of."""
-        eps, *taus = self.learnt
+        eps, *taus = self.learnable
         rows, columns = (p if tau is None else type(p)(tau) for p, tau in zip(self.penalties, taus, strict=True))  # type: ignore[arg-type]
         return self.eps if eps is None else eps, (rows, columns)
 
@@ -191,16 +191,16 @@ def matched(a: Tensor, b: Tensor) -> Tensor:
     return b * (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))
 
 
-def _learnt(
+def _learnable(
     cost: Cost, eps: float | Tensor | tuple[str, float], penalties: tuple[Penalty, Penalty]
-) -> tuple[Learnt, tuple[Penalty, Penalty]]:
+) -> tuple[Learnable, tuple[Penalty, Penalty]]:
     """What derivatives are asked of, and the penalties in plain numbers."""
     taus = [penalty.tau if isinstance(penalty, (KL, TV)) else None for penalty in penalties]
-    found = [z if isinstance(z, Tensor) and transforms.asks(z) and torch.is_grad_enabled() else None for z in (eps, *taus)]
+    found = [z if isinstance(z, Tensor) and transforms.requires_grad(z) and torch.is_grad_enabled() else None for z in (eps, *taus)]
     plain = [type(p)(float(tau.detach())) if isinstance(tau, Tensor) else p for p, tau in zip(penalties, taus, strict=True)]  # type: ignore[call-arg]
     if any(z is not None for z in found) and cost.ranks is not ALONE:
         raise errors.ProblemError("eps or tau requires a gradient, which is not known where ranks share the points: pass numbers.")
-    return Learnt(*found), (plain[0], plain[1])
+    return Learnable(*found), (plain[0], plain[1])
 
 
 def _check_tensor(name: str, z: object) -> None:

@@ -182,7 +182,7 @@ def find(
         return exact, corrected
 
     with torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
-        geometry, end = gradients.apart(posed, search)
+        geometry, end = gradients.outside(posed, search)
         f, g = end.f, end.g
         if unrolled:
             f, g = _unroll(posed, geometry, start, end, rule)
@@ -215,7 +215,7 @@ def _unroll(problem: Problem, geometry: Geometry, start: Start, end: Outcome, cr
     O((n + m) k) memory for k iterations beside the cost, and their time in the readable form, forward and again backward.
     """
     gradients.refuse_learnable(problem, "unroll")
-    learnable = problem.between(problem.cost, problem.a, problem.b, problem.asked[1])
+    learnable = problem.restricted(problem.cost, problem.a, problem.b, problem.as_given[1])
     step = Alternating(learnable, problem.eps)
     state = iterations(gradients.Differentiable(geometry.entrywise), step, start, end.n_iter)
     return criterion.seen(step, state)
@@ -244,4 +244,4 @@ def start_rows(start: Tensor | Solution | None, problem: Problem) -> Tensor:
 def needs_gradient(problem: Problem) -> bool:
     """Whether anything in the problem asks for a gradient here and now."""
     inputs = (problem.a, problem.b, *problem.cost.inputs.values())
-    return torch.is_grad_enabled() and any(transforms.asks(z) for z in inputs)
+    return torch.is_grad_enabled() and any(transforms.requires_grad(z) for z in inputs)

@@ -27,7 +27,7 @@ def batched(z: Tensor) -> bool:
     return any(_functorch.is_batchedtensor(each) for each in _layers(z))
 
 
-def asks(z: Tensor) -> bool:
+def requires_grad(z: Tensor) -> bool:
     """Whether autograd, or any transform around, differentiates with respect to z."""
     return any(each.requires_grad for each in _layers(z))
 
@@ -37,9 +37,9 @@ def numbers(z: Tensor) -> Tensor:
     return _layers(z)[-1]
 
 
-def plain(z: Tensor) -> Tensor:
+def unwrapped(z: Tensor) -> Tensor:
     """The numbers of z as a tensor of its own, which requires a gradient if z asks for one. To be called `outside`."""
-    return numbers(z).detach().requires_grad_(asks(z))
+    return numbers(z).detach().requires_grad_(requires_grad(z))
 
 
 def outside(work: Callable[[], T], near: Tensor) -> T:

@@ -43,7 +43,7 @@ class Spread(Geometry):
         if not cost.shape[-2:].numel():
             return None
         a, b = self.problem.a.detach()[..., rows], self.problem.b.detach()[..., columns]
-        return self.bind_piece(self.problem.between(cost, a, b, penalties))
+        return self.bind_piece(self.problem.restricted(cost, a, b, penalties))
 
     def pull_back_piece(
         self, cost: Cost, rows: slice, columns: slice, flipped: bool, k: Tensor, h: Tensor, eps: float, w: Tensor

@@ -61,4 +61,4 @@ class Pieces:
         sizes = [(n if side == ROWS else m, z.shape[-1] if points else m) for z, side in self.inputs]
         sized = [z.new_zeros(()).expand(*z.shape[:-2], *size) for (z, _), size in zip(self.inputs, sizes, strict=True)]
         a, b = (w.detach()[..., :1].expand(*w.shape[:-1], size) for w, size in ((problem.a, n), (problem.b, m)))
-        return problem.between(self.cost.of(sized), a, b)
+        return problem.restricted(self.cost.of(sized), a, b)

@@ -23,7 +23,7 @@ class Replicated(Spread):
         penalties = (problem.penalties[0], BALANCED)
         with torch.no_grad():
             self.local = self.bound(pieces.gathered(COLUMNS), self.rows, self.columns, penalties)
-        self.local_problem = problem.between(problem.cost, problem.a.detach()[..., self.rows], problem.b.detach(), penalties)
+        self.local_problem = problem.restricted(problem.cost, problem.a.detach()[..., self.rows], problem.b.detach(), penalties)
 
     @property
     def T(self) -> Geometry:

@@ -66,8 +66,8 @@ def solve_batch(
         tM, ta, tb = tM.detach(), *(z if z is None else z.detach() for z in (ta, tb))
         reg = number(reg)
     unroll = grad in ("autodiff", "last_step")
-    learnt = isinstance(reg, Tensor) and reg.requires_grad
-    problem = Problem(tM / reg if learnt else tM, 1.0 if learnt else number(reg), ta, tb)
+    learnable = isinstance(reg, Tensor) and reg.requires_grad
+    problem = Problem(tM / reg if learnable else tM, 1.0 if learnable else number(reg), ta, tb)
     solution = find(
         problem,
         order="columns",
@@ -77,7 +77,7 @@ def solve_batch(
         accelerate="none",
         grad="unroll" if unroll else "envelope",
     )
-    done, entropy = Answer(solution, back, reg if learnt else 1.0), reg_type.lower() == "entropy"
+    done, entropy = Answer(solution, back, reg if learnable else 1.0), reg_type.lower() == "entropy"
     with torch.set_grad_enabled(unroll and torch.is_grad_enabled()):
         value, P = done.objective(entropy), solution.plan.to_dense()
         u, v = done.scalings().values() if method == "sinkhorn" else done.logarithms()

@@ -216,15 +216,17 @@ def run(
     (wa, wb), dtype = _wide_weights(tM, ta, tb), float_type(*(z for z in (tM, ta, tb, tc) if z is not None))
     taus = pair(reg_m)
     relaxed = (number(taus[0]) < math.inf, number(taus[1]) < math.inf)
-    learnt = unroll and torch.is_grad_enabled() and any(isinstance(z, Tensor) and z.requires_grad for z in (reg, *taus))
+    learnable = unroll and torch.is_grad_enabled() and any(isinstance(z, Tensor) and z.requires_grad for z in (reg, *taus))
     # P depends on M / reg and reg_m / reg alone, so a gradient in reg is one in those.
-    scale, eps = (reg, 1.0) if learnt else (1.0, number(reg))
-    cost = tM / reg if learnt else tM
+    scale, eps = (reg, 1.0) if learnable else (1.0, number(reg))
+    cost = tM / reg if learnable else tM
     if tc is not None or entropy:
         cost = _with_reference(cost, eps, wa, wb, tc)
     cost = cost.to(dtype)
     sa, sb = _reachable(cost, wa, wb, ta, tb, relaxed)
-    both = [cast(float, tau / scale if learnt and soft else number(tau) / number(scale)) for tau, soft in zip(taus, relaxed, strict=True)]
+    both = [
+        cast(float, tau / scale if learnable and soft else number(tau) / number(scale)) for tau, soft in zip(taus, relaxed, strict=True)
+    ]
     penalties = penalty(both[0]), penalty(both[1])
     try:
         problem = Problem(cost, eps, sa, sb, penalties)
@@ -232,7 +234,7 @@ def run(
         warn(f"The plan returned has columns b and rows proportional to a: {refusal}")
         problem = Problem(cost, eps, matched(wb, wa).to(dtype), sb, penalties)
     start = _initial(warmstart, problem)
-    differentiable = unroll and (learnt or needs_gradient(problem))
+    differentiable = unroll and (learnable or needs_gradient(problem))
     found = find(
         problem,
         order="columns",

@@ -20,7 +20,7 @@ from ..solver.status import Status
 from ..vectors import log
 from .plan import Live, Plan
 
-#: Pairs of a problem beyond which <P, C> of a cost that folds is taken in one sweep of the machine rather than entry by entry.
+#: Pairs of a problem beyond which <P, C> of a cost that folds is taken in one sweep of the backend rather than entry by entry.
 LARGE = 2**24
 
 
@@ -69,7 +69,7 @@ class Solution:
     @property
     def _live(self) -> Live | None:
         """The potentials, where they carry derivatives."""
-        asked = transforms.asks(self.f) or transforms.asks(self.g)
+        asked = transforms.requires_grad(self.f) or transforms.requires_grad(self.g)
         return Live(self.problem, self.geometry, self.f, self.g) if asked else None
 
     def transport(self, x_new: Points | None = None, y: Tensor | None = None) -> Tensor:
