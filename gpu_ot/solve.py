@@ -242,6 +242,5 @@ def start_rows(start: Tensor | Solution | None, problem: Problem) -> Tensor:
 
 
 def needs_gradient(problem: Problem) -> bool:
-    """Whether anything in the problem asks for a gradient here and now."""
-    inputs = (problem.a, problem.b, *problem.cost.inputs.values())
-    return torch.is_grad_enabled() and any(transforms.requires_grad(z) for z in inputs)
+    """Whether a tensor of the problem requires a gradient here and now."""
+    return torch.is_grad_enabled() and transforms.requires_grad(problem.a, problem.b, *problem.cost.inputs.values())

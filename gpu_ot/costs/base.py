@@ -142,7 +142,11 @@ class Cost:
     # What follows.
 
     def to(self, dtype: torch.dtype) -> Cost:
-        return self.of(z.to(dtype) for z in self.inputs.values())
+        inputs = self.inputs.values()
+        for z in inputs:
+            if z.dtype != dtype:
+                return self.of([z.to(dtype) for z in inputs])
+        return self
 
     def within(self, side: int) -> Cost:
         """The cost from one side's points to themselves. Raises ProblemError where it knows none."""

@@ -44,7 +44,7 @@ class Shards(Alone):
         return z if own.start is None else z.narrow(dim, own.start, own.stop - own.start)
 
     def on_every_rank(self, work: Callable[[], T], **settings: object) -> T:
-        return self.group.on_every_rank(work, settings)
+        return self.group.on_every_rank(work, {name: _form(value) for name, value in settings.items()})
 
     def agree(self, **settings: object) -> None:
         self.group.failures.forget()
@@ -135,6 +135,13 @@ def _once(pull_back: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return pull_back(grad)
 
     return call
+
+
+def _form(value: object) -> object:
+    """What must be the same of a setting on every rank: not the values of weights, nor their number."""
+    if isinstance(value, Tensor):
+        return (tuple(value.shape[:-1]), value.dtype, value.requires_grad) if value.ndim else value
+    return type(value).__name__ if hasattr(value, "__array__") else value
 
 
 def _digest(z: Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -119,6 +120,10 @@ class Sharded(Cost):
             "the n-by-m array of a cost that ranks share is on none of them, nor are its derivatives: multiply the plan, or detach it."
         )
 
+    def to(self, dtype: torch.dtype) -> Sharded:
+        """Always another cost: what this one has gathered may have changed in place since."""
+        return self.of([z.to(dtype) for z in self.inputs.values()])
+
     def of(self, inputs: Iterable[Tensor]) -> Sharded:
         other = copy.copy(self)
         other.pieces = Pieces(self.pieces.cost.of(inputs), self.pieces.sides, self.ranks)
@@ -197,6 +202,8 @@ class Sharded(Cost):
 
 def _localize(cost: Cost, a: Any, b: Any) -> tuple[Cost, Any, Any]:
     """What a problem is given, with DTensors as this rank's shards."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return cost, a, b
     return cost if mesh_of(cost) is None else Sharded(cost), local("a", a, -1), local("b", b, -1)
 
 

@@ -27,7 +27,7 @@ def value(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
     raise NotImplementedError.
     """
     at = (problem.penalties, problem.eps, geometry, f, g, problem.a, problem.b)
-    if transforms.requires_grad(f) or transforms.requires_grad(g):
+    if transforms.requires_grad(f, g):
         return dual(*at)[0]
     D = _Envelope.apply(*at, *geometry.inputs)[0]
     for number, slope in _slopes(problem, geometry, f, g):

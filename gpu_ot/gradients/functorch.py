@@ -19,7 +19,7 @@ def outside(problem: Problem, work: Callable[[Problem], tuple[Geometry, T]]) -> 
         return work(problem)
     geometry, found = transforms.outside(lambda: work(problem.unwrapped()), problem.a)
     cost = problem.cost
-    if not any(transforms.requires_grad(z) for z in cost.inputs.values()):
+    if not transforms.requires_grad(*cost.inputs.values()):
         return geometry, found
     folded = cost.fold() if len(geometry.inputs) == 4 else None
     inputs = [cost.dense()] if geometry.stored and len(geometry.inputs) == 1 else cost.inputs.values() if folded is None else folded

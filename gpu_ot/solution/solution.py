@@ -69,8 +69,8 @@ class Solution:
     @property
     def _live(self) -> Live | None:
         """The potentials, where they carry derivatives."""
-        asked = transforms.requires_grad(self.f) or transforms.requires_grad(self.g)
-        return Live(self.problem, self.geometry, self.f, self.g) if asked else None
+        requires_grad = transforms.requires_grad(self.f, self.g)
+        return Live(self.problem, self.geometry, self.f, self.g) if requires_grad else None
 
     def transport(self, x_new: Points | None = None, y: Tensor | None = None) -> Tensor:
         """Where the plan sends the source points, or `x_new` (*batch, k, d), on average: sum_j P_ij y_j / sum_j P_ij, (*batch, n or k, c).
