@@ -79,10 +79,10 @@ class Problem:
         b: Tensor | None = None,
         penalties: Penalty | tuple[Penalty, Penalty] = BALANCED,
     ) -> None:
-        cost, a, b = communicator.localize(cost if isinstance(cost, Cost) else Matrix(cost), a, b)
+        bound, a, b = communicator.localize(cost if isinstance(cost, Cost) else Matrix(cost), a, b)
         pair = penalties if isinstance(penalties, tuple) else (penalties, penalties)
-        work = functools.partial(_checked, cost, eps, a, b, pair)
-        fields = cost.ranks.on_every_rank(work, eps=eps, penalties=pair, a=a, b=b, gradients=torch.is_grad_enabled())
+        work = functools.partial(_checked, bound, eps, a, b, pair)
+        fields = bound.ranks.on_every_rank(work, eps=eps, penalties=pair, a=a, b=b, gradients=torch.is_grad_enabled())
         self.__dict__.update(fields)
 
     def restricted(self, cost: Cost, a: Tensor, b: Tensor, penalties: tuple[Penalty, Penalty] | None = None) -> Problem:
@@ -176,15 +176,13 @@ def _checked(
     *cost_batch, n, m = shape
     if not (n and m):
         raise errors.empty_problem(n, m)
-    device, ranks, weights = next(iter(tensors.values())).device, cost.ranks, []
+    device, ranks = next(iter(tensors.values())).device, cost.ranks
+    wide, weights = vector_dtype(device), []
     for side, name, w, size in ((ROWS, "a", a, n), (COLUMNS, "b", b, m)):
-        if w is None:
-            w = torch.full((size,), 1 / size, dtype=vector_dtype(device), device=device)
-        else:
-            w = ranks.gather_weights(name, side, w)
+        w = torch.full((size,), 1 / size, dtype=wide, device=device) if w is None else ranks.gather_weights(name, side, w)
         if w.ndim == 0 or w.shape[-1] != size:
             raise errors.wrong_shape(name, w.shape, f"(*batch, {size}) to match a cost of shape ({n}, {m})")
-        weights.append(w.to(vector_dtype(device)))
+        weights.append(w.to(wide))
     wa, wb = weights
     try:
         batch = torch.broadcast_shapes(cost_batch, wa.shape[:-1], wb.shape[:-1])
@@ -207,9 +205,7 @@ def _checked(
     if padding is not None:
         cost = Matrix(torch.where(padding, 0.0, cost.dense()))
     wb = matched(wa, wb) if balanced else wb
-    return dict(
-        cost=cost, eps=eps_number, a=wa, b=wb, penalties=pair, given_dtype=given, dtype=dtype, forbids=forbids, learnable=learnable
-    )
+    return dict(cost=cost, eps=eps_number, a=wa, b=wb, penalties=pair, given_dtype=given, dtype=dtype, forbids=forbids, learnable=learnable)
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TypeVar
 
 import torch
@@ -27,11 +28,7 @@ def batched(z: Tensor) -> bool:
 
 def requires_grad(*tensors: Tensor) -> bool:
     """Whether autograd, or any transform around, differentiates with respect to one of the tensors."""
-    transformed = active()
-    for z in tensors:
-        if z.requires_grad or (transformed and _any_requires_grad(z)):
-            return True
-    return False
+    return any(map(attrgetter("requires_grad"), tensors)) or (active() and any(map(_any_requires_grad, tensors)))
 
 
 def numbers(z: Tensor) -> Tensor:

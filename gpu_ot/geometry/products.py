@@ -8,7 +8,9 @@ in registers, where rows fit there and u is a formula that it knows: 1 / s, or a
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -139,15 +141,27 @@ class Products:
 
 def _has_kernel(K: Tensor) -> bool:
     """Whether the kernel that reads K once can be had here, and a row of K fits in it."""
-    if importlib.util.find_spec("triton") is None:
+    if kernels_refused(K.device) is not None:
         return False
-    if K.device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(K.device) < (8, 0):
-        return False  # older than what it is compiled for
-    try:
-        from ..kernels.scaling import fits  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return False
+    from ..kernels.scaling import fits  # pyright: ignore[reportMissingImports]
+
     return fits(K)
+
+
+def kernels_refused(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a device, or None. Reads no numbers, and waits for no device."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it has wheels for Linux; pip install triton)"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"its tensors are on {device}, and Triton's kernels run on a GPU."
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"{name} is older than what the kernels are compiled for: compute capability 8.0, an A100 or RTX 30."
+    try:
+        importlib.import_module("gpu_ot.kernels.tiles")
+    except ImportError as missing:
+        return f"its kernels cannot be imported: {missing}"
+    return None
 
 
 def by_rows(stop: int, block: int, start: int = 0) -> Iterator[slice]:

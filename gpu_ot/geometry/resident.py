@@ -7,9 +7,7 @@ Reading points instead would save the one pass that absorbs, and pay for it with
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 from ..penalties import KL, Penalty
 from ..problem import Problem
 from .dense import Dense
+from .products import kernels_refused
 
 
 class Resident(Dense):
@@ -49,23 +48,16 @@ class Resident(Dense):
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:
-        """Why this backend cannot serve the problem, or None. Looks at no numbers, and waits for no device."""
-        device, (n, m) = problem.a.device, problem.shape[-2:]
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"its tensors are on {device}, and Triton's kernels run on a GPU."
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed (it has wheels for Linux; pip install triton)"
-        if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-            name = torch.cuda.get_device_name(device)
-            return f"{name} is older than what the kernels are compiled for: compute capability 8.0, an A100 or RTX 30."
+        """Why this backend cannot serve the problem, or None. Reads no numbers, and waits for no device."""
+        if why := kernels_refused(problem.a.device):
+            return why
         if problem.dtype == torch.float64:
             return "its numbers are float64 and the kernel is float32. Pass a float32 cost if six digits are enough."
         if not all(penalty.balanced or isinstance(penalty, KL) for penalty in problem.penalties):
             return "the kernel knows hard marginals and KL penalties, and one of these is neither."
-        try:
-            from ..kernels.resident import LARGEST  # pyright: ignore[reportMissingImports]
-        except ImportError as missing:
-            return f"its kernel cannot be imported: {missing}"
+        from ..kernels.resident import LARGEST  # pyright: ignore[reportMissingImports]
+
+        n, m = problem.shape[-2:]
         if m > LARGEST or n * m >= 2**31:
             return f"a problem is {n} by {m}, and one program serves up to {LARGEST} columns. Where the rows are fewer, swap the two sides."
         return None

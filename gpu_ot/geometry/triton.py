@@ -10,9 +10,7 @@ O((n + m) d) memory. One sweep is one launch, two when few rows are split over m
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from .. import errors
 from ..problem import Problem
+from .products import kernels_refused
 from .protocol import Geometry
 
 if TYPE_CHECKING:  # Triton is imported with the first cloud, so that a machine without it can still be told why it is refused
@@ -62,15 +61,9 @@ class Streaming(Geometry):
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:
-        """Why this backend cannot serve the problem, or None. Looks at no numbers, and waits for no device."""
-        device = problem.a.device
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed (pip install triton; it exists for Linux)."
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"its tensors are on {device}, and Triton's kernels run on a GPU."
-        if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-            name = torch.cuda.get_device_name(device)
-            return f"{name} is older than what the kernels are compiled for: compute capability 8.0, an A100 or RTX 30."
+        """Why this backend cannot serve the problem, or None. Reads no numbers, and waits for no device."""
+        if why := kernels_refused(problem.a.device):
+            return why
         if problem.dtype == torch.float64:
             return "its numbers are float64 and the kernels are float32. Pass float32 points if six digits are enough."
         if any(0 in z.shape for z in problem.cost.inputs.values()):
