@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from machine import environment
+from machine import write
 from torch import Tensor
 
 import gpu_ot
@@ -114,12 +114,10 @@ def main() -> int:
     if rank == 0:
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
         if arguments.out:
-            arguments.out.mkdir(parents=True, exist_ok=True)
             file = arguments.out / "giant.json"
             rows = json.loads(file.read_text())["rows"] if file.exists() else []
             same = ("ranks", "n", "eps_std", "blur", "solver", "backend")
-            rows = [old for old in rows if any(old[key] != row[key] for key in same)] + [row]
-            file.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+            write(arguments.out, "giant", [old for old in rows if any(old[key] != row[key] for key in same)] + [row])
     if size > 1:
         dist.destroy_process_group()
     return 0 if solution.converged else 1
