@@ -1,6 +1,6 @@
 """The protocol of a cost: what it costs to move a unit of mass from x_i to y_j, for all pairs of one problem or of a batch.
 
-Kinds of cost are asked for what they can do, never for their class, so a user's own serves wherever ours do:
+The package calls these methods and never tests for a class, so a user's own cost serves wherever ours do:
 
     class Minkowski(Cost):
         sides = (ROWS, COLUMNS)                                  # may: blocks, other points, self terms, ranks
@@ -12,9 +12,9 @@ Kinds of cost are asked for what they can do, never for their class, so a user's
         def of(self, inputs): return Minkowski(*inputs)
         def formula(self, i, j): return ((i(self.x) - j(self.y)).abs() ** 3).sum(-1) ** (1 / 3)  # may: KeOps
 
-What it must write is `inputs`, `shape`, `dense` and `of`: the stored backends, every gradient, scales and plans need no more. `part`,
-or `sides` where a pair's cost depends on its own two points alone, lets "chunked" take it in blocks. `fold` lets "triton" stream it, and
-gradients do without a matrix. `formula` lets "keops" compile it.
+A cost must write `inputs`, `shape`, `dense` and `of`. The stored backends, every gradient, scales and plans need no more.
+"chunked" takes it in blocks if it has `part`, or `sides` where a pair's cost depends on its own two points alone. "triton" streams a
+cost that has `fold`, whose gradients need no matrix. "keops" compiles one that has a `formula`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,10 @@ class Cost:
         """The points of the two sides, (x, y); for a sum over several clouds, two tuples with one tensor a term."""
         sides = self.sides or ()
         if sides.count(ROWS) != 1 or sides.count(COLUMNS) != 1:
-            raise _pointless(self)
+            raise errors.ProblemError(
+                f"a cost of kind {type(self).__name__} has no points, so what moving or adding some would cost is not known. "
+                "Write it as a cost between clouds: SqEuclidean(x, y), or Formula(function, x, y)."
+            )
         inputs = list(self.inputs.values())
         return inputs[sides.index(ROWS)], inputs[sides.index(COLUMNS)]
 
@@ -164,11 +167,7 @@ class Cost:
 
     def entries(self, rows: Index, cols: Index) -> Tensor:
         """The costs between some rows and some columns, cut out of the whole array where `part` is not known."""
-        try:
-            part = self.part(rows, cols)
-        except NotImplementedError:
-            return take(take(self.dense(), rows, -2), cols, -1)
-        return part.dense()
+        return self.part(rows, cols).dense() if self.cuts else take(take(self.dense(), rows, -2), cols, -1)
 
     def strips(self, dim: int = -2) -> Iterator[tuple[slice, Cost]]:
         """(rows, the part of the cost between those rows and all columns), each of about BLOCK numbers or a single row; or columns and
@@ -286,13 +285,6 @@ class Axis:
 
     def __call__(self, z: Tensor) -> Any:
         return self.lazy_tensor(z.contiguous().unsqueeze(1 - self.axis))
-
-
-def _pointless(cost: Cost) -> errors.ProblemError:
-    return errors.ProblemError(
-        f"a cost of kind {type(cost).__name__} has no points, so what moving or adding some would cost is not known. "
-        "Write it as a cost between clouds: SqEuclidean(x, y), or Formula(function, x, y)."
-    )
 
 
 def unmatched(x: Tensor, y: Tensor) -> errors.ProblemError:

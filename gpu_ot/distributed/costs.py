@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import communicator, errors
 from ..communicator import COLUMNS, ROWS
 from ..costs import Cost, Index, Points, Sum
-from ..costs.scale import SCALES
+from ..costs.scale import SCALES, merged
 from ..geometry.protocol import Geometry
 from ..problem import Problem, check_cost
 from .communicator import Shards
@@ -172,19 +172,18 @@ class Sharded(Cost):
             raise errors.ProblemError('the "median" of a cost that ranks share is not known: eps=("std", ...), or another scale.')
         check_cost(self)
         self.ranks.group.exchange(None)  # a rank that has just failed says so here, before points travel
-        asked = ("max",) if kind == "max" else ("mean", "std")
+        kinds = ("max",) if kind == "max" else ("mean", "std")
         with torch.no_grad():
             rows = [self.pieces.gathered(COLUMNS)] if self.layout == "replicated" else (cost for _, cost in self.pieces.ring(COLUMNS))
-            own = [(float(z.shape.numel()), *(float(z.scale(name)) for name in asked)) for z in rows if z.shape.numel()]
+            own = [(float(z.shape.numel()), *(float(z.scale(name)) for name in kinds)) for z in rows if z.shape.numel()]
         found = self.ranks.group.exchange(own)
         if kind == "max":
             return torch.tensor(max((top for pieces in found for _, top in pieces), default=-math.inf), dtype=torch.float64)
-        moments = [[(count, mean, count * std**2) for count, mean, std in pieces] for pieces in found]
-        count, mean, total = _pooled(_pooled(pieces) for pieces in moments)
+        count, mean, total = merged((count, mean, count * std**2) for pieces in found for count, mean, std in pieces)
         number = mean if kind == "mean" else math.sqrt(total / count) if count else math.nan
         return torch.tensor(number, dtype=torch.float64)
 
-    # What the communicator is asked about costs and problems.
+    # For the communicator.
 
     def local_rows(self) -> Cost:
         """The cost between this rank's rows and all columns, differentiable in every rank's points when each rank works on its rows."""
@@ -228,15 +227,3 @@ def _kind(cost: Cost) -> str:
 def _form(z: Tensor) -> tuple[Any, ...]:
     """What must be the same of the points on all ranks: all but their number."""
     return tuple(z.shape[:-2]), z.shape[-1], z.dtype, z.device.type, z.requires_grad
-
-
-def _pooled(sets: Iterable[tuple[float, float, float]]) -> tuple[float, float, float]:
-    """(count, mean, sum of squared deviations) of all sets together. Chan, Golub and LeVeque 1983, equation (2.1)."""
-    k, mean, total = 0.0, 0.0, 0.0
-    for k2, mean2, total2 in sets:
-        if not k:
-            k, mean, total = k2, mean2, total2
-        elif k2:
-            gap = mean2 - mean
-            k, mean, total = k + k2, mean + gap * k2 / (k + k2), total + total2 + gap * gap * k * k2 / (k + k2)
-    return k, mean, total

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import errors
 from ..problem import Problem
 from .products import kernels_refused
-from .protocol import Geometry
+from .protocol import Geometry, needed
 
 if TYPE_CHECKING:  # Triton is imported with the first cloud, so that a machine without it can still be told why it is refused
     from ..kernels.tiles import Cloud  # pyright: ignore[reportMissingImports]
@@ -138,14 +138,13 @@ class Streaming(Geometry):
 
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
         """dL/dC_ij = w_i p_ij gives w (P 1), P^T w, -w (P v) and -P^T (w u): two to four sweeps, half of them for one cloud."""
-        needed = [z.requires_grad for z in self.inputs]
-        needed = needed if any(needed) else [True] * 4  # called without autograd: all of them
-        alpha, beta, u, v = grads = [torch.zeros_like(z) for z in self.inputs]  # autograd drops those it did not ask for
+        wanted = needed(self.inputs)
+        alpha, beta, u, v = grads = [torch.zeros_like(z) for z in self.inputs]  # of those that autograd drops
         columns = w.unsqueeze(-1)
-        if needed[0] or needed[2]:
+        if wanted[0] or wanted[2]:
             sums, points = self._with_points(k, h, eps)
             alpha, u = w * sums, -columns * points
-        if needed[1] or needed[3]:
+        if wanted[1] or wanted[3]:
             transposed, side = self.T, self.rows.seen(self.batch)
             if self._room:
                 both = transposed.apply(h, k, eps, torch.cat((columns * side, columns), -1))
