@@ -58,19 +58,19 @@ class Cost:
 
     #: Whether the entries are in memory already, so that `dense` costs nothing. Only such costs may forbid pairs, by +inf.
     stored: bool = False
-    #: The backend it is written for, by name: "auto" takes it, and others that stream refuse it. None leaves the choice to them.
+    #: The backend it is written for, by name: "auto" takes that one, and others that stream refuse the cost. None for any.
     backend: str | None = None
-    #: The side of each input: ROWS for points x (*batch, n, d), COLUMNS for y (*batch, m, d), None for a parameter. Saying so promises
-    #: that C_ij depends on x_i, y_j and parameters alone; `part`, `points` and `at` follow. None where that is not so.
+    #: The side of each input: ROWS for points x (*batch, n, d), COLUMNS for y (*batch, m, d), None for a parameter. For costs whose C_ij
+    #: depends on x_i, y_j and parameters alone, which get `part`, `points` and `at` from it; None for others.
     sides: tuple[int | None, ...] | None = None
-    #: Whether C_ij = C_ji is known of it between points and themselves.
+    #: Whether C_ij = C_ji between points and themselves.
     symmetric: bool = False
 
     # What every cost must write.
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """The tensors the cost is made of, by the name the user knows them by."""
+        """The tensors the cost is made of, by the names that errors use."""
         raise NotImplementedError
 
     @property
@@ -118,7 +118,7 @@ class Cost:
         """The same cost between other points, (*batch, n, d) and (*batch, m, d), of any number; None keeps a side as it is. Points
         without batch axes are shared by the problems of a batch.
 
-        A sum over several clouds takes a tuple, one tensor a term. Raises ProblemError for a matrix, which knows no points.
+        A sum over several clouds takes a tuple, one tensor a term. Raises ProblemError for a matrix, which has no points.
         """
         pair = []
         for name, new, old in zip("xy", (x, y), self.points, strict=True):
@@ -152,7 +152,7 @@ class Cost:
         return self
 
     def within(self, side: int) -> Cost:
-        """The cost from one side's points to themselves. Raises ProblemError where it knows none."""
+        """The cost from one side's points to themselves. Raises ProblemError for a cost without points."""
         points = self.points[side]
         return self.at(x=points, y=points)
 

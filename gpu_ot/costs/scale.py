@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: What `Cost.scale` knows.
+#: The kinds of `Cost.scale`.
 SCALES = ("std", "mean", "median", "max")
 
 

@@ -1,7 +1,7 @@
 """The communicator of a problem that the ranks of a group share.
 
 A derivative of something replicated is replicated as well: the ranks' losses are one loss, not a sum of several. So the backward of
-gathering shards takes one's own shard, and that of taking a shard gathers.
+a gather takes this rank's shard, and the backward of taking a shard gathers.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Shards(Alone):
     def replicate(self, z: Tensor) -> Tensor:
         return _Linear.apply(z, z.detach(), _once(lambda grad: self.group.sum(grad, -2 if grad.ndim > 1 else -1)))
 
-    # The cost knows its pieces; see costs.py.
+    # Work of the cost, see costs.py.
 
     def local_rows(self, cost: Any) -> Any:
         return cost.local_rows()

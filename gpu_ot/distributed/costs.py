@@ -31,7 +31,7 @@ REPLICATED_BYTES = 2**32
 
 
 class Sharded(Cost):
-    """The cost between all ranks' points, of which this process holds its own: C_ij for x the ranks' x, one after the other, and y alike.
+    """The cost between the points of all ranks, in their order. This process holds its own points.
 
     cost    this rank's own: SqEuclidean(x_local, y_local), any other cost between clouds or sum of them; or a Matrix whose rows
             are this rank's and whose columns are everyone's. Shards may be of any size, also empty. DTensors are taken as they are, if
@@ -39,7 +39,7 @@ class Sharded(Cost):
     group   a process group or one-dimensional DeviceMesh; the default group when left out, and without any, this process alone.
     layout  "replicated": every rank holds all y and its own x; an iteration sends one number for each column, twice, and one for each
             row. "ring": every rank holds its own x and y, and the shards travel round the ranks twice an iteration; memory falls as
-            1 / ranks. "auto": the first while y takes no more than 4 GiB.
+            1 / ranks. "auto": "replicated" while y takes no more than 4 GiB.
 
     `shape` is that of the whole problem. All ranks make, solve and differentiate it together, in the same order, and get the same
     Solution to the bit: value, potentials and marginals are replicated. Points, weights, products with the plan and gradients are this

@@ -1,4 +1,4 @@
-"""What the layouts share: geometries of a rank's pieces, and vectors that come in and go out replicated."""
+"""What both layouts share: the geometries of a rank's pieces. Vectors come in and go out replicated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Spread(Geometry):
         self.problem, self.bind_piece, self.pieces = problem, bind_piece, pieces
         self.shards, self.group = pieces.shards, pieces.shards.group
         self.inputs = tuple(z for z, _ in pieces.inputs)
-        one = bind_piece(pieces.zeros(problem, 1, 1))  # also a rank without points knows its backend
+        one = bind_piece(pieces.zeros(problem, 1, 1))  # a rank without points has a backend, too
         self.dtype, self.rounds = one.dtype, one.exact is not one
 
     @property

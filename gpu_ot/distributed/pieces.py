@@ -53,7 +53,7 @@ class Pieces:
         detached. Must be run to its end."""
         for owner, points in self.shards.group.ring(self.points(side), self.shards.sizes[side] or ()):
             yield self.shards.slice(side, owner), self.with_points(side, points, detached=True)
-            del points  # the next shard is allocated before the loop lets go of this one
+            del points  # or it lives until the next shard has come
 
     def zeros(self, problem: Problem, n: int, m: int) -> Problem:
         """A problem like a piece of this one, with n rows and m columns of zeros."""

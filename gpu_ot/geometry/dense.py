@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from operator import attrgetter
 
 import torch
@@ -110,7 +109,7 @@ class Dense(Geometry):
         """h_j - C_ij for these rows, in the type of h: wide. (Converted first: an operation on two types is many times slower.)"""
         return h.unsqueeze(-2) - self.C[..., rows, :].to(h.dtype)
 
-    def _blocks(self, h: Tensor) -> Iterator[slice]:
+    def _blocks(self, h: Tensor) -> list[slice]:
         """Blocks of rows whose wide temporaries stay in the cache of a CPU, or small beside the matrix on a GPU."""
         n, m = self.C.shape[-2:]
         budget = 2**17 if self.C.device.type == "cpu" else 2**26

@@ -1,6 +1,6 @@
 """Costs between clouds as KeOps formulas: one compiled loop over all pairs, nothing n by m in memory.
 
-The backend for costs that do not fold on a CUDA device, and for users' own formulas: any cost that says its `formula` in lazy tensors.
+The backend for costs that do not fold on a CUDA device, and for users' own formulas: any cost with a `formula`.
 The first sweep of every new formula waits 10 to 30 s for a compiler; the result is kept on disk.
 """
 
@@ -33,7 +33,7 @@ def compiler() -> str | None:
 
 
 def refuse(problem: Problem) -> str | None:
-    """Why KeOps cannot serve this problem, or None. Imports pykeops only where everything else speaks for it."""
+    """Why KeOps cannot serve this problem, or None. Imports pykeops only when no other reason was found."""
     cost = problem.cost
     if cost.stored:
         return f"the cost is {cost.describe()}; a formula needs the points"

@@ -1,8 +1,8 @@
 """Small problems on a GPU, whole: k iterations of every problem of a batch in one launch, one program each.
 
-The matrices are formed once, batched, also for costs between clouds: the kernel first absorbs the potentials it starts from, and
-what it then reads again and again is that absorbed array, n m words that stay in the caches beside one multiprocessor.
-Reading points instead would save the one pass that absorbs, and pay for it with d more products a pair in every iteration.
+The matrices are formed once, batched, also for costs between clouds. The kernel first absorbs the potentials it starts from. Every
+iteration then reads that absorbed array, n m words that stay in the caches beside one multiprocessor. Reading points instead would
+save the sweep that absorbs, and cost d more products a pair in every iteration.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..penalties import KL, Penalty
+from ..penalties import KL
 from ..problem import Problem
 from .dense import Dense
 from .products import kernels_refused
@@ -35,13 +35,13 @@ class Resident(Dense):
             return super().iterate(problem, g, eps, k)
         (n, m), batch = self.C.shape[-2:], b.shape[:-1]
         C = self.C if self.C.numel() == n * m else self.C.expand(*batch, n, m)
-        tau_a, tau_b = (_tau(penalty) for penalty in problem.penalties)
+        tau_a, tau_b = (penalty.tau if isinstance(penalty, KL) else math.inf for penalty in problem.penalties)
         a, b, g = (z.reshape(-1, z.shape[-1]) for z in (a, b, g))
         f, g, g_next = resident_iterate(C.reshape(-1, n, m), a, b, g, eps, tau_a, tau_b, k)
         return f.view(*batch, n), g.view(*batch, m), g_next.view(*batch, m)
 
     def run(self, step: Any, state: Any, k: int) -> Any:
-        """One launch: the accelerator is asked once a block, and plain iterations follow, k at the price of one."""
+        """One launch: the accelerator proposes once a block, and plain iterations follow, k at the price of one."""
         if step.one_sided or step.plain_among(state, k):
             return super().run(step, state, k)
         return step.advance(self, state, k)
@@ -69,10 +69,6 @@ class Resident(Dense):
         width = max(16, 1 << (m - 1).bit_length())
         height = -(-n // 16) * 16
         return problem.dtype.itemsize * problem.shape[:-2].numel() * (n * m + height * width)
-
-
-def _tau(penalty: Penalty) -> float:
-    return penalty.tau if isinstance(penalty, KL) else math.inf
 
 
 # As an operator, so that torch.compile passes over the launch instead of breaking its graph there.

@@ -23,7 +23,7 @@ from ..problem import Problem
 from .products import kernels_refused
 from .protocol import Geometry, needed
 
-if TYPE_CHECKING:  # Triton is imported with the first cloud, so that a machine without it can still be told why it is refused
+if TYPE_CHECKING:  # Triton is imported with the first cloud, so that without it the reason can still be given
     from ..kernels.tiles import Cloud  # pyright: ignore[reportMissingImports]
 
 
@@ -90,7 +90,7 @@ class Streaming(Geometry):
             return torch.stack([self.softmin(each, eps) for each in h])
         rows, columns = self.rows, self.columns
         near, top = self._centred(h)
-        # The last potential of this side stands in for the running maximum. The kernel notices a bad guess and pays with time only.
+        # A guess of the running maximum: the last potential of this side. The kernel corrects a bad guess, which only takes time.
         shift = (rows.last + top).float() if rows.last is not None and rows.eps == eps else None
         s = streamed_softmin(*rows.stored, *columns.stored, rows.form, self.precision, rows.n, near, shift, _used(near), eps)
         last = s.to(top.dtype) - top
