@@ -221,8 +221,8 @@ def test_what_it_refuses_and_why():
 def test_auto_takes_it_for_small_problems_on_a_gpu_only(monkeypatch):
     def taken(problem):
         said = gpu_ot.explain(problem)
-        assert f'auto takes "{backends._choose(problem)[0]}"' in said
-        return backends._choose(problem)[0]
+        assert f'auto takes "{backends._choose(problem)[0].backend}"' in said
+        return backends._choose(problem)[0].backend
 
     small = Problem(matrices(10, 256, 3), 0.1)
     assert taken(small) == "dense" and "on a GPU" in gpu_ot.explain(small)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .. import errors
 from ..problem import Problem, vector_dtype
@@ -78,36 +79,43 @@ BACKENDS = {
 }
 
 
-def _rules(problem: Problem) -> Iterator[tuple[str, str]]:
-    """(backend, because), best first: "auto" takes the first that does not refuse the problem. "dense" never does."""
+class Rule(NamedTuple):
+    """Take `backend`, `because`, unless it refuses the problem: then the next rule decides."""
+
+    backend: str
+    because: str
+
+
+def _rules(problem: Problem) -> Iterator[Rule]:
+    """Those that hold for the problem. "dense" serves everything, so the last is never refused."""
     cost, gpu = problem.cost, _on(problem, "cuda")
     if (own := cost.backend) is not None:
         if own not in BACKENDS:
             raise errors.unknown("backend of the cost", own, [*BACKENDS])
-        yield own, f'the cost is {cost.describe()}, and "{own}" runs it as it is written'
+        yield Rule(own, f'the cost is {cost.describe()}, and "{own}" runs it as it is written')
     if gpu and max(problem.shape[-2:]) <= RESIDENT and (cost.stored or _fits(problem)):
-        yield (
+        yield Rule(
             "resident",
             "the problems are so small that launches take longer than the work, and one launch runs many iterations of all of them",
         )
     if cost.stored:
-        yield "dense", "the cost is a matrix that is in memory already"
+        yield Rule("dense", "the cost is a matrix that is in memory already")
     if _fits(problem):
-        yield (
+        yield Rule(
             "dense",
             f"both n-by-m arrays fit in {DENSE_BYTES >> 20} MiB, and products on stored arrays are the fastest iterations there are",
         )
     large = "the n-by-m arrays are too large to keep"
     if gpu and cost.fold() is not None:
-        yield "triton", f"{large}, the cost folds, and the kernels stream it through the tensor cores"
+        yield Rule("triton", f"{large}, the cost folds, and the kernels stream it through the tensor cores")
     if gpu:
-        yield "keops", "the cost does not go through the kernels, and KeOps compiles a loop for it"
+        yield Rule("keops", "the cost does not go through the kernels, and KeOps compiles a loop for it")
     if _on(problem, "cpu") and cost.depth > 1:
-        yield "keops", f"{large}, and torch would hold every coordinate of the formula, where KeOps compiles a loop"
-    yield "chunked", f"{large}, and blocks of them are formed, reduced and dropped"
+        yield Rule("keops", f"{large}, and torch would hold every coordinate of the formula, where KeOps compiles a loop")
+    yield Rule("chunked", f"{large}, and blocks of them are formed, reduced and dropped")
     if _on(problem, "cpu"):
-        yield "keops", f"{large}, and the cost cannot be taken in blocks"
-    yield "dense", "nothing else can serve this cost, whatever the memory"
+        yield Rule("keops", f"{large}, and the cost cannot be taken in blocks")
+    yield Rule("dense", "nothing else can serve this cost, whatever the memory")
 
 
 def _on(problem: Problem, device: str) -> bool:
@@ -126,7 +134,7 @@ def bind(problem: Problem, backend: str = "auto", precision: str = "fp32") -> Ge
     ranks = problem.cost.ranks
     largest = ranks.largest(problem)
     if backend == "auto":
-        backend = _choose(largest)[0]
+        backend = _choose(largest)[0].backend
     elif backend not in BACKENDS:
         raise errors.unknown("backend", backend, ["auto", *BACKENDS])
     elif why := BACKENDS[backend].refuse(largest):
@@ -145,29 +153,29 @@ def explain(problem: Problem) -> str:
     kind, largest = problem.cost.describe(), problem.cost.ranks.largest(problem)
     if largest is not problem:
         return f"{problem.shape[-2]} by {problem.shape[-1]}, {kind}. The largest piece:\n{explain(largest)}"
-    taken, because, overruled = _choose(problem)
+    taken, overruled = _choose(problem)
     *batch, n, m = problem.shape
     count = f"{problem.shape.numel() // (n * m)} problems of " if batch else ""
     lines = [
-        f'{count}{n} by {m}, {kind}, {str(problem.dtype).removeprefix("torch.")} on {problem.a.device}: auto takes "{taken}".',
-        f"  because {because}",
+        f'{count}{n} by {m}, {kind}, {str(problem.dtype).removeprefix("torch.")} on {problem.a.device}: auto takes "{taken.backend}".',
+        f"  because {taken.because}",
     ]
-    lines += [f'  instead of "{name}", which was refused' for name in overruled]
+    lines += [f'  instead of "{rule.backend}", which was refused' for rule in overruled]
     width = max(map(len, BACKENDS))
     for name, backend in BACKENDS.items():
         why = backend.refuse(problem)
-        verdict = "taken" if name == taken else f"refused: {why}" if why else f"passed over: {_passed_over(name, problem)}"
+        verdict = "taken" if name == taken.backend else f"refused: {why}" if why else f"passed over: {_passed_over(name, problem)}"
         lines.append(f"  {name:<{width}}  {'-' if why else _human(backend.memory(problem)):>8}  {verdict}")
     return "\n".join(lines)
 
 
-def _choose(problem: Problem) -> tuple[str, str, list[str]]:
-    """The backend that "auto" takes and why, and those before it in the rules, which refused the problem."""
-    overruled: list[str] = []
-    for backend, because in _rules(problem):
-        if BACKENDS[backend].refuse(problem) is None:
-            return backend, because, overruled
-        overruled.append(backend)
+def _choose(problem: Problem) -> tuple[Rule, list[Rule]]:
+    """The rule that decides, and those before it whose backends refused the problem."""
+    overruled: list[Rule] = []
+    for rule in _rules(problem):
+        if BACKENDS[rule.backend].refuse(problem) is None:
+            return rule, overruled
+        overruled.append(rule)
     raise AssertionError("the last rule takes everything")
 
 
