@@ -15,16 +15,10 @@ from . import communicator, errors, transforms
 from .communicator import ALONE, COLUMNS, ROWS
 from .costs import Cost, Matrix
 from .penalties import BALANCED, KL, TV, Penalty
-from .vectors import log
+from .vectors import log, vector_dtype
 
 #: Largest relative difference between two masses that is taken for rounding: of halves, and of longer numbers.
 MASS_RTOL_HALF, MASS_RTOL = 1e-2, 1e-5
-
-
-def vector_dtype(device: torch.device) -> torch.dtype:
-    """Potentials and weights are float64 whatever the cost's type: f / eps reaches 1e4 and more, and float32 would keep
-    three digits of the plan. They are O(n + m), so this costs nothing. (Apple's GPUs have no float64.)"""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def float_type(*tensors: Tensor) -> torch.dtype:
@@ -152,11 +146,7 @@ def check_cost(cost: Cost) -> None:
 
 
 def _checked(
-    cost: Cost,
-    eps: float | Tensor | tuple[str, float],
-    a: Tensor | None,
-    b: Tensor | None,
-    penalties: tuple[Penalty, Penalty],
+    cost: Cost, eps: float | Tensor | tuple[str, float], a: Tensor | None, b: Tensor | None, penalties: tuple[Penalty, Penalty]
 ) -> dict[str, Any]:
     """The fields of a Problem."""
     inputs = cost.inputs

@@ -205,8 +205,7 @@ def _step(problem: Problem, order: str, accelerate: str, after: float = 0) -> Al
         return Symmetric(problem, problem.eps, Anderson(gauge=False))
     if accelerate == "none":
         return Alternating(problem, problem.eps)
-    hard = all(penalty.balanced for penalty in problem.penalties)
-    return Alternating(problem, problem.eps, Anderson(gauge=hard), plain_until=int(after))
+    return Alternating(problem, problem.eps, Anderson(gauge=problem.balanced), plain_until=int(after))
 
 
 def _unroll(problem: Problem, geometry: Geometry, start: Start, end: Outcome, criterion: Criterion) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .. import errors
 from ..communicator import ALONE, COLUMNS, ROWS, Alone
+from ..vectors import vector_dtype
 from . import scale
 
 
@@ -270,7 +271,7 @@ class Cost:
         (n, m), folded = self.shape[-2:], self.fold()
         if folded is None or folded.u.shape[-1] * (n + m) > n * m:
             return None
-        return self.to(scale.wide(folded.u)).fold()
+        return self.to(vector_dtype(folded.u.device)).fold()
 
     def _blocks(self) -> Iterator[Tensor]:
         """All entries, in pieces of about BLOCK numbers."""

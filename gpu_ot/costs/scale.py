@@ -9,24 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..vectors import vector_dtype
+
 #: The kinds of `Cost.scale`.
 SCALES = ("std", "mean", "median", "max")
-
-
-def wide(z: Tensor) -> torch.dtype:
-    return torch.float32 if z.device.type == "mps" else torch.float64
 
 
 def largest(blocks: Iterator[Tensor]) -> Tensor:
     """The largest finite entry of all blocks."""
     top = torch.stack([torch.where(C.isfinite(), C, -math.inf).amax() for C in blocks]).amax()
-    return torch.where(top.isfinite(), top, math.nan).to(wide(top))
+    return torch.where(top.isfinite(), top, math.nan).to(vector_dtype(top.device))
 
 
 def median(sample: Tensor) -> Tensor:
     """The lower of the middle two finite entries."""
     sample = sample[sample.isfinite()]
-    return sample.median().to(wide(sample)) if len(sample) else torch.full_like(sample.sum(), math.nan, dtype=wide(sample))
+    dtype = vector_dtype(sample.device)
+    return sample.median().to(dtype) if len(sample) else torch.full_like(sample.sum(), math.nan, dtype=dtype)
 
 
 def moments(alpha: Tensor, beta: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +48,7 @@ def pooled(blocks: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
 
     def moments_of(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = block[block.isfinite()]
-        z = z.to(wide(z))
+        z = z.to(vector_dtype(z.device))
         count = torch.full_like(z.sum(), z.numel())
         mean = z.sum() / count.clamp(min=1)
         return count, mean, (z - mean).square().sum()

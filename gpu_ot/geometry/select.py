@@ -70,9 +70,7 @@ BACKENDS = {
     "resident": Backend(Resident.refuse, lambda problem: Resident(problem.cost.dense()), Resident.memory),
     "triton": Backend(triton.Streaming.refuse, triton.Streaming, lambda problem: 2 * _cloud_bytes(problem)),
     "chunked": Backend(
-        chunked.refuse,
-        lambda problem: chunked.Chunked(problem.cost),
-        lambda problem: 3 * _cloud_bytes(problem) + _block_bytes(problem),
+        chunked.refuse, lambda problem: chunked.Chunked(problem.cost), lambda problem: 3 * _cloud_bytes(problem) + _block_bytes(problem)
     ),
     "keops": Backend(keops.refuse, lambda problem: keops.Keops(problem.cost), lambda problem: 2 * _cloud_bytes(problem)),
     "softmin": Backend(lambda problem: None, lambda problem: Dense(problem.cost), _matrix_bytes),

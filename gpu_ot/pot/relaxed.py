@@ -97,7 +97,7 @@ class Unbalanced(Answer):
     def potentials(self) -> tuple[Tensor, Tensor]:
         """(log u, log v), (*batch, n) and (*batch, m), with P = c exp(log u + log v - M / reg)."""
         s, log_u = self.solution, self.solution.f / self.solution.problem.eps
-        if all(penalty.balanced for penalty in s.problem.penalties):  # a was rescaled where the masses are unequal; POT's c was not
+        if s.problem.balanced:  # a was rescaled where the masses are unequal; POT's c was not
             log_u = log_u + (s.problem.a.sum(-1, keepdim=True) / cast(Tensor, self.a).sum(-1, keepdim=True)).log()
         return log_u, s.g / s.problem.eps
 
