@@ -66,6 +66,8 @@ class Cost:
     sides: tuple[int | None, ...] | None = None
     #: Whether C_ij = C_ji between points and themselves.
     symmetric: bool = False
+    #: The communicator of the ranks that hold its points: of this process, unless they are sharded, see distributed/costs.py.
+    ranks: Alone = ALONE
 
     # What every cost must write.
 
@@ -242,11 +244,6 @@ class Cost:
     def describe(self) -> str:
         """In words, for `explain`."""
         return "a matrix" if self.stored else "a cost that folds" if self.fold() is not None else "a cost that does not fold"
-
-    @property
-    def ranks(self) -> Alone:
-        """Who holds its points: this process, unless they are sharded, see distributed/costs.py."""
-        return ALONE
 
     # Its own.
 

@@ -77,7 +77,8 @@ class Sharded(Cost):
             odd = next(rank for rank, size in enumerate(columns) if size != columns[0])
             raise errors.ranks_differ("the number of columns of a matrix", 0, f"{columns[0]}", odd, f"{columns[odd]}")
         self.symmetric = cost.symmetric
-        self.pieces = Pieces(cost, sides, Shards(group, (rows, columns if COLUMNS in sides else None)))
+        self.ranks: Shards = Shards(group, (rows, columns if COLUMNS in sides else None))  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.pieces = Pieces(cost, sides, self.ranks)
         size = sum(z.numel() * z.itemsize // max(1, z.shape[-2]) for z in self.pieces.points(COLUMNS))
         self.layout = layout if layout != "auto" else "ring" if size * self.shape[-1] > REPLICATED_BYTES else "replicated"
 
@@ -85,10 +86,6 @@ class Sharded(Cost):
         rows, columns = (size if size is None else "+".join(map(str, size)) for size in self.ranks.sizes)
         about = "each holds its rows and all columns" if self.layout == "replicated" else "shares of points go round"
         return f'rows {rows}, columns {columns or "whole"} on the ranks, layout "{self.layout}": {about}'
-
-    @property
-    def ranks(self) -> Shards:
-        return self.pieces.shards
 
     @property
     def inputs(self) -> dict[str, Tensor]:
