@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import math
 import statistics
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import environment
+from machine import write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -104,8 +103,7 @@ def main() -> int:
         for name, taken in seconds.items()
     ]
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "clouds_cpu.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+        write(arguments.out, "clouds_cpu", rows)
     peer = rows[0]["time_s"]
     print(f"n = m = {arguments.n}, d = {arguments.d}, eps = {arguments.eps} std(C): to an L1 marginal error of {tol:.2g}")
     for row in rows:

@@ -9,7 +9,7 @@ also counts each time that its kernel is formed anew. Peers, on the costs and ep
     POT        sinkhorn_log is the plain iteration: passes are those of our plain loop, and rows marked `checked` ran POT for so
                many iterations and for twenty fewer: the first is within the tolerance, the second is not.
     GeomLoss   SamplesLoss has no tolerance: the fewest passes of its schedules, scaling from 0.5 to 0.99, that end within it (1e-3 alone).
-    OTT-JAX    threshold = tol in L1, Anderson(5), or momentum with Lehmann's factor, a look an iteration (extra "ott").
+    OTT-JAX    threshold = tol in L1, Anderson(5), or momentum with Lehmann's factor, checked every iteration (extra "ott").
 
 The bars at the end are those the default has to meet; the command fails if one is missed.
 """
@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import json
 import math
 import sys
 import time
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import environment
+from machine import write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -184,12 +183,10 @@ def solvers(n: int, peers: bool) -> dict[str, tuple[str, Callable[[Case, float, 
         "gpu_ot auto, absorbed": ("fp64", ours("auto", "dense", torch.float64)),
         "gpu_ot auto, absorbed, fp32": ("fp32", ours("auto", "dense", torch.float32)),
         "gpu_ot mixing": ("fp64", ours("mixing", "dense", torch.float64)),
-        "gpu_ot relaxation": ("fp64", ours("relaxation", "dense", torch.float64)),
         "gpu_ot plain": ("fp64", ours("none", "dense", torch.float64)),
     }
     if n > 600:  # minutes a row
-        for name in ("gpu_ot mixing", "gpu_ot relaxation"):
-            found.pop(name)
+        del found["gpu_ot mixing"]
     if peers and n <= 600:
         found["POT sinkhorn_log"] = ("fp64", pot)
         if importlib.util.find_spec("geomloss"):
@@ -254,8 +251,7 @@ def main() -> int:
     for row in rows(arguments):
         found.append(row)
         if arguments.out:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            (arguments.out / "convergence.json").write_text(json.dumps({"environment": environment(), "rows": found}, indent=1))
+            write(arguments.out, "convergence", found)
     print(table(found))
     checks = bars(found)
     missed = [check for check in checks if check[1] > check[2]]

@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
-import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
-from machine import environment
+from machine import growth_mib, number_from, write
 from tqdm import tqdm
 
 import gpu_ot
@@ -83,30 +81,16 @@ def measure(n: int, repeats: int) -> list[dict]:
             "time_max_s": max(times),
             "speedup_over_pot_sinkhorn": reference / float(np.median(times)),
             "plan_error": errors[name],
-            "peak_mib": peak(name, n),
+            "peak_mib": number_from(__file__, "--peak", name, "--sizes", n),
         }
         for name, times in seconds.items()
     ]
 
 
-def peak(name: str, n: int) -> float:
-    """MiB above the inputs, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", name, "--sizes", str(n)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-
-
 def print_peak(name: str, n: int) -> None:
     call(name, *problem(50, CONTESTANTS[name][1]))
     given = problem(n, CONTESTANTS[name][1])
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is in use now
-    before = resident_mib("VmRSS")
-    call(name, *given)
-    print(resident_mib("VmHWM") - before)
-
-
-def resident_mib(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+    print(growth_mib(lambda: call(name, *given)))
 
 
 def table(rows: list[dict]) -> str:
@@ -133,10 +117,7 @@ def main() -> None:
     print("plan error: largest difference from POT's sinkhorn_log in float64, relative to its largest entry; peak: above the inputs.\n")
     print(table(rows))
     if args.out:
-        path = Path(args.out) / "dense_cpu.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
-        print(f"\nwrote {path}")
+        print(f"\nwrote {write(Path(args.out), 'dense_cpu', rows)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from machine import environment
+from machine import write
 from torch import Tensor
 
 import gpu_ot
@@ -101,25 +101,23 @@ def main() -> int:
     partner = pictures(own, arguments.blur, device)
     found = mass_on_true_pairs(solution, x, partner, mine, place[mine].to(device))
     mass = float(cost.ranks.sum(torch.tensor(found, dtype=torch.float64, device=device)))
-    machine = type(getattr(solution.geometry, "local", None) or solution.geometry).__name__
+    backend = type(getattr(solution.geometry, "local", None) or solution.geometry).__name__
     row: dict[str, Any] = dict(
         section="giant", solver=f"gpu_ot {cost.layout}",
-        machine=machine, ranks=size, n=n, m=n, d=D, eps_std=arguments.eps, blur=arguments.blur,
+        backend=backend, ranks=size, n=n, m=n, d=D, eps_std=arguments.eps, blur=arguments.blur,
         tol=arguments.tol, dtype="fp32", time_s=seconds, iterations=solution.n_iter, passes=solution.n_sweeps,
         status=solution.status.name, true_pair_mass=mass, threads=torch.get_num_threads(),
     )  # fmt: skip
-    if machine != "Absorbed":  # which forms the costs once, and keeps them
-        products = solution.n_iter * (1 if machine == "Chunked" else 2)
+    if backend != "Absorbed":  # which forms the costs once, and keeps them
+        products = solution.n_iter * (1 if backend == "Chunked" else 2)
         row["tflops"] = 2 * n * n * D * products / seconds / 1e12
     if rank == 0:
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
         if arguments.out:
-            arguments.out.mkdir(parents=True, exist_ok=True)
             file = arguments.out / "giant.json"
             rows = json.loads(file.read_text())["rows"] if file.exists() else []
-            same = ("ranks", "n", "eps_std", "blur", "solver", "machine")
-            rows = [old for old in rows if any(old[key] != row[key] for key in same)] + [row]
-            file.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+            same = ("ranks", "n", "eps_std", "blur", "solver", "backend")
+            write(arguments.out, "giant", [old for old in rows if any(old[key] != row[key] for key in same)] + [row])
     if size > 1:
         dist.destroy_process_group()
     return 0 if solution.converged else 1

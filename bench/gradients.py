@@ -2,7 +2,7 @@
 
     python bench/gradients.py [--out DIR] [--repeats 9] [--sizes 2000 20000]
 
-The bar is 1.2 sweeps for the backward, and for clouds no array of n by m numbers. A sweep is the softmin of the same machine, one half
+The bar is 1.2 sweeps for the backward, and for clouds no array of n by m numbers. A sweep is the softmin of the same backend, one half
 of an iteration; for "dense", which multiplies with a stored kernel and takes no exponential, also a softmin that does ("softmin") is timed.
 The two take turns, each timed after an untimed one of its own; medians, with the smallest and largest. Peaks are taken in a
 fresh process each, above what is in use before the backward, beside what an array of n by m numbers would take.
@@ -11,16 +11,13 @@ fresh process each, above what is in use before the backward, beside what an arr
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
-from machine import environment
+from machine import growth_mib, number_from, write
 from torch import Tensor
 
 import gpu_ot
@@ -84,29 +81,14 @@ def measure(backend: str, given: str, n: int, repeats: int) -> dict:
         "sweeps": backward / sweep,
         "sweeps_of_minima": min(seconds["backward"]) / min(seconds["sweep"]),
         "within_bar": backward <= BAR * sweep,
-        "peak_mib": peak(backend, given, n),
+        "peak_mib": number_from(__file__, "--peak", backend, given, "--sizes", n),
         "n_by_m_mib": 8 * n * n / 2**20,
     }
 
 
-def peak(backend: str, given: str, n: int) -> float:
-    """MiB of a backward above what is in use before it, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", backend, given, "--sizes", str(n)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-
-
 def print_peak(backend: str, given: str, n: int) -> None:
     contestants(backend, given, 50)["backward"]()
-    run = contestants(backend, given, n)["backward"]
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is in use now
-    before = resident_mib("VmRSS")
-    run()
-    print(resident_mib("VmHWM") - before)
-
-
-def resident_mib(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+    print(growth_mib(contestants(backend, given, n)["backward"]))
 
 
 HEADER = f"{'n':>6}  {'solver':<16}{'in':<4}{'backward, s':>26}{'sweep, s':>26}{'sweeps':>8}{'of minima':>11}{'peak MiB':>10}{'n by m':>8}"
@@ -141,9 +123,7 @@ def main() -> None:
         rows.append(measure(*case))
         print(line(rows[-1]), flush=True)
     if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "gradients.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
-        print(f"\nwrote {given.out / 'gradients.json'}")
+        print(f"\nwrote {write(given.out, 'gradients', rows)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import environment
+from machine import write
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -166,10 +165,7 @@ def main() -> int:
             f"{name:<40}{route:<8}{row['step_ms']:>9.1f}{row['min_ms']:>9.1f}{row['max_ms']:>9.1f}{row['added_ms']:>9.1f}{row['share']:>8.1%}{differs:>14}"
         )
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"lerobot_{args.policy}.json"
-        path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
-        print(f"\nwrote {path}")
+        print(f"\nwrote {write(args.out, f'lerobot_{args.policy}', rows)}")
     return 0
 
 

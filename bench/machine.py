@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,33 @@ def empty_cache() -> None:
         with contextlib.suppress(Exception):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+
+
+def growth_mib(run: Callable[[], object]) -> float:
+    """MiB of memory that `run` takes at its peak, above what this process uses before it."""
+
+    def resident(key: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is in use now
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def number_from(script: str, *arguments: object) -> float:
+    """The number that a script prints last, run in a process of its own."""
+    command = [sys.executable, script, *map(str, arguments)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    """Rows and where they were measured, as folder/name.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+    return path
 
 
 def environment() -> dict[str, Any]:

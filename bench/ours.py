@@ -47,22 +47,18 @@ def solver(x: torch.Tensor, y: torch.Tensor, iterations: int, backward: bool, ba
     return run
 
 
-def advance(x: torch.Tensor, y: torch.Tensor, iterations: int, captured: bool) -> Callable[[], Any]:
-    """What `solve` repeats between two looks at the error, on a bound problem; `captured` as a CUDA graph, which is off by default."""
+def iterate(x: torch.Tensor, y: torch.Tensor, iterations: int) -> Callable[[], Any]:
+    """Plain iterations on a bound problem: what `solve` repeats between two checks of the error."""
     from gpu_ot import Problem, SqEuclidean
     from gpu_ot.geometry.triton import Streaming
 
     problem = Problem(SqEuclidean(x, y), EPS)
-    geometry = Streaming(problem)
-    geometry.captured_up_to = len(x) if captured else 0
-    state = [torch.zeros_like(problem.b)]
+    geometry, start = Streaming(problem), [torch.zeros_like(problem.b)]
 
     def run() -> Any:
         with torch.no_grad():
-            f, g, state[0] = geometry.advance(problem, state[0], EPS, iterations)
-        if captured and not geometry.captured_up_to:
-            raise RuntimeError("the graph could not be captured")
-        return f, g, state[0]
+            f, g, start[0] = geometry.iterate(problem, start[0], EPS, iterations)
+        return f, g, start[0]
 
     return run
 

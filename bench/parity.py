@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from machine import CASES, DEVICE, DRY, EPS, PRECISIONS
-from ours import advance, dense_loop, iterations, randn_clouds, solver
+from ours import dense_loop, iterations, randn_clouds, solver
 from rows import Clock, Report, reason
 
 INF = math.inf
@@ -57,7 +57,7 @@ def tasks() -> list[tuple[Any, ...]]:
     # The interpreter multiplies the bits of a bf16.
     precisions = [p for p in PRECISIONS if not (DRY and p == "bf16")]
     found: list[tuple[Any, ...]] = [("parity_of_kernels", *size, precision) for size in sizes for precision in precisions]
-    found += [("parity_of_resident",), ("parity_of_geometry",), ("parity_of_batches",), ("parity_of_advance",)]
+    found += [("parity_of_resident",), ("parity_of_geometry",), ("parity_of_batches",)]
     if not DRY:
         found += [("warm", n, d) for n, d in CASES]
     return found
@@ -224,17 +224,6 @@ def parity_of_resident(report: Any) -> None:
                 check(report, f"resident {name}", *three, 2e-6, n=n, m=m, eps=eps, steps=int(steps.min()))
 
 
-def parity_of_advance(report: Any) -> None:
-    """Stretches of the loop as CUDA graphs against the default."""
-    for n, d in ((30, 3),) if DRY else ((1000, 3), (1111, 64)):
-        x, y = randn_clouds(n, d)
-        default, captured = advance(x, y, 5, False), advance(x, y, 5, True)
-        for _ in range(4):
-            one, other = default(), captured()
-        for name, mine, theirs in zip(("f", "g", "fresh"), other, one, strict=True):
-            check(report, f"captured advance, {name}", mine, theirs, theirs, 1e-6, n=n, d=d)
-
-
 def parity_of_geometry(report: Any) -> None:
     """The backend as `solve` uses it: a softmin, and the gradient of a value in the points. Far from the origin, too."""
     from gpu_ot import Problem, SqEuclidean, gradients
@@ -258,5 +247,5 @@ def parity_of_geometry(report: Any) -> None:
 
 
 WORK: dict[str, Callable[..., None]] = {
-    each.__name__: each for each in (parity_of_kernels, parity_of_resident, parity_of_geometry, parity_of_batches, parity_of_advance, warm)
+    each.__name__: each for each in (parity_of_kernels, parity_of_resident, parity_of_geometry, parity_of_batches, warm)
 }

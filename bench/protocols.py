@@ -25,9 +25,7 @@ def iterations(report: Report, clock: Clock) -> None:
             f"gpu_ot kernels {p}": ours.iterations(x, y, p, steps) for p in PRECISIONS if not (DRY and p == "bf16")
         }
         contestants["gpu_ot solve fp32"] = ours.solver(x, y, steps, False)
-        contestants["gpu_ot advance fp32"] = ours.advance(x, y, steps, False)
-        if n <= 10_000:
-            contestants["gpu_ot advance, captured, fp32"] = ours.advance(x, y, steps, True)
+        contestants["gpu_ot iterate fp32"] = ours.iterate(x, y, steps)
         for form in ("alternating", "symmetric"):
             for tf32 in (True, False) if n == 10_000 else (True,):
                 contestants[f"flash-sinkhorn {form} {'tf32' if tf32 else 'fp32'}"] = peers.flash(x, y, steps, False, tf32, form)

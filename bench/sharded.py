@@ -4,7 +4,7 @@
     python bench/sharded.py --out DIR --draw
 
 Each run adds the rows of its number of ranks to sharded.json and draws sharded.png anew: strong scaling (n = m points shared by all ranks)
-and weak scaling (n / 4 rows a rank, against as many columns), both layouts, plain iterations of the streaming machine on one core a rank.
+and weak scaling (n / 4 rows a rank, against as many columns), both layouts, plain iterations of the streaming backend on one core a rank.
 Bytes are counted where they leave, in torch's own collectives, and stand beside the count from the layout. The model
 
     seconds = pairs / rate + messages * latency + bytes / bandwidth        (in the ring, the larger of work and points under way)
@@ -34,7 +34,7 @@ from gpu_ot import Problem, Sharded, SqEuclidean
 from gpu_ot.communicator import COLUMNS, ROWS
 from gpu_ot.distributed.group import Group, even_sizes
 
-#: Sweeps over the pairs of an iteration: the machines of "replicated" take both half-steps from one, those of "ring" take two.
+#: Sweeps over the pairs of an iteration: the backends of "replicated" take both half-steps from one, those of "ring" take two.
 SWEEPS = {"replicated": 1, "ring": 2}
 #: Assumed of GPUs, none of them measured. Pairs a second: the kernels' 5.6 issued instructions a pair (bench/FACTS.md, d = 64) on 132
 #: multiprocessors of 4 x 32 lanes at 1.755 GHz, so a floor of the time. Bytes a second and seconds a message of the networks.

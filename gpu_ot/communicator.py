@@ -1,4 +1,4 @@
-"""What the core asks of the ranks that share a problem. `ALONE` answers for a single process: it holds everything.
+"""The communicator: how the core addresses the ranks that share a problem. `ALONE` is that of a single process, which holds everything.
 
 A vector with one entry for each point of the whole problem (weights, potentials, marginals) is replicated: every rank holds all of it, the
 same to the bit. A matrix with a row for each point (points, their gradients, products with the plan) is sharded: a rank holds its own rows.
@@ -20,8 +20,8 @@ ROWS, COLUMNS = 0, 1
 
 
 def localize(cost: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
-    """A problem's cost and weights with this rank's shards in the place of DTensors. `gpu_ot.distributed`, which knows DTensors, puts
-    its own function here."""
+    """A problem's cost and weights, with this rank's shards in the place of DTensors once `gpu_ot.distributed` has replaced this
+    function by its own."""
     return cost, a, b
 
 

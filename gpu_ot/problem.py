@@ -1,10 +1,11 @@
-"""What is asked: a cost, two measures, how sharp, and how firmly the marginals hold. The one gate where input is checked."""
+"""What a solve is given: a cost, two measures, eps and the penalties of the marginals. All input is checked here."""
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -14,30 +15,23 @@ from . import communicator, errors, transforms
 from .communicator import ALONE, COLUMNS, ROWS
 from .costs import Cost, Matrix
 from .penalties import BALANCED, KL, TV, Penalty
+from .vectors import log, vector_dtype
 
 #: Largest relative difference between two masses that is taken for rounding: of halves, and of longer numbers.
 MASS_RTOL_HALF, MASS_RTOL = 1e-2, 1e-5
 
 
-def vector_dtype(device: torch.device) -> torch.dtype:
-    """Potentials and weights are float64 whatever the cost's type: f / eps reaches 1e4 and more, and float32 would keep
-    three digits of the plan. They are O(n + m), so this costs nothing. (Apple's GPUs have no float64.)"""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def float_type(*tensors: Tensor) -> torch.dtype:
     """The floating type that all of these promote to; integers alone become float64."""
-    floating = [z.dtype for z in tensors if z.is_floating_point()]
-    if not floating:
-        return torch.float64
-    dtype = floating[0]
-    for other in floating[1:]:
-        dtype = torch.promote_types(dtype, other)
-    return dtype
+    dtype = None
+    for z in tensors:
+        if z.is_floating_point():
+            dtype = z.dtype if dtype is None else torch.promote_types(dtype, z.dtype)
+    return dtype or torch.float64
 
 
-class Learnt(NamedTuple):
-    """The numbers of a problem that derivatives are asked of, 0-d tensors: eps, and tau of the rows and of the columns."""
+class Learnable(NamedTuple):
+    """The numbers of a problem that require a gradient, 0-d tensors: eps, and tau of the rows and of the columns."""
 
     eps: Tensor | None
     rows: Tensor | None
@@ -66,9 +60,10 @@ class Problem:
     a: Tensor
     b: Tensor
     penalties: tuple[Penalty, Penalty]
-    given_dtype: torch.dtype
+    given_dtype: torch.dtype  # of the cost's inputs, as they were passed
+    dtype: torch.dtype
     forbids: bool  # whether some pair has cost +inf
-    learnt: Learnt
+    learnable: Learnable
 
     def __init__(
         self,
@@ -80,98 +75,36 @@ class Problem:
     ) -> None:
         bound, a, b = communicator.localize(cost if isinstance(cost, Cost) else Matrix(cost), a, b)
         pair = penalties if isinstance(penalties, tuple) else (penalties, penalties)
-        asked = dict(eps=eps, penalties=pair, a=_form(a), b=_form(b), gradients=torch.is_grad_enabled())
-        fields = bound.ranks.on_every_rank(lambda: self._checked(bound, eps, a, b, pair), **asked)
-        for field, value in fields.items():
-            object.__setattr__(self, field, value)
+        work = functools.partial(_checked, bound, eps, a, b, pair)
+        fields = bound.ranks.on_every_rank(work, eps=eps, penalties=pair, a=a, b=b, gradients=torch.is_grad_enabled())
+        self.__dict__.update(fields)
 
-    @staticmethod
-    def _checked(
-        bound: Cost, eps: float | Tensor | tuple[str, float], a: Tensor | None, b: Tensor | None, pair: tuple[Penalty, Penalty]
-    ) -> dict[str, Any]:
-        """The fields."""
-        named = {**bound.inputs, "a": a, "b": b}
-        for name, z in named.items():
-            if z is not None or name not in ("a", "b"):
-                _check_tensor(name, z)
-        tensors = {name: z for name, z in named.items() if z is not None}
-        if len({z.device for z in tensors.values()}) > 1:
-            raise errors.mixed_devices({name: str(z.device) for name, z in tensors.items()})
-        if transforms.active() and any(transforms.batched(z) for z in tensors.values()):
-            raise errors.ProblemError(
-                "torch.vmap hides the numbers of each problem, and a solve looks at them: pass the batch itself, its axes in front, costs "
-                "(*batch, n, m) or points (*batch, n, d), whose problems are solved at once. (SamplesLoss takes vmap as it is.)"
-            )
-        learnt, pair = _learnt(bound, eps, pair)
-        relative = eps if isinstance(eps, tuple) else None
-        number = float(eps[1] if isinstance(eps, tuple) else eps.detach() if isinstance(eps, Tensor) else eps)
-        if not 0 < number < math.inf:
-            raise errors.bad_eps("eps", eps)
-
-        given = float_type(*bound.inputs.values())
-        exact = float_type(*tensors.values()).itemsize >= 4
-        dtype = given if given.itemsize >= 4 else torch.float32
-        bound = bound.to(dtype)
-        *cost_batch, n, m = _checked_shape(bound)
-        device = next(iter(tensors.values())).device
-        wide = vector_dtype(device)
-        weights = []
-        for side, name, w, size in ((ROWS, "a", a, n), (COLUMNS, "b", b, m)):
-            uniform = torch.full((size,), 1 / size, dtype=wide, device=device)
-            w = uniform if w is None else bound.ranks.gather_weights(name, side, w)
-            if w.ndim == 0 or w.shape[-1] != size:
-                raise errors.wrong_shape(name, w.shape, f"(*batch, {size}) to match a cost of shape ({n}, {m})")
-            weights.append(w.to(wide))
-        try:
-            batch = torch.broadcast_shapes(torch.Size(cost_batch), *(w.shape[:-1] for w in weights))
-        except RuntimeError:
-            found = " and ".join(errors.shape(w.shape) for w in weights)
-            raise errors.wrong_shape("the pair (a, b)", bound.shape, f"batches that broadcast, found {found} beside that cost") from None
-        wa, wb = (w.expand(*batch, w.shape[-1]) for w in weights)
-
-        if relative is not None:
-            number *= float(bound.scale(relative[0]))
-            if not 0 < number < math.inf:
-                raise errors.ProblemError(
-                    f"eps = {relative} is {number} here: the costs do not vary. Give eps as a number, in their units."
-                )
-
-        balanced = pair[0].balanced and pair[1].balanced
-        bound, forbids = _check_values(bound, wa, wb, balanced, MASS_RTOL if exact else MASS_RTOL_HALF)
-        if balanced:
-            wb = matched(wa, wb)
-        return dict(cost=bound, eps=number, a=wa, b=wb, penalties=pair, given_dtype=given, forbids=forbids, learnt=learnt)
-
-    def between(self, cost: Cost, a: Tensor, b: Tensor, penalties: tuple[Penalty, Penalty] | None = None) -> Problem:
-        """The same problem of a part of its points, whose numbers are checked already."""
+    def restricted(self, cost: Cost, a: Tensor, b: Tensor, penalties: tuple[Penalty, Penalty] | None = None) -> Problem:
+        """The problem between some of its points; not checked again."""
         return self._with(cost=cost, a=a, b=b, penalties=penalties or self.penalties)
 
     @property
     def T(self) -> Problem:
         """Rows for columns; not checked again."""
-        eps, rows, columns = self.learnt
-        learnt = Learnt(eps, columns, rows)
-        return self._with(cost=self.cost.T, a=self.b, b=self.a, penalties=self.penalties[::-1], learnt=learnt)
+        eps, rows, columns = self.learnable
+        learnable = Learnable(eps, columns, rows)
+        return self._with(cost=self.cost.T, a=self.b, b=self.a, penalties=self.penalties[::-1], learnable=learnable)
+
+    def unwrapped(self) -> Problem:
+        """The same problem of the numbers inside what torch.func makes of its tensors; not checked again."""
+        cost = self.cost.of(transforms.unwrapped(z) for z in self.cost.inputs.values())
+        return self._with(cost=cost, a=transforms.unwrapped(self.a), b=transforms.unwrapped(self.b))
 
     def _with(self, **fields: Any) -> Problem:
-        other = copy.copy(self)
-        for field, value in fields.items():
-            object.__setattr__(other, field, value)
+        other = object.__new__(Problem)
+        kept = {name: self.__dict__[name] for name in Problem.__dataclass_fields__}  # without what is cached
+        other.__dict__.update(kept | fields)
         return other
 
     @property
-    def dtype(self) -> torch.dtype:
-        return float_type(*self.cost.inputs.values())
-
-    def plain(self) -> Problem:
-        """The same problem of the numbers inside what torch.func makes of its tensors; not checked again."""
-        cost = self.cost.of(transforms.plain(z) for z in self.cost.inputs.values())
-        return self._with(cost=cost, a=transforms.plain(self.a), b=transforms.plain(self.b))
-
-    @property
-    def asked(self) -> tuple[float | Tensor, tuple[Penalty, Penalty]]:
-        """eps and the penalties with the tensors in them that derivatives are asked of."""
-        eps, *taus = self.learnt
+    def as_given(self) -> tuple[float | Tensor, tuple[Penalty, Penalty]]:
+        """eps and the penalties, with the tensors in them that require a gradient."""
+        eps, *taus = self.learnable
         rows, columns = (p if tau is None else type(p)(tau) for p, tau in zip(self.penalties, taus, strict=True))  # type: ignore[arg-type]
         return self.eps if eps is None else eps, (rows, columns)
 
@@ -180,10 +113,24 @@ class Problem:
         """(*batch, n, m)."""
         return torch.Size((*self.a.shape, self.b.shape[-1]))
 
+    @cached_property
+    def balanced(self) -> bool:
+        """Whether both marginals are hard constraints."""
+        return self.penalties[0].balanced and self.penalties[1].balanced
 
-def _form(w: Tensor | None) -> tuple[Any, ...]:
-    """What must be the same of the weights on every rank."""
-    return (tuple(w.shape[:-1]), w.dtype, w.requires_grad) if isinstance(w, Tensor) else (type(w).__name__,)
+    @property
+    def log_a(self) -> Tensor:
+        """(*batch, n): -inf for empty atoms. Differentiable in a under autograd, and taken once otherwise."""
+        return log(self.a) if torch.is_grad_enabled() and transforms.requires_grad(self.a) else self._logs[0]
+
+    @property
+    def log_b(self) -> Tensor:
+        """(*batch, m): -inf for empty atoms. Differentiable in b under autograd, and taken once otherwise."""
+        return log(self.b) if torch.is_grad_enabled() and transforms.requires_grad(self.b) else self._logs[1]
+
+    @cached_property
+    def _logs(self) -> tuple[Tensor, Tensor]:
+        return log(self.a.detach()), log(self.b.detach())
 
 
 def matched(a: Tensor, b: Tensor) -> Tensor:
@@ -191,109 +138,157 @@ def matched(a: Tensor, b: Tensor) -> Tensor:
     return b * (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))
 
 
-def _learnt(
-    cost: Cost, eps: float | Tensor | tuple[str, float], penalties: tuple[Penalty, Penalty]
-) -> tuple[Learnt, tuple[Penalty, Penalty]]:
-    """What derivatives are asked of, and the penalties in plain numbers."""
-    taus = [penalty.tau if isinstance(penalty, (KL, TV)) else None for penalty in penalties]
-    found = [z if isinstance(z, Tensor) and transforms.asks(z) and torch.is_grad_enabled() else None for z in (eps, *taus)]
-    plain = [type(p)(float(tau.detach())) if isinstance(tau, Tensor) else p for p, tau in zip(penalties, taus, strict=True)]  # type: ignore[call-arg]
-    if any(z is not None for z in found) and cost.ranks is not ALONE:
-        raise errors.ProblemError("eps or tau requires a gradient, which is not known where ranks share the points: pass numbers.")
-    return Learnt(*found), (plain[0], plain[1])
-
-
-def _check_tensor(name: str, z: object) -> None:
-    if not isinstance(z, Tensor):
-        raise errors.not_a_tensor(name, z)
-    if z.layout != torch.strided:
-        raise errors.unusable_tensor(name, "sparse", "Pass x.to_dense(); a pair that must not be used has cost +inf.")
-    if z.is_complex():
-        raise errors.unusable_tensor(name, "complex", "Pass its real part or its modulus, whichever is the cost.")
-
-
-def _checked_shape(cost: Cost) -> torch.Size:
-    if len(cost.shape) < 2:
-        raise errors.wrong_shape(next(iter(cost.inputs)), cost.shape, "(*batch, n, m)")
-    if min(cost.shape[-2:]) == 0:
-        raise errors.empty_problem(*cost.shape[-2:])
-    return cost.shape
-
-
-class _Found(NamedTuple):
-    """What a look at the weights found, as numbers on the host."""
-
-    nan: float
-    negative: float
-    infinite: float
-    zero: float
-    lightest: float  # the smallest mass in the batch
-
-
-def _look(w: Tensor) -> Tensor:
-    counts = [w.isnan().sum(), (w < 0).sum(), w.isinf().sum(), (w == 0).sum()]
-    return torch.stack([*(c.to(w.dtype) for c in counts), w.sum(-1).amin()])
-
-
-def _check_values(cost: Cost, a: Tensor, b: Tensor, balanced: bool, mass_rtol: float) -> tuple[Cost, bool]:
-    """Every check that looks at numbers, at the price of one copy to the host (more only when something is unusual): the cost, and
-    whether it forbids a pair."""
-    wa, wb = a.detach(), b.detach()
-    mass_a, mass_b = wa.sum(-1).reshape(-1), wb.sum(-1).reshape(-1)
-    gap = ((mass_a - mass_b).abs() / torch.maximum(mass_a, mass_b)).nan_to_num(nan=0.0)
-    worst = gap.argmax()
-    flaws = _flaws(cost)
-    checks = torch.cat([_look(wa), _look(wb), torch.stack([gap[worst], mass_a[worst], mass_b[worst]]), flaws.to(wa.dtype)])
-    # Inside a transform torch 2.7 reads not even the numbers inside.
-    host = transforms.outside(transforms.numbers(checks).tolist, checks) if transforms.active() else checks.tolist()
-
-    looks = {"a": _Found(*host[:5]), "b": _Found(*host[5:10])}
-    for name, found in looks.items():
-        if found.nan or found.negative or found.infinite:
-            raise errors.bad_weights(name, int(found.nan), int(found.negative), int(found.infinite))
-        if found.lightest <= 0:
-            raise errors.no_mass(name)
-    (uneven, heavier, lighter), (broken, closed_rows, closed_columns, forbids) = host[10:13], host[13:]
-    if broken:
-        raise _broken(cost, int(broken))
-    if balanced and uneven > mass_rtol:
-        raise errors.unequal_masses(heavier, lighter)
-    if cost.stored and forbids and (closed_rows or closed_columns or looks["a"].zero or looks["b"].zero):
-        cost = _check_reach(cost, wa, wb, bool(closed_rows or closed_columns))
-    return cost, bool(forbids)
-
-
 def check_cost(cost: Cost) -> None:
     """Raises ProblemError for a cost with NaN, or infinities where they mean nothing."""
-    if broken := int(_flaws(cost)[0]):
-        raise _broken(cost, broken)
+    extremes = _extremes(cost)
+    if extremes and not torch.stack(extremes).isfinite().all():
+        _refuse_broken(cost)
 
 
-def _broken(cost: Cost, count: int) -> errors.ProblemError:
-    return errors.broken_cost(" or ".join(cost.inputs), count, "rows" if cost.stored else "entries")
+def _checked(
+    cost: Cost, eps: float | Tensor | tuple[str, float], a: Tensor | None, b: Tensor | None, penalties: tuple[Penalty, Penalty]
+) -> dict[str, Any]:
+    """The fields of a Problem."""
+    inputs = cost.inputs
+    tensors = inputs | {name: w for name, w in (("a", a), ("b", b)) if w is not None}
+    _check_tensors(tensors)
+    eps_number, pair, learnable = _numbers(cost, eps, penalties)
+    if not 0 < eps_number < math.inf:
+        raise errors.bad_eps("eps", eps)
+
+    given = float_type(*inputs.values())
+    mass_rtol = MASS_RTOL if float_type(*tensors.values()).itemsize >= 4 else MASS_RTOL_HALF
+    dtype = given if given.itemsize >= 4 else torch.float32
+    cost = cost.to(dtype)
+    shape = cost.shape
+    if len(shape) < 2:
+        raise errors.wrong_shape(next(iter(inputs)), shape, "(*batch, n, m)")
+    *cost_batch, n, m = shape
+    if not (n and m):
+        raise errors.empty_problem(n, m)
+    device, ranks = next(iter(tensors.values())).device, cost.ranks
+    wide, weights = vector_dtype(device), []
+    for side, name, w, size in ((ROWS, "a", a, n), (COLUMNS, "b", b, m)):
+        w = torch.full((size,), 1 / size, dtype=wide, device=device) if w is None else ranks.gather_weights(name, side, w)
+        if w.ndim == 0 or w.shape[-1] != size:
+            raise errors.wrong_shape(name, w.shape, f"(*batch, {size}) to match a cost of shape ({n}, {m})")
+        weights.append(w.to(wide))
+    wa, wb = weights
+    try:
+        batch = torch.broadcast_shapes(cost_batch, wa.shape[:-1], wb.shape[:-1])
+    except RuntimeError:
+        found = " and ".join(errors.shape(w.shape) for w in weights)
+        raise errors.wrong_shape("the pair (a, b)", shape, f"batches that broadcast, found {found} beside that cost") from None
+    wa, wb = wa.expand(*batch, n), wb.expand(*batch, m)
+
+    if isinstance(eps, tuple):
+        eps_number *= float(cost.scale(eps[0]))
+        if not 0 < eps_number < math.inf:
+            raise errors.ProblemError(f"eps = {eps} is {eps_number} here: the costs do not vary. Give eps as a number, in their units.")
+
+    balanced = pair[0].balanced and pair[1].balanced
+    if transforms.active():  # inside a transform torch 2.7 reads not even the numbers inside
+        seen = cost.of(transforms.numbers(z) for z in cost.inputs.values()), transforms.numbers(wa), transforms.numbers(wb)
+        forbids, padding = transforms.outside(lambda: _check_values(*seen, balanced, mass_rtol), wa)
+    else:
+        forbids, padding = _check_values(cost, wa, wb, balanced, mass_rtol)
+    if padding is not None:
+        cost = Matrix(torch.where(padding, 0.0, cost.dense()))
+    wb = matched(wa, wb) if balanced else wb
+    return dict(cost=cost, eps=eps_number, a=wa, b=wb, penalties=pair, given_dtype=given, dtype=dtype, forbids=forbids, learnable=learnable)
 
 
-def _flaws(cost: Cost) -> Tensor:
-    """(4,): rows with NaN or -inf, rows and columns with +inf alone, whether there is a +inf. For costs that are not stored, which forbid
-    nothing, entries of the inputs that are not finite."""
+def _check_tensors(tensors: dict[str, Tensor]) -> None:
+    for name, z in tensors.items():
+        if not isinstance(z, Tensor):
+            raise errors.not_a_tensor(name, z)
+        if z.layout != torch.strided:
+            raise errors.unusable_tensor(name, "sparse", "Pass x.to_dense(); a pair that must not be used has cost +inf.")
+        if z.is_complex():
+            raise errors.unusable_tensor(name, "complex", "Pass its real part or its modulus, whichever is the cost.")
+    devices = {name: z.device for name, z in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise errors.mixed_devices({name: str(device) for name, device in devices.items()})
+    if transforms.active() and any(transforms.batched(z) for z in tensors.values()):
+        raise errors.ProblemError(
+            "torch.vmap hides the numbers of each problem, and a solve looks at them: pass the batch itself, its axes in front, costs "
+            "(*batch, n, m) or points (*batch, n, d), whose problems are solved at once. (SamplesLoss takes vmap as it is.)"
+        )
+
+
+def _numbers(
+    cost: Cost, eps: float | Tensor | tuple[str, float], penalties: tuple[Penalty, Penalty]
+) -> tuple[float, tuple[Penalty, Penalty], Learnable]:
+    """eps and the penalties in plain numbers, and the tensors among them that require a gradient."""
+    found: list[Tensor | None] = []
+    numbers: list[Any] = []
+    for given in (eps, *penalties):
+        z = given.tau if isinstance(given, (KL, TV)) else given
+        if not isinstance(z, Tensor):
+            found.append(None)
+            numbers.append(given)
+            continue
+        found.append(z if torch.is_grad_enabled() and transforms.requires_grad(z) else None)
+        numbers.append(float(z.detach()) if z is given else type(given)(float(z.detach())))  # type: ignore[call-arg, operator]
+    learnable, (number, rows, columns) = Learnable(*found), numbers
+    if cost.ranks is not ALONE and any(z is not None for z in found):
+        raise errors.ProblemError("eps or tau requires a gradient, which is not known where ranks share the points: pass numbers.")
+    return float(number[1] if isinstance(number, tuple) else number), (rows, columns), learnable
+
+
+def _check_values(cost: Cost, a: Tensor, b: Tensor, balanced: bool, mass_rtol: float) -> tuple[bool, Tensor | None]:
+    """Every check that reads numbers, with one copy to the host unless something is unusual.
+
+    Whether the cost forbids a pair, and the pairs (*batch, n, m) of lines that are padding and forbid everything, or None.
+    """
+    a, b = a.detach(), b.detach()
+    mass_a, mass_b = a.sum(-1), b.sum(-1)
+    gap = ((mass_a - mass_b).abs() / torch.maximum(mass_a, mass_b)).amax()
+    seen = [z.amin() for z in (a, b, mass_a, mass_b)] + [mass_a.amax(), mass_b.amax(), gap]
+    seen += [z.to(a.dtype) for z in _extremes(cost)]
+    low_a, low_b, least_a, least_b, most_a, most_b, uneven, *extremes = torch.stack(seen).tolist()
+
+    for name, w, low, least, most in (("a", a, low_a, least_a, most_a), ("b", b, low_b, least_b, most_b)):
+        if not (low >= 0 and most < math.inf):
+            raise errors.bad_weights(name, int(w.isnan().sum()), int((w < 0).sum()), int(w.isinf().sum()))
+        if least <= 0:
+            raise errors.no_mass(name)
+    forbids = cost.stored and extremes[1] == math.inf
+    if not (extremes[0] > -math.inf if forbids else all(map(math.isfinite, extremes))):
+        _refuse_broken(cost)
+    if balanced and uneven > mass_rtol:
+        worst = ((mass_a - mass_b).abs() / torch.maximum(mass_a, mass_b)).argmax()
+        raise errors.unequal_masses(float(mass_a.reshape(-1)[worst]), float(mass_b.reshape(-1)[worst]))
+    return forbids, _check_reach(cost, a, b) if forbids else None
+
+
+def _extremes(cost: Cost) -> list[Tensor]:
+    """The least and the largest entry of a cost that is stored, or of each input of another. NaN is both, where there is one."""
+    entries = [cost.dense()] if cost.stored else cost.inputs.values()
+    return [extreme for z in entries if z.numel() for extreme in z.detach().aminmax()]
+
+
+def _refuse_broken(cost: Cost) -> None:
+    """Raises for rows with NaN or -inf. In costs that are not stored, which forbid nothing, every infinity of an input counts."""
     if cost.stored:
-        C = cost.dense().detach()
-        rows, columns = C.amin(-1), C.amin(-2)  # NaN is the minimum of whatever holds it
-        bad = (rows.isnan() | rows.isneginf()).sum()
-        return torch.stack([bad, rows.isposinf().sum(), columns.isposinf().sum(), C.amax().isposinf().long()])
-    points = [(~z.detach().isfinite()).sum() for z in cost.inputs.values()]
-    return torch.stack([sum(points, start=torch.zeros_like(points[0])), *[torch.zeros_like(points[0])] * 3])
+        least = cost.dense().detach().amin(-1)  # NaN is the minimum of whatever holds it
+        count = int((least.isnan() | least.isneginf()).sum())
+    else:
+        count = sum(int((~z.detach().isfinite()).sum()) for z in cost.inputs.values())
+    if count:
+        raise errors.broken_cost(" or ".join(cost.inputs), count, "rows" if cost.stored else "entries")
 
 
-def _check_reach(cost: Cost, a: Tensor, b: Tensor, closed: bool) -> Cost:
-    """Refuse mass that may go nowhere; lines without weight that forbid everything are padding, and get cost 0."""
+def _check_reach(cost: Cost, a: Tensor, b: Tensor) -> Tensor | None:
+    """Refuse mass that may go nowhere. Lines without weight that forbid everything are padding: their pairs (*batch, n, m), or None."""
     C = cost.dense().detach()
-    open_rows = C.masked_fill((b == 0).unsqueeze(-2), math.inf).amin(-1).isfinite()
-    open_columns = C.masked_fill((a == 0).unsqueeze(-1), math.inf).amin(-2).isfinite()
-    for line, is_open, w, name in (("row", open_rows, a, "a"), ("column", open_columns, b, "b")):
-        if stuck := int((~is_open & (w > 0)).sum()):
+    closed_rows, closed_columns, empty_rows, empty_columns = C.amin(-1).isposinf(), C.amin(-2).isposinf(), a == 0, b == 0
+    if not torch.stack([z.any() for z in (closed_rows, closed_columns, empty_rows, empty_columns)]).any():
+        return None
+    reached_rows = C.masked_fill(empty_columns.unsqueeze(-2), math.inf).amin(-1).isfinite()
+    reached_columns = C.masked_fill(empty_rows.unsqueeze(-1), math.inf).amin(-2).isfinite()
+    for line, reached, w, name in (("row", reached_rows, a, "a"), ("column", reached_columns, b, "b")):
+        if stuck := int((~reached & (w > 0)).sum()):
             raise errors.forbidden_lines(next(iter(cost.inputs)), line, stuck, name)
-    if not closed:
-        return cost
-    padding = C.amin(-1).isposinf().unsqueeze(-1) | C.amin(-2).isposinf().unsqueeze(-2)
-    return Matrix(torch.where(padding, 0.0, cost.dense()))
+    padding = closed_rows.unsqueeze(-1) | closed_columns.unsqueeze(-2)
+    return padding if bool(padding.any()) else None

@@ -183,7 +183,7 @@ def find(
         return exact, corrected
 
     with torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
-        geometry, end = gradients.apart(posed, search)
+        geometry, end = gradients.outside(posed, search)
         f, g = end.f, end.g
         if unrolled:
             f, g = _unroll(posed, geometry, start, end, rule)
@@ -206,8 +206,7 @@ def _step(problem: Problem, order: str, accelerate: str, after: float = 0) -> Al
         return Symmetric(problem, problem.eps, Anderson(gauge=False))
     if accelerate == "none":
         return Alternating(problem, problem.eps)
-    rows, columns = problem.penalties
-    return Alternating(problem, problem.eps, Anderson(gauge=rows.balanced and columns.balanced), plain_until=int(after))
+    return Alternating(problem, problem.eps, Anderson(gauge=problem.balanced), plain_until=int(after))
 
 
 def _unroll(problem: Problem, geometry: Geometry, start: Start, end: Outcome, criterion: Criterion) -> tuple[Tensor, Tensor]:
@@ -216,7 +215,7 @@ def _unroll(problem: Problem, geometry: Geometry, start: Start, end: Outcome, cr
     O((n + m) k) memory for k iterations beside the cost, and their time in the readable form, forward and again backward.
     """
     gradients.refuse_learnable(problem, "unroll")
-    learnable = problem.between(problem.cost, problem.a, problem.b, problem.asked[1])
+    learnable = problem.restricted(problem.cost, problem.a, problem.b, problem.as_given[1])
     step = Alternating(learnable, problem.eps)
     state = iterations(gradients.Differentiable(geometry.entrywise), step, start, end.n_iter)
     return criterion.seen(step, state)
@@ -243,6 +242,6 @@ def start_rows(start: Tensor | Solution | None, problem: Problem) -> Tensor:
 
 
 def needs_gradient(problem: Problem) -> bool:
-    """Whether anything in the problem asks for a gradient here and now."""
-    numbers = [z for z in problem.learnt if z is not None]
-    return torch.is_grad_enabled() and transforms.any_asks(problem.a, problem.b, *problem.cost.inputs.values(), *numbers)
+    """Whether a tensor of the problem requires a gradient here and now."""
+    numbers = [z for z in problem.learnable if z is not None]
+    return torch.is_grad_enabled() and transforms.requires_grad(problem.a, problem.b, *problem.cost.inputs.values(), *numbers)

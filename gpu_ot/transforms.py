@@ -1,13 +1,14 @@
 """What torch.func makes of tensors: stand-ins that remember who differentiates them, and the numbers inside.
 
-A solve looks at numbers, so it runs on the tensors inside, beyond the reach of every transform; what it found is attached to the
-stand-ins afterwards, by functions that torch.func can take apart. Under torch.vmap the numbers of one problem exist nowhere.
+A solve reads numbers, so it runs on the tensors inside, beyond the reach of every transform. Its results are attached to the stand-ins
+afterwards, by functions that torch.func can differentiate. torch.vmap hides the values of the single problems.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TypeVar
 
 import torch
@@ -16,10 +17,8 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue, r
 
 T = TypeVar("T")
 
-
-def active() -> bool:
-    """Whether this runs inside a transform of torch.func."""
-    return torch._C._are_functorch_transforms_active()
+#: Whether this runs inside a transform of torch.func.
+active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def batched(z: Tensor) -> bool:
@@ -27,29 +26,25 @@ def batched(z: Tensor) -> bool:
     return any(_functorch.is_batchedtensor(each) for each in _layers(z))
 
 
-def asks(z: Tensor) -> bool:
-    """Whether autograd, or any transform around, differentiates with respect to z."""
-    return any(each.requires_grad for each in _layers(z))
-
-
-def any_asks(*tensors: Tensor) -> bool:
-    """Whether any of them does."""
-    return any([z.requires_grad for z in tensors] if not active() else [asks(z) for z in tensors])
+def requires_grad(*tensors: Tensor) -> bool:
+    """Whether autograd, or any transform around, differentiates with respect to one of the tensors."""
+    return any(map(attrgetter("requires_grad"), tensors)) or (active() and any(map(_any_requires_grad, tensors)))
 
 
 def numbers(z: Tensor) -> Tensor:
     """What is inside of z; z itself where no transform has a part in it."""
-    return _layers(z)[-1]
+    while _functorch.is_functorch_wrapped_tensor(z):
+        z = _functorch.get_unwrapped(z)
+    return z
 
 
-def plain(z: Tensor) -> Tensor:
-    """The numbers of z as a tensor of its own, which requires a gradient if z asks for one. To be called `outside`."""
-    return numbers(z).detach().requires_grad_(asks(z))
+def unwrapped(z: Tensor) -> Tensor:
+    """The numbers of z as a tensor of its own, which requires a gradient if z does. To be called `outside`."""
+    return numbers(z).detach().requires_grad_(_any_requires_grad(z))
 
 
 def outside(work: Callable[[], T], near: Tensor) -> T:
-    """`work` on a thread of its own, on the stream of `near`: transforms, autocast and what an operation does without (autograd) are
-    all states of the thread that calls."""
+    """`work` on a thread of its own, on the stream of `near`: transforms, autocast and grad mode are states of the thread that calls."""
     out: list[T] = []
     failed: list[BaseException] = []
     stream = torch.cuda.current_stream(near.device) if near.is_cuda else None
@@ -67,6 +62,10 @@ def outside(work: Callable[[], T], near: Tensor) -> T:
     if failed:
         raise failed[0]
     return out[0]
+
+
+def _any_requires_grad(z: Tensor) -> bool:
+    return any(each.requires_grad for each in _layers(z))
 
 
 def _layers(z: Tensor) -> list[Tensor]:

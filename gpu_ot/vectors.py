@@ -15,6 +15,12 @@ from torch import Tensor
 PIECE = 2048
 
 
+def vector_dtype(device: torch.device) -> torch.dtype:
+    """Potentials and weights are float64 whatever the cost's type: f / eps reaches 1e4 and more, and float32 would keep
+    three digits of the plan. They are O(n + m), so this costs nothing. (Apple's GPUs have no float64.)"""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def log(z: Tensor) -> Tensor:
     return torch.log(z) if z.numel() <= PIECE or z.device.type != "cpu" else _in_pieces(torch.log, z)
 

@@ -1,6 +1,6 @@
 """The protocol of a cost: what it costs to move a unit of mass from x_i to y_j, for all pairs of one problem or of a batch.
 
-Kinds of cost are asked for what they can do, never for their class, so a user's own serves wherever ours do:
+The package calls these methods and never tests for a class, so a user's own cost serves wherever ours do:
 
     class Minkowski(Cost):
         sides = (ROWS, COLUMNS)                                  # may: blocks, other points, self terms, ranks
@@ -12,9 +12,9 @@ Kinds of cost are asked for what they can do, never for their class, so a user's
         def of(self, inputs): return Minkowski(*inputs)
         def formula(self, i, j): return ((i(self.x) - j(self.y)).abs() ** 3).sum(-1) ** (1 / 3)  # may: KeOps
 
-What it must write is `inputs`, `shape`, `dense` and `of`: the stored backends, every gradient, scales and plans need no more. `part`,
-or `sides` where a pair's cost depends on its own two points alone, lets "chunked" take it in blocks. `fold` lets "triton" stream it, and
-gradients do without a matrix. `formula` lets "keops" compile it.
+A cost must write `inputs`, `shape`, `dense` and `of`. The stored backends, every gradient, scales and plans need no more.
+"chunked" takes it in blocks if it has `part`, or `sides` where a pair's cost depends on its own two points alone. "triton" streams a
+cost that has `fold`, whose gradients need no matrix. "keops" compiles one that has a `formula`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .. import errors
 from ..communicator import ALONE, COLUMNS, ROWS, Alone
+from ..vectors import vector_dtype
 from . import scale
 
 
@@ -58,19 +59,21 @@ class Cost:
 
     #: Whether the entries are in memory already, so that `dense` costs nothing. Only such costs may forbid pairs, by +inf.
     stored: bool = False
-    #: The backend it is written for, by name: "auto" takes it, and others that stream refuse it. None leaves the choice to them.
+    #: The backend it is written for, by name: "auto" takes that one, and others that stream refuse the cost. None for any.
     backend: str | None = None
-    #: The side of each input: ROWS for points x (*batch, n, d), COLUMNS for y (*batch, m, d), None for a parameter. Saying so promises
-    #: that C_ij depends on x_i, y_j and parameters alone; `part`, `points` and `at` follow. None where that is not so.
+    #: The side of each input: ROWS for points x (*batch, n, d), COLUMNS for y (*batch, m, d), None for a parameter. For costs whose C_ij
+    #: depends on x_i, y_j and parameters alone, which get `part`, `points` and `at` from it; None for others.
     sides: tuple[int | None, ...] | None = None
-    #: Whether C_ij = C_ji is known of it between points and themselves.
+    #: Whether C_ij = C_ji between points and themselves.
     symmetric: bool = False
+    #: The communicator of the ranks that hold its points: of this process, unless they are sharded, see distributed/costs.py.
+    ranks: Alone = ALONE
 
     # What every cost must write.
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """The tensors the cost is made of, by the name the user knows them by."""
+        """The tensors the cost is made of, by the names that errors use."""
         raise NotImplementedError
 
     @property
@@ -107,7 +110,10 @@ class Cost:
         """The points of the two sides, (x, y); for a sum over several clouds, two tuples with one tensor a term."""
         sides = self.sides or ()
         if sides.count(ROWS) != 1 or sides.count(COLUMNS) != 1:
-            raise _pointless(self)
+            raise errors.ProblemError(
+                f"a cost of kind {type(self).__name__} has no points, so what moving or adding some would cost is not known. "
+                "Write it as a cost between clouds: SqEuclidean(x, y), or Formula(function, x, y)."
+            )
         inputs = list(self.inputs.values())
         return inputs[sides.index(ROWS)], inputs[sides.index(COLUMNS)]
 
@@ -115,7 +121,7 @@ class Cost:
         """The same cost between other points, (*batch, n, d) and (*batch, m, d), of any number; None keeps a side as it is. Points
         without batch axes are shared by the problems of a batch.
 
-        A sum over several clouds takes a tuple, one tensor a term. Raises ProblemError for a matrix, which knows no points.
+        A sum over several clouds takes a tuple, one tensor a term. Raises ProblemError for a matrix, which has no points.
         """
         pair = []
         for name, new, old in zip("xy", (x, y), self.points, strict=True):
@@ -142,10 +148,14 @@ class Cost:
     # What follows.
 
     def to(self, dtype: torch.dtype) -> Cost:
-        return self.of(z.to(dtype) for z in self.inputs.values())
+        inputs = self.inputs.values()
+        for z in inputs:
+            if z.dtype != dtype:
+                return self.of([z.to(dtype) for z in inputs])
+        return self
 
     def within(self, side: int) -> Cost:
-        """The cost from one side's points to themselves. Raises ProblemError where it knows none."""
+        """The cost from one side's points to themselves. Raises ProblemError for a cost without points."""
         points = self.points[side]
         return self.at(x=points, y=points)
 
@@ -160,11 +170,7 @@ class Cost:
 
     def entries(self, rows: Index, cols: Index) -> Tensor:
         """The costs between some rows and some columns, cut out of the whole array where `part` is not known."""
-        try:
-            part = self.part(rows, cols)
-        except NotImplementedError:
-            return take(take(self.dense(), rows, -2), cols, -1)
-        return part.dense()
+        return self.part(rows, cols).dense() if self.cuts else take(take(self.dense(), rows, -2), cols, -1)
 
     def strips(self, dim: int = -2) -> Iterator[tuple[slice, Cost]]:
         """(rows, the part of the cost between those rows and all columns), each of about BLOCK numbers or a single row; or columns and
@@ -239,11 +245,6 @@ class Cost:
         """In words, for `explain`."""
         return "a matrix" if self.stored else "a cost that folds" if self.fold() is not None else "a cost that does not fold"
 
-    @property
-    def ranks(self) -> Alone:
-        """Who holds its points: this process, unless they are sharded, see distributed/costs.py."""
-        return ALONE
-
     # Its own.
 
     def _between(self, inputs: Sequence[Tensor]) -> Cost:
@@ -267,7 +268,7 @@ class Cost:
         (n, m), folded = self.shape[-2:], self.fold()
         if folded is None or folded.u.shape[-1] * (n + m) > n * m:
             return None
-        return self.to(scale.wide(folded.u)).fold()
+        return self.to(vector_dtype(folded.u.device)).fold()
 
     def _blocks(self) -> Iterator[Tensor]:
         """All entries, in pieces of about BLOCK numbers."""
@@ -282,13 +283,6 @@ class Axis:
 
     def __call__(self, z: Tensor) -> Any:
         return self.lazy_tensor(z.contiguous().unsqueeze(1 - self.axis))
-
-
-def _pointless(cost: Cost) -> errors.ProblemError:
-    return errors.ProblemError(
-        f"a cost of kind {type(cost).__name__} has no points, so what moving or adding some would cost is not known. "
-        "Write it as a cost between clouds: SqEuclidean(x, y), or Formula(function, x, y)."
-    )
 
 
 def unmatched(x: Tensor, y: Tensor) -> errors.ProblemError:

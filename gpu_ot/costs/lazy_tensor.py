@@ -20,7 +20,7 @@ from .base import Axis, Cost, Index, take
 class Lazy(Cost):
     """The user's own LazyTensor of pykeops.torch: C (n, m), one number per pair, which stays a formula.
 
-    `inputs` are the tensors behind it, those that hold parameters too; gradients reach the ones that ask for them.
+    `inputs` are the tensors behind it, those that hold parameters too; gradients reach those that require one.
 
     >>> x_i, y_j = LazyTensor(x[:, None, :]), LazyTensor(y[None, :, :])
     >>> cost = Lazy(((x_i - y_j).abs() * w).sum(-1))
@@ -96,7 +96,7 @@ class Lazy(Cost):
         return dict(found.values())
 
     def _over(self, inputs: Iterable[Tensor], n: int, m: int) -> Any:
-        """The LazyTensor of other tensors. KeOps knows them by their ids until it compiles, so each is an object of its own."""
+        """The LazyTensor of other tensors. KeOps tells them apart by id() until it compiles, so each is a new object."""
         fresh = {id(z): new.contiguous().view(new.shape) for (z, _), new in zip(self._tensors.values(), inputs, strict=True)}
         C = copy.copy(self.C)
         C.formula = re.sub(r"(?<=\bVar\()\d+", lambda name: str(id(fresh[int(name[0])])) if int(name[0]) in fresh else name[0], C.formula)
@@ -106,8 +106,8 @@ class Lazy(Cost):
 
 
 class _Pairwise(torch.autograd.Function):
-    """C of a LazyTensor, formed again for its gradient: KeOps would keep the coordinates of every pair until then, and it looks at what
-    it saved several times, which torch's checkpoints forbid."""
+    """C of a LazyTensor, formed again for its gradient: KeOps would keep the coordinates of every pair until then. (torch's checkpoints
+    do not serve, since KeOps reads its saved tensors several times.)"""
 
     @staticmethod
     def forward(ctx: Any, cost: Lazy, *inputs: Tensor) -> Tensor:

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-#: What `Cost.scale` knows.
+from ..vectors import vector_dtype
+
+#: The kinds of `Cost.scale`.
 SCALES = ("std", "mean", "median", "max")
-
-
-def wide(z: Tensor) -> torch.dtype:
-    return torch.float32 if z.device.type == "mps" else torch.float64
 
 
 def largest(blocks: Iterator[Tensor]) -> Tensor:
     """The largest finite entry of all blocks."""
     top = torch.stack([torch.where(C.isfinite(), C, -math.inf).amax() for C in blocks]).amax()
-    return torch.where(top.isfinite(), top, math.nan).to(wide(top))
+    return torch.where(top.isfinite(), top, math.nan).to(vector_dtype(top.device))
 
 
 def median(sample: Tensor) -> Tensor:
     """The lower of the middle two finite entries."""
     sample = sample[sample.isfinite()]
-    return sample.median().to(wide(sample)) if len(sample) else torch.full_like(sample.sum(), math.nan, dtype=wide(sample))
+    dtype = vector_dtype(sample.device)
+    return sample.median().to(dtype) if len(sample) else torch.full_like(sample.sum(), math.nan, dtype=dtype)
 
 
 def moments(alpha: Tensor, beta: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,19 +44,27 @@ def moments(alpha: Tensor, beta: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, 
 
 
 def pooled(blocks: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the finite entries of all blocks, merged as they come. Chan, Golub and LeVeque 1983, equation (2.1)."""
-    count = mean = total = None
-    for block in blocks:
+    """Mean and variance of the finite entries of all blocks."""
+
+    def moments_of(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = block[block.isfinite()]
-        z = z.to(wide(z))
-        k = torch.full_like(z.sum(), z.numel())
-        centre = z.sum() / k.clamp(min=1)
-        spread = (z - centre).square().sum()
-        if count is None or mean is None or total is None:
-            count, mean, total = k, centre, spread
-            continue
-        both, gap = (count + k).clamp(min=1), centre - mean
-        total = total + spread + gap.square() * count * k / both
-        mean, count = mean + gap * k / both, count + k
-    assert count is not None and mean is not None and total is not None
+        z = z.to(vector_dtype(z.device))
+        count = torch.full_like(z.sum(), z.numel())
+        mean = z.sum() / count.clamp(min=1)
+        return count, mean, (z - mean).square().sum()
+
+    count, mean, total = merged(map(moments_of, blocks))
     return torch.where(count > 0, mean, math.nan), torch.where(count > 0, total / count, math.nan)
+
+
+def merged(sets: Iterable[tuple[Any, Any, Any]]) -> tuple[Any, Any, Any]:
+    """(count, mean, sum of squared deviations) of all sets together, in numbers or 0-d tensors, merged as they come.
+
+    Chan, Golub and LeVeque 1983, equation (2.1).
+    """
+    count, mean, total = 0.0, 0.0, 0.0
+    for k, centre, spread in sets:
+        both, gap = count + k, centre - mean
+        share = k / (both + (both == 0))
+        count, mean, total = both, mean + gap * share, total + spread + gap * gap * count * share
+    return count, mean, total

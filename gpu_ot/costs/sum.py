@@ -60,9 +60,6 @@ class Sum(Cost):
         left = iter(inputs)
         return Sum(tuple((weight, cost.of([next(left) for _ in cost.inputs])) for weight, cost in self.terms))
 
-    def to(self, dtype: torch.dtype) -> Sum:
-        return self._each(lambda cost: cost.to(dtype))
-
     def part(self, rows: Index, cols: Index) -> Sum:
         return self._each(lambda cost: cost.part(rows, cols))
 

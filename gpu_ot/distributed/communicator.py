@@ -1,7 +1,7 @@
 """The communicator of a problem that the ranks of a group share.
 
 A derivative of something replicated is replicated as well: the ranks' losses are one loss, not a sum of several. So the backward of
-gathering shards takes one's own shard, and that of taking a shard gathers.
+a gather takes this rank's shard, and the backward of taking a shard gathers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Shards(Alone):
         return z if own.start is None else z.narrow(dim, own.start, own.stop - own.start)
 
     def on_every_rank(self, work: Callable[[], T], **settings: object) -> T:
-        return self.group.on_every_rank(work, settings)
+        return self.group.on_every_rank(work, {name: _form(value) for name, value in settings.items()})
 
     def agree(self, **settings: object) -> None:
         self.group.failures.forget()
@@ -101,7 +101,7 @@ class Shards(Alone):
     def replicate(self, z: Tensor) -> Tensor:
         return _Linear.apply(z, z.detach(), _once(lambda grad: self.group.sum(grad, -2 if grad.ndim > 1 else -1)))
 
-    # The cost knows its pieces; see costs.py.
+    # Work of the cost, see costs.py.
 
     def local_rows(self, cost: Any) -> Any:
         return cost.local_rows()
@@ -135,6 +135,13 @@ def _once(pull_back: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return pull_back(grad)
 
     return call
+
+
+def _form(value: object) -> object:
+    """What must be the same of a setting on every rank: not the values of weights, nor their number."""
+    if isinstance(value, Tensor):
+        return (tuple(value.shape[:-1]), value.dtype, value.requires_grad) if value.ndim else value
+    return type(value).__name__ if hasattr(value, "__array__") else value
 
 
 def _digest(z: Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from .. import communicator, errors
 from ..communicator import COLUMNS, ROWS
 from ..costs import Cost, Index, Points, Sum
-from ..costs.scale import SCALES
+from ..costs.scale import SCALES, merged
 from ..geometry.protocol import Geometry
 from ..problem import Problem, check_cost
 from .communicator import Shards
@@ -30,7 +31,7 @@ REPLICATED_BYTES = 2**32
 
 
 class Sharded(Cost):
-    """The cost between all ranks' points, of which this process holds its own: C_ij for x the ranks' x, one after the other, and y alike.
+    """The cost between the points of all ranks, in their order. This process holds its own points.
 
     cost    this rank's own: SqEuclidean(x_local, y_local), any other cost between clouds or sum of them; or a Matrix whose rows
             are this rank's and whose columns are everyone's. Shards may be of any size, also empty. DTensors are taken as they are, if
@@ -38,7 +39,7 @@ class Sharded(Cost):
     group   a process group or one-dimensional DeviceMesh; the default group when left out, and without any, this process alone.
     layout  "replicated": every rank holds all y and its own x; an iteration sends one number for each column, twice, and one for each
             row. "ring": every rank holds its own x and y, and the shards travel round the ranks twice an iteration; memory falls as
-            1 / ranks. "auto": the first while y takes no more than 4 GiB.
+            1 / ranks. "auto": "replicated" while y takes no more than 4 GiB.
 
     `shape` is that of the whole problem. All ranks make, solve and differentiate it together, in the same order, and get the same
     Solution to the bit: value, potentials and marginals are replicated. Points, weights, products with the plan and gradients are this
@@ -76,7 +77,8 @@ class Sharded(Cost):
             odd = next(rank for rank, size in enumerate(columns) if size != columns[0])
             raise errors.ranks_differ("the number of columns of a matrix", 0, f"{columns[0]}", odd, f"{columns[odd]}")
         self.symmetric = cost.symmetric
-        self.pieces = Pieces(cost, sides, Shards(group, (rows, columns if COLUMNS in sides else None)))
+        self.ranks: Shards = Shards(group, (rows, columns if COLUMNS in sides else None))  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.pieces = Pieces(cost, sides, self.ranks)
         size = sum(z.numel() * z.itemsize // max(1, z.shape[-2]) for z in self.pieces.points(COLUMNS))
         self.layout = layout if layout != "auto" else "ring" if size * self.shape[-1] > REPLICATED_BYTES else "replicated"
 
@@ -84,10 +86,6 @@ class Sharded(Cost):
         rows, columns = (size if size is None else "+".join(map(str, size)) for size in self.ranks.sizes)
         about = "each holds its rows and all columns" if self.layout == "replicated" else "shares of points go round"
         return f'rows {rows}, columns {columns or "whole"} on the ranks, layout "{self.layout}": {about}'
-
-    @property
-    def ranks(self) -> Shards:
-        return self.pieces.shards
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -118,6 +116,10 @@ class Sharded(Cost):
         raise NotImplementedError(
             "the n-by-m array of a cost that ranks share is on none of them, nor are its derivatives: multiply the plan, or detach it."
         )
+
+    def to(self, dtype: torch.dtype) -> Sharded:
+        """Always another cost: what this one has gathered may have changed in place since."""
+        return self.of([z.to(dtype) for z in self.inputs.values()])
 
     def of(self, inputs: Iterable[Tensor]) -> Sharded:
         other = copy.copy(self)
@@ -167,19 +169,18 @@ class Sharded(Cost):
             raise errors.ProblemError('the "median" of a cost that ranks share is not known: eps=("std", ...), or another scale.')
         check_cost(self)
         self.ranks.group.exchange(None)  # a rank that has just failed says so here, before points travel
-        asked = ("max",) if kind == "max" else ("mean", "std")
+        kinds = ("max",) if kind == "max" else ("mean", "std")
         with torch.no_grad():
             rows = [self.pieces.gathered(COLUMNS)] if self.layout == "replicated" else (cost for _, cost in self.pieces.ring(COLUMNS))
-            own = [(float(z.shape.numel()), *(float(z.scale(name)) for name in asked)) for z in rows if z.shape.numel()]
+            own = [(float(z.shape.numel()), *(float(z.scale(name)) for name in kinds)) for z in rows if z.shape.numel()]
         found = self.ranks.group.exchange(own)
         if kind == "max":
             return torch.tensor(max((top for pieces in found for _, top in pieces), default=-math.inf), dtype=torch.float64)
-        moments = [[(count, mean, count * std**2) for count, mean, std in pieces] for pieces in found]
-        count, mean, total = _pooled(_pooled(pieces) for pieces in moments)
+        count, mean, total = merged((count, mean, count * std**2) for pieces in found for count, mean, std in pieces)
         number = mean if kind == "mean" else math.sqrt(total / count) if count else math.nan
         return torch.tensor(number, dtype=torch.float64)
 
-    # What the communicator is asked about costs and problems.
+    # For the communicator.
 
     def local_rows(self) -> Cost:
         """The cost between this rank's rows and all columns, differentiable in every rank's points when each rank works on its rows."""
@@ -197,6 +198,8 @@ class Sharded(Cost):
 
 def _localize(cost: Cost, a: Any, b: Any) -> tuple[Cost, Any, Any]:
     """What a problem is given, with DTensors as this rank's shards."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return cost, a, b
     return cost if mesh_of(cost) is None else Sharded(cost), local("a", a, -1), local("b", b, -1)
 
 
@@ -221,15 +224,3 @@ def _kind(cost: Cost) -> str:
 def _form(z: Tensor) -> tuple[Any, ...]:
     """What must be the same of the points on all ranks: all but their number."""
     return tuple(z.shape[:-2]), z.shape[-1], z.dtype, z.device.type, z.requires_grad
-
-
-def _pooled(sets: Iterable[tuple[float, float, float]]) -> tuple[float, float, float]:
-    """(count, mean, sum of squared deviations) of all sets together. Chan, Golub and LeVeque 1983, equation (2.1)."""
-    k, mean, total = 0.0, 0.0, 0.0
-    for k2, mean2, total2 in sets:
-        if not k:
-            k, mean, total = k2, mean2, total2
-        elif k2:
-            gap = mean2 - mean
-            k, mean, total = k + k2, mean + gap * k2 / (k + k2), total + total2 + gap * gap * k * k2 / (k + k2)
-    return k, mean, total

@@ -1,4 +1,4 @@
-"""How ranks learn that one of them has failed: from its word in the store of torch.distributed, or from the transport."""
+"""How ranks learn that one of them has failed: from a record in the store of torch.distributed, or from an error of the transport."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .. import errors
 
 
 class Failures:
-    """The first failure in a group, recorded under `key` in the store that its processes met by.
+    """The first failure in a group, recorded in the default store of its processes.
 
-    A rank that ends without a word closes its connections, and one that stops answering lets the timeout of the group pass: the transport
-    raises either way, and `guard` turns that into RankFailed.
+    A rank that is killed closes its connections; one that hangs exceeds the timeout of the group. In both cases the transport raises on
+    the others, and `guard` turns its error into RankFailed.
     """
 
     def __init__(self, rank: int, size: int, first: int) -> None:
@@ -38,12 +38,12 @@ class Failures:
         except (errors.RankFailed, errors.RankRefused, errors.RanksDiffer):  # the others know
             raise
         except BaseException as error:
-            with contextlib.suppress(Exception):  # the first word stays
+            with contextlib.suppress(Exception):  # the first record stays
                 _store().compare_set(self._key, "", f"rank {self.rank} raised {type(error).__name__}: {error}".removesuffix(": "))
             raise
 
     def forget(self) -> None:
-        """Drops what an earlier solve has recorded. An exchange must follow, lest a rank records something new before."""
+        """Drops the record of an earlier solve. An exchange must follow, so that no new record is dropped."""
         if self.size > 1 and self.rank == 0:
             with contextlib.suppress(Exception):
                 _store().delete_key(self._key)

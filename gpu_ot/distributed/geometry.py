@@ -1,4 +1,4 @@
-"""What the layouts share: geometries of a rank's pieces, and vectors that come in and go out replicated."""
+"""What both layouts share: the geometries of a rank's pieces. Vectors come in and go out replicated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..costs import Cost
-from ..geometry.protocol import Geometry
+from ..geometry.protocol import Geometry, needed
 from ..penalties import Penalty
 from ..problem import Problem
 from .pieces import Pieces
@@ -24,7 +24,7 @@ class Spread(Geometry):
         self.problem, self.bind_piece, self.pieces = problem, bind_piece, pieces
         self.shards, self.group = pieces.shards, pieces.shards.group
         self.inputs = tuple(z for z, _ in pieces.inputs)
-        one = bind_piece(pieces.zeros(problem, 1, 1))  # also a rank without points knows its backend
+        one = bind_piece(pieces.zeros(problem, 1, 1))  # a rank without points has a backend, too
         self.dtype, self.rounds = one.dtype, one.exact is not one
 
     @property
@@ -43,13 +43,13 @@ class Spread(Geometry):
         if not cost.shape[-2:].numel():
             return None
         a, b = self.problem.a.detach()[..., rows], self.problem.b.detach()[..., columns]
-        return self.bind_piece(self.problem.between(cost, a, b, penalties))
+        return self.bind_piece(self.problem.restricted(cost, a, b, penalties))
 
     def pull_back_piece(
         self, cost: Cost, rows: slice, columns: slice, flipped: bool, k: Tensor, h: Tensor, eps: float, w: Tensor
     ) -> list[Tensor]:
         """`pull_back` in the inputs of a piece, or of its transpose."""
-        leaves = [z.detach().requires_grad_(needed) for z, needed in zip(cost.inputs.values(), self.needed(), strict=True)]
+        leaves = [z.detach().requires_grad_(want) for z, want in zip(cost.inputs.values(), needed(self.inputs), strict=True)]
         with torch.enable_grad():
             geometry = self.bound(cost.of(leaves), rows, columns)
             if geometry is None:
@@ -62,11 +62,6 @@ class Spread(Geometry):
         grads = iter(torch.autograd.grad(into, [z for z in leaves if z.requires_grad], found, allow_unused=True))
         pulled = [next(grads) if z.requires_grad else None for z in leaves]
         return [torch.zeros_like(z) if grad is None else grad for z, grad in zip(leaves, pulled, strict=True)]
-
-    def needed(self) -> list[bool]:
-        """Which inputs require a gradient; all, where this is called without autograd. The same on every rank."""
-        needed = [z.requires_grad for z in self.inputs]
-        return needed if any(needed) else [True] * len(needed)
 
 
 def batch_of(k: Tensor, h: Tensor, v: Tensor | None = None) -> torch.Size:

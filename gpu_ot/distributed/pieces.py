@@ -53,7 +53,7 @@ class Pieces:
         detached. Must be run to its end."""
         for owner, points in self.shards.group.ring(self.points(side), self.shards.sizes[side] or ()):
             yield self.shards.slice(side, owner), self.with_points(side, points, detached=True)
-            del points  # the next shard is allocated before the loop lets go of this one
+            del points  # or it lives until the next shard has come
 
     def zeros(self, problem: Problem, n: int, m: int) -> Problem:
         """A problem like a piece of this one, with n rows and m columns of zeros."""
@@ -61,4 +61,4 @@ class Pieces:
         sizes = [(n if side == ROWS else m, z.shape[-1] if points else m) for z, side in self.inputs]
         sized = [z.new_zeros(()).expand(*z.shape[:-2], *size) for (z, _), size in zip(self.inputs, sizes, strict=True)]
         a, b = (w.detach()[..., :1].expand(*w.shape[:-1], size) for w, size in ((problem.a, n), (problem.b, m)))
-        return problem.between(self.cost.of(sized), a, b)
+        return problem.restricted(self.cost.of(sized), a, b)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..communicator import COLUMNS, ROWS
-from ..geometry.protocol import Geometry
+from ..geometry.protocol import Geometry, needed
 from ..penalties import BALANCED
 from ..problem import Problem
 from .geometry import Bind, Spread, batch_of, softmin_of_softmins
@@ -23,7 +23,7 @@ class Replicated(Spread):
         penalties = (problem.penalties[0], BALANCED)
         with torch.no_grad():
             self.local = self.bound(pieces.gathered(COLUMNS), self.rows, self.columns, penalties)
-        self.local_problem = problem.between(problem.cost, problem.a.detach()[..., self.rows], problem.b.detach(), penalties)
+        self.local_problem = problem.restricted(problem.cost, problem.a.detach()[..., self.rows], problem.b.detach(), penalties)
 
     @property
     def T(self) -> Geometry:
@@ -51,9 +51,9 @@ class Replicated(Spread):
         """`pull_back` of this rank's rows, or their transpose; the gradients in column points are summed on the rank that holds these."""
         grads = self.pull_back_piece(self.pieces.gathered(COLUMNS), self.rows, self.columns, flipped, k, h, eps, w)
         sizes = self.shards.sizes[COLUMNS]
-        for i, ((z, side), needed) in enumerate(zip(self.pieces.inputs, self.needed(), strict=True)):
+        for i, ((z, side), wanted) in enumerate(zip(self.pieces.inputs, needed(self.inputs), strict=True)):
             if side == COLUMNS and sizes is not None:
-                grads[i] = self.group.scatter(grads[i], sizes, -2).sum(0) if needed else torch.zeros_like(z)
+                grads[i] = self.group.scatter(grads[i], sizes, -2).sum(0) if wanted else torch.zeros_like(z)
         return tuple(grads)
 
     def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..communicator import COLUMNS, ROWS
-from ..geometry.protocol import Geometry
+from ..geometry.protocol import Geometry, needed
 from ..problem import Problem
 from .geometry import Bind, Spread, batch_of, softmin_of_softmins
 from .pieces import Pieces
@@ -65,8 +65,8 @@ class Ring(Spread):
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
         """The gradients in points that visit travel with them, and are complete when these are home."""
         k, w, group = self.shard(k, self.side), self.shard(w, self.side), self.group
-        sides, needed = self.pieces.sides, self.needed()
-        visiting = [i for i, side in enumerate(sides) if side == self.other and needed[i]]
+        sides, wanted = self.pieces.sides, needed(self.inputs)
+        visiting = [i for i, side in enumerate(sides) if side == self.other and wanted[i]]
         sizes = self.shards.sizes[self.other] or ()
         grads = [torch.zeros_like(z) for z in self.inputs]
         travelling = [grads[i] for i in visiting]

@@ -1,15 +1,13 @@
 """Costs between clouds in plain torch, block by block: any cost, any device, nothing n by m ever in memory.
 
-A softmin of softmins is a softmin, so a block of rows and columns is formed, reduced and dropped. Blocks are formed in the type
-of the potentials whatever the type of the points. On a CPU that is also the fast way: measured on 2 cores at d = 3, exponent and
-exponential cost 0.9 ns a pair in float64, 0.7 in float32 after a float64 product, and float32 exponents lose
-digits that the potentials have.
+A softmin of softmins is a softmin, so a block of rows and columns is formed, reduced and dropped. Blocks have the type of the
+potentials, whatever that of the points: float32 exponents lose digits that the potentials have. On a CPU that costs little. Measured on
+2 cores at d = 3, exponent and exponential take 0.9 ns a pair in float64, and 0.7 in float32 after a float64 product.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from ..costs import Cost, Folded
 from ..problem import Problem, vector_dtype
 from ..vectors import exp, log
 from .products import by_rows
-from .protocol import Geometry, pull_folded, weigh
+from .protocol import Geometry, needed, pull_folded, weigh
 
 #: Entries of a block. Measured on 2 cores with n = 10k, from 2^17 to 2^21: within 15 % of each other; this one is 4 MB.
 CPU_ENTRIES = 2**19
@@ -52,8 +50,9 @@ class Chunked(Geometry):
     `inputs` are alpha, beta, u and v of a cost that folds, for autograd to carry on to the points; the points themselves otherwise.
     """
 
-    def __init__(self, cost: Cost | _Pairs) -> None:
-        self.pairs = cost if isinstance(cost, _Pairs) else _pairs(cost)
+    def __init__(self, cost: Cost | _Folding | _Sliced) -> None:
+        folded = cost.fold() if isinstance(cost, Cost) else None
+        self.pairs = _Folding(folded) if folded is not None else _Sliced(cost) if isinstance(cost, Cost) else cost
         self.inputs = self.pairs.inputs
         self.dtype = vector_dtype(self.inputs[0].device)
         self.guess: Tensor | None = None  # the last softmin of the rows, (*batch, n)
@@ -75,73 +74,68 @@ class Chunked(Geometry):
         return -eps * logs
 
     def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
-        n, m = self.pairs.shape[-2:]
-        exponents, tile, v = self.pairs.exponents(k, h, eps), self._tile(h), v.to(h.dtype)
-        out = v.new_zeros(*self._batch(k, h, v[..., 0]), n, v.shape[-1])
-        for rows in by_rows(n, tile[0]):
-            for cols in by_rows(m, tile[1]):
-                out[..., rows, :] += exponents(rows, cols).exp_() @ v[..., cols, :]
+        v = v.to(h.dtype)
+        out = v.new_zeros(*self._batch(k, h, v[..., 0]), self.pairs.shape[-2], v.shape[-1])
+        for rows, cols, E in self._blocks(k, h, eps):
+            out[..., rows, :] += E @ v[..., cols, :]
         return out
 
     def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
-        n, m = self.pairs.shape[-2:]
-        exponents, tile = self.pairs.exponents(k, h, eps), self._tile(h)
-        P = torch.empty(*self._batch(k, h), n, m, dtype=self.inputs[0].dtype, device=h.device)
-        for rows in by_rows(n, tile[0]):
-            for cols in by_rows(m, tile[1]):
-                P[..., rows, cols] = exponents(rows, cols).exp_()
+        P = torch.empty(*self._batch(k, h), *self.pairs.shape[-2:], dtype=self.inputs[0].dtype, device=h.device)
+        for rows, cols, E in self._blocks(k, h, eps):
+            P[..., rows, cols] = E
         return P
 
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
         pairs = self.pairs
         if not isinstance(pairs, _Sliced):
             return pull_folded(self.inputs, w, lambda right, left: self._products(k, h, eps, right, left))
-        (*own, n, m), tile = pairs.shape, self._tile(h)
-        exponents = pairs.exponents(k, h, eps)
         grads = [torch.zeros_like(z, dtype=self.dtype) for z in self.inputs]
-        for rows in by_rows(n, tile[0]):
-            for cols in by_rows(m, tile[1]):
-                G = exponents(rows, cols).exp_() * w[..., rows].unsqueeze(-1)
-                pairs.pull_back(G.sum_to_size(*own, *G.shape[-2:]), rows, cols, grads)
+        for rows, cols, E in self._blocks(k, h, eps):
+            G = E * w[..., rows].unsqueeze(-1)
+            pairs.pull_back(G.sum_to_size(*pairs.shape[:-2], *G.shape[-2:]), rows, cols, grads)
         return tuple(grad.to(z.dtype) for grad, z in zip(grads, self.inputs, strict=True))
 
     def _products(self, k: Tensor, h: Tensor, eps: float, right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """right P^T and left P for p_ij = exp((k_i + h_j - C_ij) / eps), each where it is asked for, from one exponential of each pair."""
-        n, m = self.pairs.shape[-2:]
-        exponents, tile = self.pairs.exponents(k, h, eps), self._tile(h)
-        batch = self._batch(k, h)
+        """right P^T and left P for p_ij = exp((k_i + h_j - C_ij) / eps), None for None, from one exponential of each pair."""
+        (n, m), batch = self.pairs.shape[-2:], self._batch(k, h)
         on_rows = None if right is None else h.new_zeros(*batch, right.shape[-2], n)
         on_columns = None if left is None else h.new_zeros(*batch, left.shape[-2], m)
-        for rows in by_rows(n, tile[0]):
-            for cols in by_rows(m, tile[1]):
-                E = exponents(rows, cols).exp_()
-                if on_rows is not None and right is not None:
-                    on_rows[..., rows] += right[..., cols] @ E.mT
-                if on_columns is not None and left is not None:
-                    on_columns[..., cols] += left[..., rows] @ E
+        for rows, cols, E in self._blocks(k, h, eps):
+            if on_rows is not None and right is not None:
+                on_rows[..., rows] += right[..., cols] @ E.mT
+            if on_columns is not None and left is not None:
+                on_columns[..., cols] += left[..., rows] @ E
         return on_rows, on_columns
+
+    def _blocks(self, k: Tensor, h: Tensor, eps: float) -> Iterator[tuple[slice, slice, Tensor]]:
+        """(rows, cols, exp((k_i + h_j - C_ij) / eps)) of each block."""
+        (n, m), exponents, (height, width) = self.pairs.shape[-2:], self.pairs.exponents(k, h, eps), self._tile(h)
+        for rows in by_rows(n, height):
+            for cols in by_rows(m, width):
+                yield rows, cols, exponents(rows, cols).exp_()
 
     def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Both half-steps of an iteration from one exponential of each pair.
 
-        The last softmin stands in for the rows' maximum, so that a block of rows knows its own update at once, and gives
-        its part of the columns' before it is dropped. Where that guess leaves the range of the type, as in the first iterations at
-        small eps, the iteration is taken sweep by sweep.
+        The last softmin replaces the rows' maximum: the update of a block of rows follows from one exponential of its entries, and so
+        does its part of the columns' update. Where that guess leaves the range of the type, as in the first iterations at small eps,
+        the iteration takes its two sweeps.
         """
-        f = fresh = g
+        f = g_next = g
         for _ in range(k):
-            g = fresh
+            g = g_next
             moved = self._fused(problem, g, self.guess, eps) if self.guess is not None else None
             if moved is None:
                 self.guess = self.softmin(weigh(g, problem.b, eps), eps)
                 f = problem.penalties[0].damp(self.guess, eps)
-                fresh = problem.penalties[1].damp(self.T.softmin(weigh(f, problem.a, eps), eps), eps)
+                g_next = problem.penalties[1].damp(self.T.softmin(weigh(f, problem.a, eps), eps), eps)
             else:
-                f, fresh, self.guess = moved
-        return f, g, fresh
+                f, g_next, self.guess = moved
+        return f, g, g_next
 
     def _fused(self, problem: Problem, g: Tensor, s0: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(f, fresh, s); None when some sum left the range in which it is exact to rounding, or the columns are too many.
+        """(f, g_next, s); None when some sum left the range in which it is exact to rounding, or the columns are too many.
 
         With E_ij = exp((s0_i + g_j - C_ij) / eps):  s_i = s0_i - eps log (E b)_i  and, for w_i = a_i exp((f_i - s0_i) / eps),
         the columns' softmin is g_j - eps log (E^T w)_j. What underflows, an entry or its product with a weight, is below the smallest
@@ -193,23 +187,7 @@ def _log_total(z: Tensor) -> Tensor:
     return top.squeeze(-1) + z.sub_(top).exp_().sum(-1).log()
 
 
-class _Pairs(ABC):
-    """Where blocks of a cost come from."""
-
-    shape: torch.Size  # (*batch, n, m)
-    inputs: tuple[Tensor, ...]
-    depth: int  # numbers formed per pair
-
-    @property
-    @abstractmethod
-    def T(self) -> _Pairs: ...
-
-    @abstractmethod
-    def exponents(self, k: Tensor, h: Tensor, eps: float) -> Exponents:
-        """(k_i + h_j - C_ij) / eps, by block."""
-
-
-class _Folding(_Pairs):
+class _Folding:
     """C_ij = alpha_i + beta_j - <u_i, v_j>: the exponents of a block are one product of two slim matrices."""
 
     depth = 1
@@ -239,7 +217,7 @@ def _beside(z: Tensor, *columns: Tensor) -> Tensor:
     return torch.cat((z.expand(*batch, -1, -1), *stacked), -1)
 
 
-class _Sliced(_Pairs):
+class _Sliced:
     """Any other cost, bound anew to the points of each block."""
 
     def __init__(self, cost: Cost, transposed: bool = False) -> None:
@@ -263,18 +241,17 @@ class _Sliced(_Pairs):
         return block
 
     def pull_back(self, G: Tensor, rows: slice, cols: slice, grads: list[Tensor]) -> None:
-        """Adds to `grads` what the derivative G (*batch, rows, cols) in this block of C means for the inputs that ask, or for each."""
-        part, asked = self._part(self.cost, rows, cols), [z.requires_grad for z in self.inputs]
-        asked = asked if any(asked) else [True] * len(asked)
+        """Adds to `grads` what the derivative G (*batch, rows, cols) in this block of C means for the inputs, see `needed`."""
+        part, wanted = self._part(self.cost, rows, cols), needed(self.inputs)
         into = list(self._part(self.cost.of(grads), rows, cols).inputs.values())
         windows = len(into) == len(grads) and all(map(_shares_memory, into, grads))  # the part's inputs are views of the whole's
         inputs, into = (part.inputs.values(), into) if windows else (self.inputs, grads)
-        leaves = [z.detach().to(G.dtype).requires_grad_(wanted) for z, wanted in zip(inputs, asked, strict=True)]
+        leaves = [z.detach().to(G.dtype).requires_grad_(want) for z, want in zip(inputs, wanted, strict=True)]
         with torch.enable_grad():
             C = self._seen(part.of(leaves) if windows else self._part(self.cost.of(leaves), rows, cols))
         found = iter(torch.autograd.grad(C, [z for z in leaves if z.requires_grad], G, allow_unused=True))
-        for window, wanted in zip(into, asked, strict=True):
-            if wanted and (grad := next(found)) is not None:
+        for window, want in zip(into, wanted, strict=True):
+            if want and (grad := next(found)) is not None:
                 window += grad
 
     def _part(self, cost: Cost, rows: slice, cols: slice) -> Cost:
@@ -286,8 +263,3 @@ class _Sliced(_Pairs):
 
 def _shares_memory(part: Tensor, whole: Tensor) -> bool:
     return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-
-
-def _pairs(cost: Cost) -> _Pairs:
-    folded = cost.fold()
-    return _Sliced(cost) if folded is None else _Folding(folded)

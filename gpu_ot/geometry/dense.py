@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .protocol import Geometry, pull_folded
 class Dense(Geometry):
     """The readable form, and the truth in tests. C is (*batch, n, m); potentials may carry further batch axes in front.
 
-    `inputs` are alpha, beta, u and v of a Cost that folds and asks for gradients; the matrix itself otherwise.
+    `inputs` are alpha, beta, u and v of a Cost that folds and requires a gradient; the matrix itself otherwise.
     """
 
     stored = True
@@ -29,9 +29,9 @@ class Dense(Geometry):
     def __init__(self, C: Tensor | Cost, inputs: tuple[Tensor, ...] | None = None) -> None:
         self.cost = None if isinstance(C, Tensor) else C
         if not isinstance(C, Tensor):
-            asked = torch.is_grad_enabled() and any(z.requires_grad for z in C.inputs.values())
-            inputs = C.fold() if asked else None
-            with torch.set_grad_enabled(asked and inputs is None):
+            differentiable = torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), C.inputs.values()))
+            inputs = C.fold() if differentiable else None
+            with torch.set_grad_enabled(differentiable and inputs is None):
                 C = C.dense()
         self.inputs = (C,) if inputs is None else tuple(inputs)
         self.C = C.detach()
@@ -87,7 +87,7 @@ class Dense(Geometry):
         return (grad.sum_to_size(self.C.shape),)
 
     def _products(self, k: Tensor, h: Tensor, eps: float, right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """right P^T and left P for p_ij = exp((k_i + h_j - C_ij) / eps), each where it is asked for, from one exponential of each pair."""
+        """right P^T and left P for p_ij = exp((k_i + h_j - C_ij) / eps), None for None, from one exponential of each pair."""
         on_rows, on_columns = [], None
         for rows in self._blocks(h):
             E = self._exp(k, h, eps, rows)
@@ -109,7 +109,7 @@ class Dense(Geometry):
         """h_j - C_ij for these rows, in the type of h: wide. (Converted first: an operation on two types is many times slower.)"""
         return h.unsqueeze(-2) - self.C[..., rows, :].to(h.dtype)
 
-    def _blocks(self, h: Tensor) -> Iterator[slice]:
+    def _blocks(self, h: Tensor) -> list[slice]:
         """Blocks of rows whose wide temporaries stay in the cache of a CPU, or small beside the matrix on a GPU."""
         n, m = self.C.shape[-2:]
         budget = 2**17 if self.C.device.type == "cpu" else 2**26

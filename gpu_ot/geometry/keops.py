@@ -1,6 +1,6 @@
 """Costs between clouds as KeOps formulas: one compiled loop over all pairs, nothing n by m in memory.
 
-The backend for costs that do not fold on a CUDA device, and for users' own formulas: any cost that says its `formula` in lazy tensors.
+The backend for costs that do not fold on a CUDA device, and for users' own formulas: any cost with a `formula`.
 The first sweep of every new formula waits 10 to 30 s for a compiler; the result is kept on disk.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..costs import Axis, Cost
 from ..problem import Problem, vector_dtype
 from .chunked import Chunked
-from .protocol import Geometry
+from .protocol import Geometry, needed, pull_folded
 
 #: KeOps unrolls its loops over coordinates; vectors wider than this are multiplied in parts, or compiling takes minutes.
 WIDEST = 64
@@ -33,7 +33,7 @@ def compiler() -> str | None:
 
 
 def refuse(problem: Problem) -> str | None:
-    """Why KeOps cannot serve this problem, or None. Imports pykeops only where everything else speaks for it."""
+    """Why KeOps cannot serve this problem, or None. Imports pykeops only when no other reason was found."""
     cost = problem.cost
     if cost.stored:
         return f"the cost is {cost.describe()}; a formula needs the points"
@@ -98,17 +98,17 @@ class Keops(Geometry):
 
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
         if self.folded is not None:
-            # G 1, G^T 1, -G v and -G^T u are plan products: one formula to compile, where autograd would ask for one a gradient.
-            _, _, u, v = self._seen(self.inputs)
-            rows = w.unsqueeze(-1) * self.apply(k, h, eps, _with_ones(v, w.dtype))
-            columns = self.T.apply(h, k, eps, w.unsqueeze(-1) * _with_ones(u, w.dtype))
-            grads = self._seen((rows[:, 0], columns[:, 0], -rows[:, 1:], -columns[:, 1:]))
-            return tuple(grad.to(z.dtype) for grad, z in zip(grads, self.inputs, strict=True))
+            # Plan products: one formula to compile, where autograd would take one a gradient.
+            def products(right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+                rows = None if right is None else self.apply(k, h, eps, right.mT).mT
+                return rows, None if left is None else self.T.apply(h, k, eps, left.mT).mT
+
+            return self._seen(pull_folded(self._seen(self.inputs), w, products))
         # KeOps' own derivative of the softmin s, since exp((k + h - C) / eps) = exp((k - s) / eps) ds / dC.
         h, offset = self._centred(h, eps)
-        held, asked = self._held(), [z.requires_grad for z in self.inputs]
-        # Every leaf is one more formula to compile: none for inputs that nobody asks about, parameters above all.
-        leaves = [z.requires_grad_() for z, wanted in zip(held, asked, strict=True) if wanted or not any(asked)]
+        held = self._held()
+        # Every leaf is one more formula to compile: none for inputs that require no gradient, parameters above all.
+        leaves = [z.requires_grad_() for z, wanted in zip(held, needed(self.inputs), strict=True) if wanted]
         with torch.enable_grad():
             s = self._softmin(h, offset, eps, held)
             settled = s.detach()
@@ -147,12 +147,6 @@ class Keops(Geometry):
         offset = h.amax()
         offset = torch.where(offset > -torch.inf, offset, 0.0)
         return _finite(h - offset, self.dtype), offset
-
-
-def _with_ones(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """[1, v], (m, 1 + d)."""
-    v = v.detach().to(dtype)
-    return torch.cat((torch.ones_like(v[:, :1]), v), -1)
 
 
 def _nothing(dtype: torch.dtype) -> float:

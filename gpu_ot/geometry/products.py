@@ -1,15 +1,17 @@
 """Both products of an iteration, K w and K^T (a u) with u computed from K w, on a stored kernel K.
 
 On a CPU, torch runs a lone matrix-vector product on one core. A kernel that fits the last cache is therefore posed as a batch, one
-part a core; a larger one is shared out to threads in blocks of rows that are still in a core's own cache when their sums are
-known, so that they give their column contributions without a second trip to memory. On a GPU one kernel does the same with whole rows
-in registers, where rows fit there and u is a formula that it knows: 1 / s, or a `Power`.
+part a core. Of a larger one, threads take blocks of rows that fit a core's own cache: a block gives its sums, and then its part of the
+column sums without being read from memory again. On a GPU one Triton kernel does the same with whole rows in registers, where rows fit
+there and u is 1 / s or a `Power`.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -33,7 +35,7 @@ Scaling = Callable[..., Tensor] | None
 
 @dataclass(frozen=True)
 class Power:
-    """The scaling u = s^-p exp(c), a form that kernels can be told: what KL(tau) makes of the sums of a kernel absorbed at f0.
+    """The scaling u = s^-p exp(c), in the form that kernels take: what KL(tau) makes of the sums of a kernel absorbed at f0.
 
     From u = exp((damp(f0 - eps log s) - f0) / eps) with damp(f) = f tau / (tau + eps): p = tau / (tau + eps), c = -f0 / (tau + eps).
     """
@@ -139,16 +141,30 @@ class Products:
 
 def _has_kernel(K: Tensor) -> bool:
     """Whether the kernel that reads K once can be had here, and a row of K fits in it."""
-    if importlib.util.find_spec("triton") is None:
+    if kernels_refused(K.device) is not None:
         return False
-    if K.device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(K.device) < (8, 0):
-        return False  # older than what it is compiled for
-    try:
-        from ..kernels.scaling import fits  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return False
+    from ..kernels.scaling import fits  # pyright: ignore[reportMissingImports]
+
     return fits(K)
 
 
-def by_rows(stop: int, block: int, start: int = 0) -> Iterator[slice]:
-    return (slice(i, min(i + block, stop)) for i in range(start, stop, block))
+def kernels_refused(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a device, or None. Reads no numbers, and waits for no device."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it has wheels for Linux; pip install triton)"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"its tensors are on {device}, and Triton's kernels run on a GPU."
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"{name} is older than what the kernels are compiled for: compute capability 8.0, an A100 or RTX 30."
+    try:
+        importlib.import_module("gpu_ot.kernels.tiles")
+    except ImportError as missing:
+        return f"its kernels cannot be imported: {missing}"
+    return None
+
+
+def by_rows(stop: int, block: int, start: int = 0) -> list[slice]:
+    if 0 < stop - start <= block:  # the usual case of a small problem
+        return [slice(start, stop)]
+    return [slice(i, min(i + block, stop)) for i in range(start, stop, block)]

@@ -162,11 +162,10 @@ def pull_folded(inputs: Sequence[Tensor], w: Tensor, products: Both) -> tuple[Te
     In the type of w until the end. A side of which nothing requires a gradient is left out.
     """
     _, _, u, v = inputs
-    asked = [z.requires_grad for z in inputs]
-    asked = asked if any(asked) else [True] * 4
+    wanted = needed(inputs)
     row = w.unsqueeze(-2)
-    right = _with_ones(v, w.dtype) if asked[0] or asked[2] else None
-    left = row * _with_ones(u, w.dtype) if asked[1] or asked[3] else None
+    right = _with_ones(v, w.dtype) if wanted[0] or wanted[2] else None
+    left = row * _with_ones(u, w.dtype) if wanted[1] or wanted[3] else None
     on_rows, on_columns = products(right, left)
     grads = [torch.zeros_like(z) for z in inputs]
     if on_rows is not None:
@@ -175,6 +174,12 @@ def pull_folded(inputs: Sequence[Tensor], w: Tensor, products: Both) -> tuple[Te
     if on_columns is not None:
         grads[1], grads[3] = on_columns[..., -1, :], -on_columns[..., :-1, :].mT
     return tuple(grad.sum_to_size(z.shape).to(z.dtype) for grad, z in zip(grads, inputs, strict=True))
+
+
+def needed(inputs: Sequence[Tensor]) -> list[bool]:
+    """Which inputs require a gradient; all, where none does, since `pull_back` is also called without autograd."""
+    wanted = [z.requires_grad for z in inputs]
+    return wanted if any(wanted) else [True] * len(wanted)
 
 
 def _with_ones(z: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,23 +1,22 @@
 """Small problems on a GPU, whole: k iterations of every problem of a batch in one launch, one program each.
 
-The matrices are formed once, batched, also for costs between clouds: the kernel first absorbs the potentials it starts from, and
-what it then reads again and again is that absorbed array, n m words that stay in the caches beside one multiprocessor.
-Reading points instead would save the one pass that absorbs, and pay for it with d more products a pair in every iteration.
+The matrices are formed once, batched, also for costs between clouds. The kernel first absorbs the potentials it starts from. Every
+iteration then reads that absorbed array, n m words that stay in the caches beside one multiprocessor. Reading points instead would
+save the sweep that absorbs, and cost d more products a pair in every iteration.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..penalties import KL, Penalty
+from ..penalties import KL
 from ..problem import Problem
 from .dense import Dense
+from .products import kernels_refused
 
 
 class Resident(Dense):
@@ -36,36 +35,29 @@ class Resident(Dense):
             return super().iterate(problem, g, eps, k)
         (n, m), batch = self.C.shape[-2:], b.shape[:-1]
         C = self.C if self.C.numel() == n * m else self.C.expand(*batch, n, m)
-        tau_a, tau_b = (_tau(penalty) for penalty in problem.penalties)
+        tau_a, tau_b = (penalty.tau if isinstance(penalty, KL) else math.inf for penalty in problem.penalties)
         a, b, g = (z.reshape(-1, z.shape[-1]) for z in (a, b, g))
         f, g, g_next = resident_iterate(C.reshape(-1, n, m), a, b, g, eps, tau_a, tau_b, k)
         return f.view(*batch, n), g.view(*batch, m), g_next.view(*batch, m)
 
     def run(self, step: Any, state: Any, k: int) -> Any:
-        """One launch: the accelerator is asked once a block, and plain iterations follow, k at the price of one."""
+        """One launch: the accelerator proposes once a block, and plain iterations follow, k at the price of one."""
         if step.one_sided or step.plain_among(state, k):
             return super().run(step, state, k)
         return step.advance(self, state, k)
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:
-        """Why this backend cannot serve the problem, or None. Looks at no numbers, and waits for no device."""
-        device, (n, m) = problem.a.device, problem.shape[-2:]
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"its tensors are on {device}, and Triton's kernels run on a GPU."
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed (it has wheels for Linux; pip install triton)"
-        if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-            name = torch.cuda.get_device_name(device)
-            return f"{name} is older than what the kernels are compiled for: compute capability 8.0, an A100 or RTX 30."
+        """Why this backend cannot serve the problem, or None. Reads no numbers, and waits for no device."""
+        if why := kernels_refused(problem.a.device):
+            return why
         if problem.dtype == torch.float64:
             return "its numbers are float64 and the kernel is float32. Pass a float32 cost if six digits are enough."
         if not all(penalty.balanced or isinstance(penalty, KL) for penalty in problem.penalties):
             return "the kernel knows hard marginals and KL penalties, and one of these is neither."
-        try:
-            from ..kernels.resident import LARGEST  # pyright: ignore[reportMissingImports]
-        except ImportError as missing:
-            return f"its kernel cannot be imported: {missing}"
+        from ..kernels.resident import LARGEST  # pyright: ignore[reportMissingImports]
+
+        n, m = problem.shape[-2:]
         if m > LARGEST or n * m >= 2**31:
             return f"a problem is {n} by {m}, and one program serves up to {LARGEST} columns. Where the rows are fewer, swap the two sides."
         return None
@@ -77,10 +69,6 @@ class Resident(Dense):
         width = max(16, 1 << (m - 1).bit_length())
         height = -(-n // 16) * 16
         return problem.dtype.itemsize * problem.shape[:-2].numel() * (n * m + height * width)
-
-
-def _tau(penalty: Penalty) -> float:
-    return penalty.tau if isinstance(penalty, KL) else math.inf
 
 
 # As an operator, so that torch.compile passes over the launch instead of breaking its graph there.

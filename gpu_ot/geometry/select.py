@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .. import errors
 from ..problem import Problem, vector_dtype
-from . import chunked, keops
+from . import chunked, keops, triton
 from .absorbed import Absorbed
 from .dense import Dense
 from .protocol import Geometry
@@ -16,9 +17,9 @@ from .resident import Resident
 
 #: What `auto` may spend on the two n-by-m arrays of "dense": n = m = 5800 in float32, 4100 in float64. With the 250 MB that torch itself
 #: takes, a solve stays within half a gigabyte (a gradient that reaches the points of a cost that does not fold needs about five more
-#: such arrays, of one that folds none). Time would
-#: allow far more: measured on 2 cores at d = 3, an iteration on stored arrays takes 0.2 ns a pair. Forming the cost anew takes
-#: 1.3 in blocks, 3 for one that does not fold, 17 for a formula of all coordinates; KeOps takes 10, 7 and 6.
+#: such arrays, of one that folds none). Time would allow far more: measured on 2 cores at d = 3, an iteration on stored arrays takes
+#: 0.2 ns a pair. Forming the cost anew takes 1.3 in blocks, 3 for one that does not fold, 17 for a formula of all coordinates; KeOps
+#: takes 10, 7 and 6.
 DENSE_BYTES = 2**28
 
 #: Up to this many rows and columns a problem is one program's work on a GPU. Not timed, but counted from the compiled kernel: 24 slots
@@ -44,22 +45,6 @@ class Backend:
     memory: Callable[[Problem], int]
 
 
-def _refuse_triton(problem: Problem) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (it has wheels for Linux; pip install triton)"
-    try:
-        from .triton import Streaming
-    except ImportError as missing:
-        return f"its kernels cannot be imported: {missing}"
-    return Streaming.refuse(problem)
-
-
-def _bind_triton(problem: Problem, precision: str = "fp32") -> Geometry:
-    from .triton import Streaming
-
-    return Streaming(problem, precision)
-
-
 def _matrix_bytes(problem: Problem) -> int:
     return problem.shape.numel() * problem.dtype.itemsize
 
@@ -83,70 +68,60 @@ def _block_bytes(problem: Problem) -> int:
 BACKENDS = {
     "dense": Backend(lambda problem: None, lambda problem: Absorbed(problem.cost), lambda problem: 2 * _matrix_bytes(problem)),
     "resident": Backend(Resident.refuse, lambda problem: Resident(problem.cost.dense()), Resident.memory),
-    "triton": Backend(_refuse_triton, _bind_triton, lambda problem: 2 * _cloud_bytes(problem)),
+    "triton": Backend(triton.Streaming.refuse, triton.Streaming, lambda problem: 2 * _cloud_bytes(problem)),
     "chunked": Backend(
-        chunked.refuse,
-        lambda problem: chunked.Chunked(problem.cost),
-        lambda problem: 3 * _cloud_bytes(problem) + _block_bytes(problem),
+        chunked.refuse, lambda problem: chunked.Chunked(problem.cost), lambda problem: 3 * _cloud_bytes(problem) + _block_bytes(problem)
     ),
     "keops": Backend(keops.refuse, lambda problem: keops.Keops(problem.cost), lambda problem: 2 * _cloud_bytes(problem)),
     "softmin": Backend(lambda problem: None, lambda problem: Dense(problem.cost), _matrix_bytes),
 }
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Take `backend` for problems where `when` holds, unless it refuses: then the next rule decides."""
+class Rule(NamedTuple):
+    """Take `backend`, `because`, unless it refuses the problem: then the next rule decides."""
 
-    when: Callable[[Problem], bool]
     backend: str
     because: str
+
+
+def _rules(problem: Problem) -> Iterator[Rule]:
+    """Those that hold for the problem. "dense" serves everything, so the last is never refused."""
+    cost, gpu = problem.cost, _on(problem, "cuda")
+    if (own := cost.backend) is not None:
+        if own not in BACKENDS:
+            raise errors.unknown("backend of the cost", own, [*BACKENDS])
+        yield Rule(own, f'the cost is {cost.describe()}, and "{own}" runs it as it is written')
+    if gpu and max(problem.shape[-2:]) <= RESIDENT and (cost.stored or _fits(problem)):
+        yield Rule(
+            "resident",
+            "the problems are so small that launches take longer than the work, and one launch runs many iterations of all of them",
+        )
+    if cost.stored:
+        yield Rule("dense", "the cost is a matrix that is in memory already")
+    if _fits(problem):
+        yield Rule(
+            "dense",
+            f"both n-by-m arrays fit in {DENSE_BYTES >> 20} MiB, and products on stored arrays are the fastest iterations there are",
+        )
+    large = "the n-by-m arrays are too large to keep"
+    if gpu and cost.fold() is not None:
+        yield Rule("triton", f"{large}, the cost folds, and the kernels stream it through the tensor cores")
+    if gpu:
+        yield Rule("keops", "the cost does not go through the kernels, and KeOps compiles a loop for it")
+    if _on(problem, "cpu") and cost.depth > 1:
+        yield Rule("keops", f"{large}, and torch would hold every coordinate of the formula, where KeOps compiles a loop")
+    yield Rule("chunked", f"{large}, and blocks of them are formed, reduced and dropped")
+    if _on(problem, "cpu"):
+        yield Rule("keops", f"{large}, and the cost cannot be taken in blocks")
+    yield Rule("dense", "nothing else can serve this cost, whatever the memory")
 
 
 def _on(problem: Problem, device: str) -> bool:
     return problem.a.device.type == device
 
 
-def _folds(problem: Problem) -> bool:
-    return problem.cost.fold() is not None
-
-
 def _fits(problem: Problem) -> bool:
     return BACKENDS["dense"].memory(problem) <= DENSE_BYTES
-
-
-def _small(problem: Problem) -> bool:
-    return max(problem.shape[-2:]) <= RESIDENT and (_fits(problem) or problem.cost.stored)
-
-
-#: The first that holds and is not refused. "dense" serves everything, so the last is never out of answers.
-RULES = (
-    Rule(
-        lambda p: _on(p, "cuda") and _small(p),
-        "resident",
-        "the problems are so small that launches take longer than the work, and one launch runs many iterations of all of them",
-    ),
-    Rule(lambda p: p.cost.stored, "dense", "the cost is a matrix that is in memory already"),
-    Rule(
-        _fits,
-        "dense",
-        f"both n-by-m arrays fit in {DENSE_BYTES >> 20} MiB, and products on stored arrays are the fastest iterations there are",
-    ),
-    Rule(
-        lambda p: _on(p, "cuda") and _folds(p),
-        "triton",
-        "the n-by-m arrays are too large to keep, the cost folds, and the kernels stream it through the tensor cores",
-    ),
-    Rule(lambda p: _on(p, "cuda"), "keops", "the cost does not go through the kernels, and KeOps compiles a loop for it"),
-    Rule(
-        lambda p: _on(p, "cpu") and p.cost.depth > 1,
-        "keops",
-        "the n-by-m arrays are too large to keep, and torch would hold every coordinate of the formula, where KeOps compiles a loop",
-    ),
-    Rule(lambda p: True, "chunked", "the n-by-m arrays are too large to keep, and blocks of them are formed, reduced and dropped"),
-    Rule(lambda p: _on(p, "cpu"), "keops", "the n-by-m arrays are too large to keep, and the cost cannot be taken in blocks"),
-    Rule(lambda p: True, "dense", "nothing else can serve this cost, whatever the memory"),
-)
 
 
 def bind(problem: Problem, backend: str = "auto", precision: str = "fp32") -> Geometry:
@@ -155,25 +130,17 @@ def bind(problem: Problem, backend: str = "auto", precision: str = "fp32") -> Ge
     Raises ProblemError for a backend that does not exist, BackendError for one that cannot serve this problem, with the reason.
     """
     ranks = problem.cost.ranks
-    name = _named(ranks.largest(problem), backend, precision)
-
-    def on_backend(piece: Problem) -> Geometry:
-        return _bind_triton(piece, precision) if name == "triton" else BACKENDS[name].bind(piece)
-
-    return ranks.bind(problem, lambda piece: piece.cost.geometry(piece, on_backend))
-
-
-def _named(problem: Problem, backend: str, precision: str) -> str:
-    """The backend that takes the problem."""
+    largest = ranks.largest(problem)
     if backend == "auto":
-        backend = _choose(problem)[0].backend
+        backend = _choose(largest)[0].backend
     elif backend not in BACKENDS:
         raise errors.unknown("backend", backend, ["auto", *BACKENDS])
-    elif why := BACKENDS[backend].refuse(problem):
+    elif why := BACKENDS[backend].refuse(largest):
         raise errors.backend_refused(backend, why)
     if precision not in PRECISIONS:
         raise errors.unknown("precision", precision, PRECISIONS)
-    return backend
+    bind_piece = functools.partial(triton.Streaming, precision=precision) if backend == "triton" else BACKENDS[backend].bind
+    return ranks.bind(problem, lambda piece: piece.cost.geometry(piece, bind_piece))
 
 
 def explain(problem: Problem) -> str:
@@ -201,17 +168,12 @@ def explain(problem: Problem) -> str:
 
 
 def _choose(problem: Problem) -> tuple[Rule, list[Rule]]:
-    """The rule that decides, and those before it that would have if their backends had not refused."""
-    overruled, own = [], problem.cost.backend
-    if own is not None and own not in BACKENDS:
-        raise errors.unknown("backend of the cost", own, [*BACKENDS])
-    because = f'the cost is {problem.cost.describe()}, and "{own}" runs it as it is written'
-    rules = RULES if own is None else (Rule(lambda p: True, own, because), *RULES)
-    for rule in rules:
-        if rule.when(problem):
-            if BACKENDS[rule.backend].refuse(problem) is None:
-                return rule, overruled
-            overruled.append(rule)
+    """The rule that decides, and those before it whose backends refused the problem."""
+    overruled: list[Rule] = []
+    for rule in _rules(problem):
+        if BACKENDS[rule.backend].refuse(problem) is None:
+            return rule, overruled
+        overruled.append(rule)
     raise AssertionError("the last rule takes everything")
 
 

@@ -10,9 +10,7 @@ O((n + m) d) memory. One sweep is one launch, two when few rows are split over m
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,9 +20,10 @@ from torch import Tensor
 
 from .. import errors
 from ..problem import Problem
-from .protocol import Geometry
+from .products import kernels_refused
+from .protocol import Geometry, needed
 
-if TYPE_CHECKING:  # Triton is imported with the first cloud, so that a machine without it can still be told why it is refused
+if TYPE_CHECKING:  # Triton is imported with the first cloud, so that without it the reason can still be given
     from ..kernels.tiles import Cloud  # pyright: ignore[reportMissingImports]
 
 
@@ -62,15 +61,9 @@ class Streaming(Geometry):
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:
-        """Why this backend cannot serve the problem, or None. Looks at no numbers, and waits for no device."""
-        device = problem.a.device
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed (pip install triton; it exists for Linux)."
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"its tensors are on {device}, and Triton's kernels run on a GPU."
-        if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-            name = torch.cuda.get_device_name(device)
-            return f"{name} is older than what the kernels are compiled for: compute capability 8.0, an A100 or RTX 30."
+        """Why this backend cannot serve the problem, or None. Reads no numbers, and waits for no device."""
+        if why := kernels_refused(problem.a.device):
+            return why
         if problem.dtype == torch.float64:
             return "its numbers are float64 and the kernels are float32. Pass float32 points if six digits are enough."
         if any(0 in z.shape for z in problem.cost.inputs.values()):
@@ -97,7 +90,7 @@ class Streaming(Geometry):
             return torch.stack([self.softmin(each, eps) for each in h])
         rows, columns = self.rows, self.columns
         near, top = self._centred(h)
-        # The last potential of this side stands in for the running maximum. The kernel notices a bad guess and pays with time only.
+        # A guess of the running maximum: the last potential of this side. The kernel corrects a bad guess, which only takes time.
         shift = (rows.last + top).float() if rows.last is not None and rows.eps == eps else None
         s = streamed_softmin(*rows.stored, *columns.stored, rows.form, self.precision, rows.n, near, shift, _used(near), eps)
         last = s.to(top.dtype) - top
@@ -145,14 +138,13 @@ class Streaming(Geometry):
 
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
         """dL/dC_ij = w_i p_ij gives w (P 1), P^T w, -w (P v) and -P^T (w u): two to four sweeps, half of them for one cloud."""
-        needed = [z.requires_grad for z in self.inputs]
-        needed = needed if any(needed) else [True] * 4  # called without autograd: all of them
-        alpha, beta, u, v = grads = [torch.zeros_like(z) for z in self.inputs]  # autograd drops those it did not ask for
+        wanted = needed(self.inputs)
+        alpha, beta, u, v = grads = [torch.zeros_like(z) for z in self.inputs]  # of those that autograd drops
         columns = w.unsqueeze(-1)
-        if needed[0] or needed[2]:
+        if wanted[0] or wanted[2]:
             sums, points = self._with_points(k, h, eps)
             alpha, u = w * sums, -columns * points
-        if needed[1] or needed[3]:
+        if wanted[1] or wanted[3]:
             transposed, side = self.T, self.rows.seen(self.batch)
             if self._room:
                 both = transposed.apply(h, k, eps, torch.cat((columns * side, columns), -1))

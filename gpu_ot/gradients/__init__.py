@@ -2,17 +2,17 @@
 
 from .coupling import barycentric, inner, plan, plan_cost, plan_product
 from .envelope import dual, pull_dual, refuse_learnable, value
-from .functorch import apart
+from .functorch import outside
 from .operators import Differentiable, Each, apply, pull_apply, pull_back, pull_held, pull_softmin, softmin
 
 __all__ = [
     "Differentiable",
     "Each",
-    "apart",
     "apply",
     "barycentric",
     "dual",
     "inner",
+    "outside",
     "plan",
     "plan_cost",
     "plan_product",

@@ -27,8 +27,8 @@ def value(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
     raise NotImplementedError.
     """
     at = (problem.penalties, problem.eps, geometry, f, g, problem.a, problem.b)
-    if transforms.asks(f) or transforms.asks(g):
-        return dual(problem.asked[1], *at[1:])[0]
+    if transforms.requires_grad(f, g):
+        return dual(problem.as_given[1], *at[1:])[0]
     D = _Envelope.apply(*at, *geometry.inputs)[0]
     for number, slope in _slopes(problem, geometry, f, g):
         D = D + _Along.apply(number, slope)
@@ -36,13 +36,13 @@ def value(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
 
 
 def _slopes(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(number, dD / dnumber at held potentials, (*batch,)) for eps and each tau that is learnt.
+    """(number, dD / dnumber at held potentials, (*batch,)) for eps and each tau that is learnable.
 
         dD / deps = KL(P | a⊗b) = sum P (f_i + g_j - C_ij) / eps - |P| + |a||b|,    dD / dtau = KL(P1 | a) for P1 = a exp(-f / tau)
 
     The first takes two sweeps more.
     """
-    (eps, *taus), found = problem.learnt, []
+    (eps, *taus), found = problem.learnable, []
     with torch.no_grad():
         if eps is not None:
             level = torch.where(g.isfinite(), g, 0.0)
@@ -94,7 +94,7 @@ class _AlongGradient(Each):
 
 def refuse_learnable(problem: Problem, mode: str) -> None:
     """Raises ProblemError where eps or tau requires a gradient that `mode` does not know."""
-    if problem.learnt.eps is not None or (mode != "unroll" and any(z is not None for z in problem.learnt)):
+    if problem.learnable.eps is not None or (mode != "unroll" and any(z is not None for z in problem.learnable)):
         raise ProblemError(
             f'eps or tau requires a gradient, and grad="{mode}" knows no derivative in it: grad="envelope" has that of the value. For '
             "potentials and plans divide the cost and every tau by eps and pass eps=1; the potentials are then in units of eps."

@@ -12,14 +12,14 @@ from ..problem import Problem
 T = TypeVar("T")
 
 
-def apart(problem: Problem, work: Callable[[Problem], tuple[Geometry, T]]) -> tuple[Geometry, T]:
+def outside(problem: Problem, work: Callable[[Problem], tuple[Geometry, T]]) -> tuple[Geometry, T]:
     """`work(problem)`: a geometry and what was found on it. Within a transform of torch.func it is done on the numbers inside, and the
     geometry comes back with derivatives to the problem's own tensors."""
     if not transforms.active():
         return work(problem)
-    geometry, found = transforms.outside(lambda: work(problem.plain()), problem.a)
+    geometry, found = transforms.outside(lambda: work(problem.unwrapped()), problem.a)
     cost = problem.cost
-    if not any(transforms.asks(z) for z in cost.inputs.values()):
+    if not transforms.requires_grad(*cost.inputs.values()):
         return geometry, found
     folded = cost.fold() if len(geometry.inputs) == 4 else None
     inputs = [cost.dense()] if geometry.stored and len(geometry.inputs) == 1 else cost.inputs.values() if folded is None else folded

@@ -66,7 +66,7 @@ def potentials(
     with torch.no_grad():  # no marginal tells the loop about the potentials of empty columns, so they may lag behind
         g = torch.where(b > 0, g, problem.penalties[1].damp(softmin(system.columns, f, a, problem.eps), problem.eps))
     f, g = _Potentials.apply(system, f.detach(), g.detach(), a, b, *geometry.inputs, *system.columns.inputs)
-    if all(penalty.balanced for penalty in problem.penalties):
+    if problem.balanced:
         heights = ((w * torch.where(z.isfinite(), z, 0.0)).sum(-1, keepdim=True) for w, z in ((a, f), (b, g)))
         over = (next(heights) - next(heights)) / (2 * a.sum(-1, keepdim=True))
         f, g = f - over, g + over

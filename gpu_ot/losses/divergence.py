@@ -103,7 +103,7 @@ def divergence(
 
     Feydy et al. 2019, arXiv:1810.08278, equation (3); Séjourné et al. 2019, arXiv:1910.12958, for relaxed marginals and other masses.
     """
-    (eps, penalties), ranks = problem.asked, problem.cost.ranks
+    (eps, penalties), ranks = problem.as_given, problem.cost.ranks
     ranks.agree(backend=backend, grad=grad, tol=tol, max_iter=max_iter, accelerate=accelerate, self_a=self_a is None, self_b=self_b is None)
 
     def own(side: int, given: Cost | Tensor | None) -> SelfTerm:
@@ -134,7 +134,7 @@ def at_potentials(problem: Problem, f: Tensor, g: Tensor, own: tuple[Tensor, Ten
 
     Differentiable in the cost and the weights, without another solve.
     """
-    value, (eps, penalties) = gradients.value(problem, bind(problem, backend), f, g), problem.asked
+    value, (eps, penalties) = gradients.value(problem, bind(problem, backend), f, g), problem.as_given
     if own is None:
         return value
     for side, potential in enumerate(own):

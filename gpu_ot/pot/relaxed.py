@@ -90,7 +90,7 @@ class Unbalanced(Answer):
         """(log u, log v), (*batch, n) and (*batch, m)."""
         s = self.solution
         log_u, log_v = s.f / s.problem.eps, s.g / s.problem.eps
-        if all(penalty.balanced for penalty in s.problem.penalties):  # a was rescaled where the masses are unequal; POT's c was not
+        if s.problem.balanced:  # a was rescaled where the masses are unequal; POT's c was not
             log_u = log_u + (s.problem.a.sum(-1, keepdim=True) / self.a.sum(-1, keepdim=True)).log()
         if self.entropy:  # c = 1 does not contain the weights, so u of an empty atom must be 0: 1e-300, as POT guards its logarithms
             log_u, log_v = (torch.where(w > 0, z, math.log(1e-300)) for z, w in ((log_u, self.a), (log_v, self.b)))

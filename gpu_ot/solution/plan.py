@@ -32,7 +32,7 @@ class Live(NamedTuple):
     def local(self) -> Live:
         """The problem of this rank's rows and all columns."""
         problem, ranks = self.problem, self.problem.cost.ranks
-        local = problem.between(ranks.local_rows(problem.cost), ranks.shard(problem.a, ROWS), ranks.replicate(problem.b))
+        local = problem.restricted(ranks.local_rows(problem.cost), ranks.shard(problem.a, ROWS), ranks.replicate(problem.b))
         return Live(local, self.geometry, ranks.shard(self.f, ROWS), ranks.replicate(self.g))
 
 

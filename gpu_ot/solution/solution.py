@@ -68,7 +68,7 @@ class Solution:
     @property
     def _live(self) -> Live | None:
         """The potentials, if they carry derivatives."""
-        carried = transforms.asks(self.f) or transforms.asks(self.g)
+        carried = transforms.requires_grad(self.f, self.g)
         return Live(self.problem, self.geometry, self.f, self.g) if carried else None
 
     def transport(self, x_new: Points | None = None, y: Tensor | None = None) -> Tensor:

@@ -139,7 +139,7 @@ class _Progress:
 
 def _dearest_plan(problem: Problem, eps: float) -> Tensor | None:
     """(*batch,): more than any plan can cost; None where mass may vanish, and there always is one."""
-    if not problem.cost.stored or not all(penalty.balanced for penalty in problem.penalties):
+    if not problem.cost.stored or not problem.balanced:
         return None
     M, b = problem.cost.dense().detach(), problem.b.detach()
     dearest = torch.where(M.isposinf(), -math.inf, M).amax((-2, -1)).to(b.dtype)
