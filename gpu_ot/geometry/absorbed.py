@@ -138,6 +138,10 @@ class Absorbed(Dense):
         # that overflowed is still inf or NaN here.
         exact = (s >= self.safe * w.sum(-1, keepdim=True)).all() & (t >= self.safe * mass).all() & mass.isfinite().all()
         exact &= s.isfinite().all() & t.isfinite().all()
+        if rows.hard and columns.hard:  # `_Side.potential`, in place: the commonest case
+            f = kernel.f0 - eps * rows.log(s.to(g.dtype))
+            g = g if before is None else kernel.g0 - eps * columns.log(before.to(g.dtype))
+            return f, g, kernel.g0 - eps * columns.log(t.to(g.dtype)), exact
         return rows.potential(s), g if before is None else columns.potential(before), columns.potential(t), exact
 
     def _absorb(self, g: Tensor, eps: float) -> None:

@@ -95,7 +95,7 @@ class Geometry(ABC):
     def run(self, step: Any, state: Any, k: int) -> Any:
         """The state after k iterations of a step (`gpu_ot.solver.step`), acceleration included."""
         if plain := step.plain_among(state, k):
-            state = step.moved(self, state, state.g_next, None, plain)
+            state = step.moved(self, state, state.g_next, None, plain, plain=True)
         for _ in range(k - plain):
             state = step.advance(self, state)
         return self.counted(state) if self.extra_sweeps else state

@@ -29,18 +29,20 @@ def take(**named: Any) -> tuple[list[Any], Callable[[Tensor], Any]]:
     None and empty arrays become None. A Cost stays one, and a LazyTensor of KeOps becomes one; without any array beside it, results
     are tensors. Raises ProblemError for a mixture of kinds, as POT does: nothing crosses devices in silence.
     """
-    named = {name: lazily(z) for name, z in named.items()}
-    arrays = [z for z in named.values() if is_array(z)]
-    if len({_kind(z) for z in arrays}) > 1:
-        found = [str(type(z)) for z in named.values()]
-        raise ProblemError(
-            f"All array should be from the same type/backend. Current types are : {found}. Convert with torch.from_numpy or .numpy()."
-        )
-    first = arrays[0] if arrays else None
-    taken = [z if isinstance(z, Cost) else _tensor(name, z, first) for name, z in named.items()]
-    if isinstance(first, Tensor) or (first is None and any(isinstance(z, Cost) for z in taken)):
+    first = kind = None
+    for z in named.values():
+        own = _kind(z)
+        if first is None and own is not None:
+            first, kind = z, own
+        elif own is not None and own is not kind:
+            found = [str(type(z)) for z in named.values()]
+            raise ProblemError(
+                f"All array should be from the same type/backend. Current types are : {found}. Convert with torch.from_numpy or .numpy()."
+            )
+    taken = [_tensor(name, z, first, kind) for name, z in named.items()]
+    if kind is Tensor or (kind is None and any(isinstance(z, Cost) for z in taken)):
         return taken, tensors
-    return taken, _from_dlpack(first) if _is_foreign(first) else _to_numpy
+    return taken, _to_numpy if kind in (None, np.ndarray) else _from_dlpack(first)
 
 
 def take_problem(a: Any, b: Any, M: Any, **others: Any) -> tuple[list[Any], Callable[[Tensor], Any]]:
@@ -82,23 +84,26 @@ def number(z: Any) -> float:
 
 
 def is_array(z: Any) -> bool:
-    return isinstance(z, (np.ndarray, Tensor)) or _is_foreign(z)
+    return _kind(z) is not None
 
 
-def _is_foreign(z: Any) -> bool:
-    """Whether z is an array of another library (CuPy, JAX, ...), which DLPack shares without a copy."""
-    return hasattr(z, "__dlpack__") and hasattr(z, "__dlpack_device__") and not isinstance(z, (np.ndarray, np.generic, Tensor))
+def _kind(z: Any) -> type | None:
+    """np.ndarray, Tensor, or the type of an array of another library (CuPy, JAX, ...), which DLPack shares without a copy; else None."""
+    if isinstance(z, np.ndarray):
+        return np.ndarray
+    if isinstance(z, Tensor):
+        return Tensor
+    foreign = hasattr(z, "__dlpack__") and hasattr(z, "__dlpack_device__") and not isinstance(z, np.generic)
+    return type(z) if foreign else None
 
 
-def _kind(z: Any) -> type:
-    return next((kind for kind in (np.ndarray, Tensor) if isinstance(z, kind)), type(z))
-
-
-def _tensor(name: str, z: Any, like: Any) -> Tensor | None:
-    if z is None:
-        return None
-    if _is_foreign(z):
+def _tensor(name: str, z: Any, like: Any, kind: type | None) -> Tensor | Cost | None:
+    if z is None or isinstance(z, Cost):
+        return z
+    if kind is not None and kind is type(z) and kind is not np.ndarray and kind is not Tensor:
         z = torch.from_dlpack(z)
+    elif hasattr(z, "__GenericLazyTensor__"):
+        return Lazy(z)
     elif isinstance(z, (list, tuple)):
         if len(z) == 0:
             return None

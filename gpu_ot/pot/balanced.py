@@ -21,7 +21,7 @@ from ..solver.annealing import Anneal
 from ..solver.criterion import Marginal
 from ..solver.step import scaled
 from .answer import Answer
-from .arrays import lazily, number, take_problem, take_start
+from .arrays import number, take_problem, take_start
 from .refusals import print_error, warn_unless_converged
 from .refusals import warn as warn_caller
 
@@ -59,7 +59,7 @@ def run(
     if method == "sinkhorn_epsilon_scaling":
         numItermax = max(36, numItermax) * numInnerItermax  # POT's stages, each of so many iterations
     done = solve_balanced(a, b, M, reg, rules, numItermax, stopThr, verbose, warn, warmstart, accelerate=accelerate)
-    lazy = isinstance(lazily(M), Cost)
+    lazy = not done.solution.problem.cost.stored
     result = done.give(done.linear()) if loss or done.many else done.lazy_plan() if lazy else done.plan()
     return (result, {**_log(done, rules), **done.report()}) if log else result
 

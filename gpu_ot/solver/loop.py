@@ -52,7 +52,7 @@ def sinkhorn(
         if block.check == "ahead":
             state = before if monitor.end_is_near(state) else state
         elif block.check:
-            state = monitor.check(state, before, plain=block.step.plain_among(before, block.k) == block.k)
+            state = monitor.check(state, before)
             if monitor.status is not None:
                 break
     assert state is not None

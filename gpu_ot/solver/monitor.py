@@ -61,12 +61,12 @@ class Monitor:
         self._ceiling: Tensor | None = None
         self._pending: Callable[[], list[float]] | None = None
 
-    def check(self, state: State, before: State, plain: bool) -> State:
-        """The state, in which problems that are done are marked. `plain`: whether its last iteration was a plain one."""
+    def check(self, state: State, before: State) -> State:
+        """The state, in which problems that are done are marked."""
         f, g, error, floor = self.criterion.measure(self.step, state, before, self.dtype)
         if self.kept is not None and self.done is not None:
             # Plain iterations only improve, and go on together. An accelerated one may be a trial, and a problem that is done stays.
-            worse = self.done.all() if plain else self.done | ~(error < self.errors[-1])
+            worse = self.done.all() if state.plain else self.done | ~(error < self.errors[-1])
             worse = worse if state.inexact is None else worse | state.inexact
             error = torch.where(worse, self.errors[-1], error)
             worse, (old_f, old_g) = worse.expand_as(error).unsqueeze(-1), self.kept

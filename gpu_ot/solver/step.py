@@ -33,6 +33,7 @@ class State:
     done          (*batch,) problems that met the tolerance, which stay where they are.
     inexact       0-d bool on the device, or None for never: this state is void, since a product was not exact (`Absorbed`).
     n_iter        iterations so far; `age` of them since the iterate was last put somewhere else.
+    plain         whether the last iterations were plain ones.
     n_sweeps      visits to all pairs so far.
     """
 
@@ -45,6 +46,7 @@ class State:
     n_iter: int = 0
     age: int = 0
     n_sweeps: int = 0
+    plain: bool = False
 
 
 class Start(NamedTuple):
@@ -118,10 +120,10 @@ class Alternating:
         """An iteration from the g that the accelerator proposes, and k - 1 plain ones."""
         return self.moved(geometry, state, *self.propose(state), k)
 
-    def moved(self, geometry: Geometry, state: State, g: Tensor, memory: Any, k: int) -> State:
-        """k plain iterations from g."""
+    def moved(self, geometry: Geometry, state: State, g: Tensor, memory: Any, k: int, plain: bool = False) -> State:
+        """k iterations without acceleration from g, which an accelerator may have proposed."""
         f, g, g_next = geometry.iterate(self.problem, g, self.eps, k)
-        return State(f, g, g_next, memory, state.done, state.inexact, state.n_iter + k, state.age + k, state.n_sweeps + 2 * k)
+        return State(f, g, g_next, memory, state.done, state.inexact, state.n_iter + k, state.age + k, state.n_sweeps + 2 * k, plain)
 
     def gap(self, state: State) -> Tensor:
         """(*batch, m): b expm1(gap) is the excess of the column marginal, exactly so where it is a hard constraint."""
