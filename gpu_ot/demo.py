@@ -21,9 +21,10 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
+import gpu_ot
+
 from . import errors
 from .errors import ProblemError
-from .pot.bregman import sinkhorn
 
 #: The same for all four solvers; `TOLERANCE` is POT's stopThr, the Euclidean norm of the column marginal's error.
 MAX_ITER, TOLERANCE = 2000, 1e-6
@@ -105,8 +106,8 @@ def compare(C: Tensor, reg: float, device: torch.device) -> list[Entry]:
     contestants: list[tuple[str, Callable[..., Any], str, tuple[Any, Any]]] = [
         ("POT sinkhorn", ot.sinkhorn, "sinkhorn", host),
         ("POT sinkhorn_log", ot.sinkhorn, "sinkhorn_log", host),
-        (f"gpu_ot fp64, {device}", sinkhorn, "sinkhorn_log", double),
-        (f"gpu_ot fp32, {device}", sinkhorn, "sinkhorn_log", single),
+        (f"gpu_ot fp64, {device}", gpu_ot.sinkhorn, "sinkhorn_log", double),
+        (f"gpu_ot fp32, {device}", gpu_ot.sinkhorn, "sinkhorn_log", single),
     ]
     entries = []
     # At this size a second thread gains nothing, and on a busy computer waiting for it can cost a hundredfold.

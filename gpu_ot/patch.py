@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from .pot.patching import patch
+import gpu_ot
 
 
 def main(arguments: list[str]) -> None:
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     if not given.module and not Path(given.script).is_file():
         parser.error(f"{given.script} is not a file")
     sys.argv = [given.script, *given.arguments]
-    with patch(given.device):
+    with gpu_ot.pot.patching.patch(given.device):
         if given.module:
             sys.path[0] = ""
             runpy.run_module(given.script, run_name="__main__", alter_sys=True)

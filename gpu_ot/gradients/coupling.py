@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..costs import Cost
-from ..geometry.protocol import Geometry, folds
+from ..geometry.protocol import Geometry, attach, folds
 from ..problem import Problem
-from .operators import apply, exponentials, softmin
+from .operators import Each, apply, exponentials, pull_held, softmin
 
 
 def plan(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Tensor:
@@ -79,3 +80,29 @@ def _inner(f: Tensor, g: Tensor, a: Tensor, b: Tensor, C: Tensor, eps: float) ->
 def inner(P: Tensor, C: Tensor) -> Tensor:
     """<P, C> of two arrays; forbidden pairs carry nothing."""
     return (P * torch.where(C.isfinite(), C, 0.0)).sum((-1, -2))
+
+
+def held_cost(geometry: Geometry, eps: float, value: Tensor, k: Tensor, h: Tensor) -> Tensor:
+    """`value` = <P, C> (*batch,) as a function of C alone: P_ij = exp((k_i + h_j - C_ij) / eps) is constant."""
+    return _HeldCost.apply(geometry, eps, value, k, h, *geometry.inputs)
+
+
+class _HeldCost(Each):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        geometry: Geometry, eps: float, value: Tensor, k: Tensor, h: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.geometry, ctx.eps, _, *given = inputs
+        ctx.save_for_backward(*given)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        k, h, *inputs = ctx.saved_tensors
+        w = grad_outputs[0].to(k.dtype).unsqueeze(-1).expand_as(k)
+        geometry = attach(ctx.geometry, inputs)
+        pulled = pull_held(geometry, k, h, ctx.eps, w) if torch.is_grad_enabled() else geometry.pull_back(k, h, ctx.eps, w)
+        return *[None] * 5, *pulled

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from .. import errors
 from ..costs import Cost, Matrix, SqEuclidean
 from ..errors import ProblemError
-from ..losses.sinkhorn import held_cost
 from ..penalties import KL
 from ..problem import Problem, vector_dtype
 from ..solution.solution import Solution
@@ -274,7 +273,7 @@ def _transport(cost: Cost, cfg: TransportConfig, r: Tensor | None, paired: Calla
         cost = Matrix(cost.dense())  # it is n by m as r is
     solution = _solved(cost, eps, cfg, r)
     plan = solution.plan
-    loss = held_cost(solution) if r is None else (plan.to_dense().detach().to(C := cost.dense()) * C).sum()
+    loss = solution.held_cost if r is None else (plan.to_dense().detach().to(C := cost.dense()) * C).sum()
     return loss, plan, solution
 
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import errors, gradients
+from .. import errors
 from ..costs import Cost, SqEuclidean
 from ..errors import ProblemError
-from ..geometry.protocol import Geometry, attach
 from ..penalties import KL
 from ..problem import Problem
-from ..solution.solution import Solution
 from ..solve import solve
 from ..solver.status import CONVERGED, STALLED
 
@@ -66,36 +63,7 @@ class SinkhornLoss(nn.Module):
             cost = self.cost(x, y) if isinstance(x, Tensor) and y is not None else x
             problem = Problem(cost, self.eps, a, b, (rows, columns))
             solution = solve(problem, backend=self.backend, grad=self.grad, tol=self.tol, max_iter=self.max_iter)
-            value = held_cost(solution) if self.detach_plan else solution.value
+            value = solution.held_cost if self.detach_plan else solution.value
         if solution.status not in (CONVERGED, STALLED):
             warnings.warn(f"SinkhornLoss, {solution.n_iter} iterations, {solution.status}", RuntimeWarning, stacklevel=4)
         return value if self.reduction == "none" else value.mean() if self.reduction == "mean" else value.sum()
-
-
-class _PlanCost(gradients.Each):
-    """sum_ij P_ij C_ij with P constant: the derivative in C_ij is P_ij = exp((k_i + h_j - C_ij) / eps)."""
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        geometry: Geometry, eps: float, value: Tensor, k: Tensor, h: Tensor, *inputs: Tensor
-    ) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.geometry, ctx.eps, _, *given = inputs
-        ctx.save_for_backward(*given)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        k, h, *inputs = ctx.saved_tensors
-        w = grad_outputs[0].to(k.dtype).unsqueeze(-1).expand_as(k)
-        geometry = attach(ctx.geometry, inputs)
-        pulled = gradients.pull_held(geometry, k, h, ctx.eps, w) if torch.is_grad_enabled() else geometry.pull_back(k, h, ctx.eps, w)
-        return *[None] * 5, *pulled
-
-
-def held_cost(solution: Solution) -> Tensor:
-    """<P, C> with P constant."""
-    geometry = solution.geometry
-    return _PlanCost.apply(geometry, solution.problem.eps, solution.sharp_cost.detach(), *solution.levels, *geometry.inputs)

@@ -131,6 +131,11 @@ class Solution:
         ranks, live = self.problem.cost.ranks, self._live
         return (self._sharp_cost if live is None else ranks.sum(gradients.plan_cost(*live.local()))).to(self.problem.given_dtype)
 
+    @property
+    def held_cost(self) -> Tensor:
+        """(*batch,) <P, C> with P constant: its derivative in C is P, whatever `grad` was."""
+        return gradients.held_cost(self.geometry, self.problem.eps, self.sharp_cost.detach(), *self.levels)
+
     @cached_property
     def normalized_entropy(self) -> Tensor:
         """(*batch,) how blurred the plan is: 0 for a one-to-one matching of equal weights, 1 for a⊗b. Detached.
