@@ -94,7 +94,6 @@ def test_the_readme_shows_the_house():
     assert {room: int(floor) for floor, room in floors} == FLOOR and len(floors) == len(FLOOR)
 
 
-@pytest.mark.xfail(strict=False, reason="files are being split")
 def test_files_are_read_in_one_go():
     long = {
         str(path.relative_to(ROOT)): lines

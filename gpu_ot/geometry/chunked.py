@@ -16,7 +16,7 @@ from ..costs import Cost, Folded
 from ..problem import Problem, vector_dtype
 from ..vectors import exp, log
 from .products import by_rows
-from .protocol import Geometry, needed, pull_folded, weigh
+from .protocol import Geometry, needed, pull_folded
 
 #: Entries of a block. Measured on 2 cores with n = 10k, from 2^17 to 2^21: within 15 % of each other; this one is 4 MB.
 CPU_ENTRIES = 2**19
@@ -115,6 +115,10 @@ class Chunked(Geometry):
             for cols in by_rows(m, width):
                 yield rows, cols, exponents(rows, cols).exp_()
 
+    def update(self, g: Tensor, b: Tensor, eps: float) -> Tensor:
+        self.guess = super().update(g, b, eps)
+        return self.guess
+
     def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Both half-steps of an iteration from one exponential of each pair.
 
@@ -127,9 +131,7 @@ class Chunked(Geometry):
             g = g_next
             moved = self._fused(problem, g, self.guess, eps) if self.guess is not None else None
             if moved is None:
-                self.guess = self.softmin(weigh(g, problem.b, eps), eps)
-                f = problem.penalties[0].damp(self.guess, eps)
-                g_next = problem.penalties[1].damp(self.T.softmin(weigh(f, problem.a, eps), eps), eps)
+                f, _, g_next = super().iterate(problem, g, eps, 1)
             else:
                 f, g_next, self.guess = moved
         return f, g, g_next
