@@ -115,7 +115,7 @@ def test_lazy_runs_hold_no_matrix(monkeypatch):
     """In blocks far smaller than n by m; the largest tensor made is one of them."""
     for name in ("geometry.select.DENSE_BYTES", "geometry.chunked.CPU_ENTRIES", "costs.base.BLOCK", "solution.plan.BLOCK"):
         monkeypatch.setattr(f"gpu_ot.{name}", 2**11)
-    n = 300
+    n = 150
     x, y = rand(2, n, 2)
     sizes = []
 
