@@ -2,7 +2,7 @@
 
     python bench/ott_derivatives.py [--out tests/ott_derivatives.json]
 
-Needs ott-jax, and nothing of gpu_ot: tests/test_ott_derivatives.py compares ours with the numbers that this writes. OTT's penalties are
+Needs ott-jax, and nothing of gpu_ot: tests/test_gradients.py compares ours with the numbers that this writes. OTT's penalties are
 t = tau / (tau + eps), and its entropy is -eps H(P) where ours is eps KL(P | a⊗b). Between hard marginals the plans agree. Where they give
 way, OTT's P1 = a' exp(-(f + eps log a) / tau) is ours, a exp(-f / tau), for a' = a^(1 / t): so it is given those weights.
 

@@ -12,8 +12,6 @@ Every test runs for so many combinations of costs, sizes, types and so on that a
 torch's own operations in the type that the backend computes in, twice, and a few roundings of the largest number in sight.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

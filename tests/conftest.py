@@ -1,7 +1,5 @@
 """What tests share beside problems.py: fixtures, and the process in which Triton's kernels are interpreted."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io

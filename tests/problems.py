@@ -1,11 +1,12 @@
 """Clouds, weights and matrices that tests share, each the same in every run; and which of many combinations a test needs."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
+import numpy as np
 import torch
+
+from gpu_ot import gradients
 
 INF = math.inf
 
@@ -61,6 +62,54 @@ A, B = ((w + 0.2) / (w + 0.2).sum() for w in (rand(6, seed=3), rand(5, seed=4)))
 def leaves(*tensors):
     """Copies that gradients are asked in."""
     return [z.detach().clone().requires_grad_() for z in tensors]
+
+
+def close(ours, theirs, **tolerance):
+    """Numbers of either library, whatever holds them."""
+    np.testing.assert_allclose(*(np.asarray(z.detach() if isinstance(z, torch.Tensor) else z) for z in (ours, theirs)), **tolerance)
+
+
+def gradcheck(function, inputs):
+    # BLAS sums in an order that depends on where its arguments lie in memory, so a repeated backward may differ in the last digit.
+    return torch.autograd.gradcheck(function, inputs, nondet_tol=1e-12)
+
+
+def numbers(*values):
+    """Each as a tensor that gradients are asked in."""
+    return [torch.tensor(z, dtype=torch.float64, requires_grad=True) for z in values]
+
+
+def first(function, tensors):
+    """The derivatives of a number in all tensors, by torch.autograd."""
+    asked = leaves(*tensors)
+    return torch.autograd.grad(function(*asked), asked)
+
+
+def second(function, tensors, v):
+    """The derivatives in all tensors of <d function / d the first of them, v>."""
+    asked = leaves(*tensors)
+    (slope,) = torch.autograd.grad(function(*asked), asked[0], create_graph=True)
+    return torch.autograd.grad((slope * v).sum(), asked, allow_unused=True)
+
+
+OUTPUTS = ("value", "f", "g", "plan", "plan @ v", "map", "sharp cost")
+
+
+def outputs(s, names=OUTPUTS):
+    """A smooth number of each output of a solution that carries derivatives where those reach the potentials."""
+    p, at = s.problem, (s.problem, s.geometry, s.f, s.g)
+    (n, m), batch = p.shape[-2:], p.shape[:-2]
+    v = (rand(m, 2, seed=8) - 0.3).expand(*batch, m, 2)
+    found = {
+        "value": lambda: s.value,
+        "f": lambda: (s.f * rand(n, seed=5)).sum(-1),
+        "g": lambda: (s.g * rand(m, seed=6)).sum(-1),
+        "plan": lambda: (gradients.plan(*at) * rand(n, m, seed=7)).sum((-1, -2)),
+        "plan @ v": lambda: (gradients.plan_product(*at, v).square() * rand(n, 1, seed=9)).sum((-1, -2)),
+        "map": lambda: gradients.barycentric(p, s.geometry, s.g, v).sin().sum((-1, -2)),
+        "sharp cost": lambda: gradients.plan_cost(*at),
+    }
+    return {name: found[name]() for name in names}
 
 
 def differences(function, at, step):

@@ -1,7 +1,5 @@
 """How a backend is chosen, and what it says when it cannot serve."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sys

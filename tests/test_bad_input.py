@@ -1,7 +1,5 @@
 """Every refusal names the argument, what was found and the way out; and what is legal is taken."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -57,23 +55,17 @@ def test_refusals(door, change, words):
         assert word in str(refusal.value)
 
 
-def test_mass_with_no_open_way_is_refused():
-    """A row may have finite costs and still reach no weight."""
-    cost = torch.tensor([[INF, 1.0], [1.0, 1.0]], dtype=torch.float64)
-    with pytest.raises(ProblemError, match="1 row of M"):
-        Problem(cost, 0.1, weights(0.5, 0.5), weights(1.0, 0.0))
-
-
-def test_unequal_masses_are_refused_with_both_ways_out():
-    with pytest.raises(ProblemError, match=r"sum\(a\) = 1 and sum\(b\) = 2.*Normalise.*penalty=KL"):
-        Problem(M, 0.1, weights(0.2, 0.3, 0.5), weights(0.5, 0.5, 0.5, 0.5))
-    Problem(M, 0.1, weights(0.2, 0.3, 0.5), weights(0.5, 0.5, 0.5, 0.5), gpu_ot.KL(1.0))
-
-
-def test_the_batch_that_is_uneven_is_found():
-    a = torch.stack([weights(0.2, 0.3, 0.5), weights(0.4, 0.6, 1.0)])
-    with pytest.raises(ProblemError, match=r"sum\(a\) = 2 and sum\(b\) = 1"):
-        Problem(M, 0.1, a)
+def test_unequal_masses_and_mass_with_no_open_way_are_refused():
+    """A row may have finite costs and still reach no weight; in a batch the uneven problem is found."""
+    a, b = weights(0.2, 0.3, 0.5), weights(0.5, 0.5, 0.5, 0.5)
+    for says, given in (
+        (r"sum\(a\) = 1 and sum\(b\) = 2.*Normalise.*penalty=KL", (M, 0.1, a, b)),
+        (r"sum\(a\) = 2 and sum\(b\) = 1", (M, 0.1, torch.stack([a, 2 * a]))),
+        ("1 row of M", (torch.tensor([[INF, 1.0], [1.0, 1.0]]), 0.1, weights(0.5, 0.5), weights(1.0, 0.0))),
+    ):
+        with pytest.raises(ProblemError, match=says):
+            Problem(*given)
+    Problem(M, 0.1, a, b, gpu_ot.KL(1.0))
 
 
 def test_clouds_are_checked_by_their_points():
@@ -106,5 +98,12 @@ def test_arrays_of_two_kinds_are_refused():
         gpu_ot.sinkhorn([], [], np.array([["a", "b"]]), 0.1)
 
 
-def test_a_numeric_tensor_is_a_legal_eps():
+def test_eps_may_be_a_tensor_or_relative_to_the_cost():
     assert Problem(M, torch.tensor(0.1)).eps == pytest.approx(0.1)
+    for kind, scale in (("std", M.std(correction=0)), ("mean", M.mean()), ("median", M.median()), ("max", M.max())):
+        assert Problem(M, (kind, 0.05)).eps == pytest.approx(0.05 * float(scale), rel=1e-10)
+        with pytest.raises(ProblemError, match="do not vary"):
+            Problem(torch.zeros(3, 3), (kind, 0.05))
+    for penalty in (gpu_ot.KL, gpu_ot.TV):
+        with pytest.raises(ProblemError, match="tau must be > 0"):
+            penalty(0.0)

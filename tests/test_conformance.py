@@ -1,7 +1,5 @@
 """Every backend against the formulas as they are written: one suite for all, see conformance.py."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

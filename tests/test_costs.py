@@ -1,56 +1,36 @@
 """Costs: the matrix, its folded form, sums, and the digits both keep."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
 
+from conformance import COSTS, manhattan
 from gpu_ot import Cosine, Cost, Dot, Euclidean, Formula, Matrix, ProblemError, SqEuclidean
 from gpu_ot.costs import Sum
 from gpu_ot.costs import base as costs
+from problems import clouds, generator, randn
+
+FOLDING = ("squared", "dot", "cosine", "folding sum")
+#: Of 7 and 9 points, with a matrix among the terms of a sum.
+ALL = {name: bind for name, (bind, _) in COSTS.items()}
+ALL["mixed sum"] = lambda x, y: 0.3 * SqEuclidean(x, y) + Formula(manhattan, 2 * x, y) + 0.1 * Matrix(torch.cdist(x, y))
 
 
-def clouds(n=7, m=9, d=3, batch=(), offset=0.0, dtype=torch.float64):
-    gen = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(*batch, k, d, generator=gen, dtype=torch.float64) + offset for k in (n, m))
-    return x.to(dtype), y.to(dtype)
-
-
-def manhattan(x, y):
-    return Formula(lambda x_i, y_j: (x_i - y_j).abs().sum(-1), x, y)
-
-
-COSTS = {
-    "squared": SqEuclidean,
-    "dot": Dot,
-    "cosine": Cosine,
-    "sum": lambda x, y: 0.3 * SqEuclidean(x, y) + 2 * Cosine(x, y) + Dot(x, y) * 0.1,
-}
-
-
-@pytest.mark.parametrize("name", COSTS)
+@pytest.mark.parametrize("name", FOLDING)
 @pytest.mark.parametrize("batch", [(), (2, 3)])
 def test_the_folded_form_is_the_cost(name, batch):
-    cost = COSTS[name](*clouds(batch=batch))
+    cost = ALL[name](*clouds(7, 9, batch=batch))
     alpha, beta, u, v = cost.fold()
     torch.testing.assert_close(alpha.unsqueeze(-1) + beta.unsqueeze(-2) - u @ v.mT, cost.dense())
     assert cost.dense().shape == cost.shape == (*batch, 7, 9)
 
 
 def test_formulas_see_arrays_that_broadcast():
-    x, y = clouds()
-    torch.testing.assert_close(manhattan(x, y).dense(), torch.cdist(x, y, p=1))
-    assert manhattan(x, y).fold() is None and (SqEuclidean(x, y) + Euclidean(x, y)).fold() is None
-
-
-def test_far_off_centre_clouds_keep_their_digits():
-    x, y = clouds(offset=1000.0, dtype=torch.float32)
-    truth = torch.cdist(x.double(), y.double()).square()
-    alpha, beta, u, v = SqEuclidean(x, y).fold()
-    for C in (SqEuclidean(x, y).dense(), alpha.unsqueeze(-1) + beta - u @ v.mT):
-        assert (C - truth).abs().max() <= 1e-5 * truth.max()
+    x, y = clouds(7, 9)
+    cost = Formula(manhattan, x, y)
+    torch.testing.assert_close(cost.dense(), torch.cdist(x, y, p=1))
+    assert cost.fold() is None and (SqEuclidean(x, y) + Euclidean(x, y)).fold() is None
 
 
 def test_gradients_at_coincident_points_are_zero():
@@ -60,36 +40,24 @@ def test_gradients_at_coincident_points_are_zero():
         assert (grad == 0).all()
 
 
-def test_a_point_at_the_origin_has_no_direction():
+def test_a_point_at_the_origin_has_no_direction_and_terms_must_be_over_the_same_pairs():
     assert (Cosine(torch.zeros(1, 3), torch.rand(4, 3)).dense() == 1).all()
-
-
-def test_terms_must_be_over_the_same_pairs():
-    x, y = clouds()
+    x, y = clouds(7, 9)
     with pytest.raises(ProblemError, match=r"\(7, 8\).*\(7, 9\)"):
         SqEuclidean(x, y) + SqEuclidean(x, y[:8])
-
-
-ALL = {
-    **COSTS,
-    "euclidean": Euclidean,
-    "formula": manhattan,
-    "matrix": lambda x, y: Matrix(torch.cdist(x, y)),
-    "mixed sum": lambda x, y: 0.3 * SqEuclidean(x, y) + manhattan(2 * x, y) + 0.1 * Matrix(torch.cdist(x, y)),
-}
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("batch", [(), (2, 3)])
 def test_a_part_is_a_cut_of_the_whole(name, batch):
-    x, y = (z.requires_grad_() for z in clouds(batch=batch))
+    x, y = (z.requires_grad_() for z in clouds(7, 9, batch=batch))
     cost = ALL[name](x, y)
     C, rows, cols = cost.dense(), torch.tensor([4, 0, 4]), torch.tensor([8, 1])
     torch.testing.assert_close(cost.part(slice(1, 6, 2), slice(3, 5)).dense(), C[..., 1:6:2, 3:5])
     torch.testing.assert_close(cost.part(rows, slice(None)).dense(), C[..., rows, :])
     torch.testing.assert_close(cost.part(rows, cols).dense(), C[..., rows, :][..., cols])
     torch.testing.assert_close((cost.T.dense(), cost.T.part(cols, rows).dense()), (C.mT, C[..., rows, :][..., cols].mT))
-    R = torch.randn(3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    R = randn(3, 2, seed=1)
     found = torch.autograd.grad((cost.part(slice(2, 5), slice(0, 2)).dense() * R).sum(), (x, y), retain_graph=True)
     torch.testing.assert_close(found, torch.autograd.grad((C[..., 2:5, 0:2] * R).sum(), (x, y)))
 
@@ -97,8 +65,8 @@ def test_a_part_is_a_cut_of_the_whole(name, batch):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("batch", [(5,), ()])  # a single cost is shared by the five choices
 def test_each_problem_of_a_batch_may_choose_its_own_rows(name, batch):
-    cost = ALL[name](*clouds(batch=batch))
-    rows = torch.randint(7, (5, 4), generator=torch.Generator().manual_seed(1))
+    cost = ALL[name](*clouds(7, 9, batch=batch))
+    rows = torch.randint(7, (5, 4), generator=generator(1))
     C = cost.dense().expand(5, 7, 9)
     expected = torch.stack([C[k][rows[k]] for k in range(5)])
     torch.testing.assert_close(cost.part(rows, slice(None)).dense().expand_as(expected), expected)
@@ -111,9 +79,9 @@ def test_a_cost_without_part_says_so():
         Cost().of(())
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if "mat" not in name and name != "mixed sum"])
+@pytest.mark.parametrize("name", [*FOLDING, "euclidean", "formula"])
 def test_the_same_cost_between_other_points(name):
-    (x, y), (x_new, y_new) = clouds(), clouds(4, 2, offset=0.5)
+    (x, y), (x_new, y_new) = clouds(7, 9), clouds(4, 2, offset=0.5)
     cost = ALL[name](x, y)
     torch.testing.assert_close(cost.at(x=x_new).dense(), ALL[name](x_new, y).dense())
     torch.testing.assert_close(cost.at(y=y_new).dense(), ALL[name](x, y_new).dense())
@@ -123,7 +91,7 @@ def test_the_same_cost_between_other_points(name):
 
 
 def test_a_sum_over_several_clouds_takes_a_tuple_of_points():
-    (x, y), (p, q) = clouds(), clouds(d=2, offset=1.0)
+    (x, y), (p, q) = clouds(7, 9), clouds(7, 9, 2, offset=1.0)
     cost = SqEuclidean(x, y) + 0.5 * Euclidean(p, q)
     at = cost.at(x=(x[:3], p[:3]))
     torch.testing.assert_close(at.dense(), cost.dense()[:3])
@@ -145,12 +113,12 @@ def test_a_matrix_has_no_points():
 
 def test_a_sample_is_a_strided_cut_without_a_gradient():
     x, y = clouds(1000, 300, batch=(3, 3))
-    cost = manhattan(x.requires_grad_(), y)
+    cost = ALL["formula"](x.requires_grad_(), y)
     sample = cost.sample()
     assert sample.shape == (3, 250, 150) and not sample.requires_grad
     torch.testing.assert_close(sample, cost.dense().detach().flatten(0, 1)[::3, ::4, ::2])
     assert cost.sample(limit=10, problems=20).shape == (9, 10, 10)
-    assert SqEuclidean(*clouds()).sample().shape == (7, 9)
+    assert SqEuclidean(*clouds(7, 9)).sample().shape == (7, 9)
     assert SqEuclidean(*clouds(1, 257)).sample().shape == (1, 129)
 
 
@@ -169,7 +137,7 @@ def test_scales_are_those_of_the_whole_array(name, kind, batch, monkeypatch):
         found = cost.scale(kind)
         assert found.shape == () and found.dtype == torch.float64
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
-    if name in COSTS and kind in ("std", "mean"):  # what folds never sees the pairs
+    if name in FOLDING and kind in ("std", "mean"):  # what folds never sees the pairs
         for kind_of_cost in (SqEuclidean, Dot, Cosine, Sum):
             monkeypatch.setattr(kind_of_cost, "dense", lambda self: pytest.fail("formed the array"))
         torch.testing.assert_close(cost.scale(kind), expected, rtol=1e-12, atol=1e-13)
@@ -182,6 +150,8 @@ def test_scales_keep_their_digits_in_float32():
     C = torch.cdist(cost.x.double(), cost.y.double()).square()
     assert abs(float(cost.scale("std") / C.std(correction=0)) - 1) < 1e-9
     assert abs(float(cost.scale("mean") / C.mean()) - 1) < 1e-12
+    wide = SqEuclidean(*clouds(5, 6, d=40))  # more coordinates than points
+    torch.testing.assert_close(wide.scale("std"), wide.dense().std(correction=0), rtol=1e-12, atol=0)
 
 
 def test_scales_pass_over_forbidden_pairs():
@@ -206,16 +176,11 @@ def test_medians_of_many_entries_are_those_of_a_sample(batch, monkeypatch):
     assert abs(float(found / dense(cost).median()) - 1) < 0.15
 
 
-def test_clouds_with_more_coordinates_than_points_go_by_blocks():
-    cost = SqEuclidean(*clouds(5, 6, d=40))
-    torch.testing.assert_close(cost.scale("std"), cost.dense().std(correction=0), rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize("dim", [-1, -2])
 @pytest.mark.parametrize("block", [1, 100, 10**6])
 def test_strips_make_up_the_whole(dim, block, monkeypatch):
     monkeypatch.setattr(costs, "BLOCK", block)
-    cost = manhattan(*clouds(batch=(2,)))
+    cost = ALL["formula"](*clouds(7, 9, batch=(2,)))
     strips = list(cost.strips(dim))
     assert len(strips) == {1: cost.shape[dim], 10**6: 1}.get(block, len(strips))
     assert [i for window, _ in strips for i in range(cost.shape[dim])[window]] == list(range(cost.shape[dim]))
@@ -224,8 +189,7 @@ def test_strips_make_up_the_whole(dim, block, monkeypatch):
 
 @pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0)])
 def test_wide_float32_points_under_vmap(dims):
-    gen = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(*([4] if dim == 0 else []), n, 20, generator=gen) for n, dim in zip((6, 5), dims, strict=True))
+    x, y = (randn(*([4] if dim == 0 else []), n, 20, dtype=torch.float32) for n, dim in zip((6, 5), dims, strict=True))
     costs = lambda x, y: SqEuclidean(x, y).dense()  # noqa: E731
     each = [costs(*(z[k] if dim == 0 else z for z, dim in zip((x, y), dims, strict=True))) for k in range(4)]
     assert torch.equal(torch.vmap(costs, in_dims=dims)(x, y), torch.stack(each))
@@ -235,8 +199,7 @@ def test_wide_float32_points_under_vmap(dims):
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 def test_wide_float32_points_lose_less_than_differences_do(d, offset):
     """By products in float64, batched and in slabs; the budget is torch's own error by differences in float32."""
-    gen = torch.Generator().manual_seed(d)
-    x, y = (torch.randn(2, size, d, generator=gen) + offset for size in (300, 1100))
+    x, y = (randn(2, size, d, dtype=torch.float32) + offset for size in (300, 1100))
     y[:, :5] = x[:, :5]  # pairs that coincide, and some that nearly do
     y[:, 5:9] = x[:, 5:9] * (1 + 1e-6)
     truth = torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist").square()

@@ -1,53 +1,43 @@
 """Gradients: against finite differences in float64, for the plan, the loss and the value; finite where POT's are NaN."""
 
-from __future__ import annotations
+import json
+import math
+from pathlib import Path
 
 import ot
 import pytest
 import torch
 
 import gpu_ot
+from conformance import COSTS
 from gpu_ot import KL, TV
 from gpu_ot.problem import Problem
-from problems import leaves, pairwise, randn, random_problem
+from problems import differences, gradcheck, leaves, numbers, pairwise, rand, randn, random_problem, weights
 
 #: One iteration count for every perturbation, so that differences see a smooth function.
 FIXED = dict(numItermax=30, stopThr=0.0, warn=False)
 
 
-def gradcheck(function, inputs):
-    # BLAS sums in an order that depends on where its arguments lie in memory, so a repeated backward may differ in the last digit.
-    return torch.autograd.gradcheck(function, inputs, nondet_tol=1e-12)
-
-
 @pytest.mark.parametrize("method", ["sinkhorn", "sinkhorn_log", "sinkhorn_stabilized"])
-def test_loss(problem, method):
-    a, b, M = leaves(*random_problem(6, 5))
-    assert gradcheck(lambda a, b, M: gpu_ot.sinkhorn2(a, b, M, 0.1, method=method, **FIXED), (a, b, M))
+def test_loss(method):
+    inputs = (*leaves(*random_problem(6, 5)), *numbers(0.1))
+    assert gradcheck(lambda a, b, M, reg: gpu_ot.sinkhorn2(a, b, M, reg, method=method, **FIXED), inputs)
 
 
 @pytest.mark.parametrize("iterations", [1, 4, 30])
-def test_any_function_of_the_plan(problem, iterations):
+def test_any_function_of_the_plan(iterations):
     """Truncated runs give the derivative of what was computed, not of what it would converge to."""
-    R = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def function(a, b, M):
         P = gpu_ot.sinkhorn(a, b, M, 0.1, **FIXED | dict(numItermax=iterations))
-        return (R * P).sum() + P.square().sum() + P.sum(0)
+        return (randn(6, 5) * P).sum() + P.square().sum() + P.sum(0)
 
     assert gradcheck(function, leaves(*random_problem(6, 5)))
 
 
-def test_regularisation_as_a_tensor(problem):
-    a, b, M = problem(6, 5)
-    reg = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda reg: gpu_ot.sinkhorn2(a, b, M, reg, **FIXED), reg)
-
-
-def test_several_histograms(problem):
-    a, b, M = leaves(*random_problem(6, 5))
-    B = torch.stack((b.detach(), b.detach().flip(0)), 1).requires_grad_()
-    assert gradcheck(lambda a, B, M: gpu_ot.sinkhorn(a, B, M, 0.1, **FIXED), (a, B, M))
+def test_several_histograms():
+    a, b, M = random_problem(6, 5)
+    assert gradcheck(lambda a, B, M: gpu_ot.sinkhorn(a, B, M, 0.1, **FIXED), leaves(a, torch.stack((b, b.flip(0)), 1), M))
 
 
 @pytest.mark.parametrize("name", ["M", "a", "b"])
@@ -64,32 +54,28 @@ def test_gradients_are_pots_at_convergence(problem, name):
 
 
 @pytest.mark.parametrize("side", ["a", "b", "both"])
-def test_zero_weights_have_finite_and_true_gradients(problem, side):
-    a, b, M = leaves(*random_problem(8, 7))
-    with torch.no_grad():
-        for name, w in (("a", a), ("b", b)):
-            if side in (name, "both"):
-                w[:2] = 0
-                w /= w.sum()
-    R = torch.rand(8, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    grads = torch.autograd.grad((gpu_ot.sinkhorn(a, b, M, 0.1, **FIXED) * R).sum(), (a, b, M))
+def test_zero_weights_have_finite_and_true_gradients(side):
+    a, b, M = random_problem(8, 7)
+    for w in {"a": [a], "b": [b], "both": [a, b]}[side]:
+        w[:2] = 0
+        w /= w.sum()
+    R, inputs = rand(8, 7, seed=1), leaves(a, b, M)
+
+    def value(a, b, M, library=gpu_ot, **options):
+        return (library.sinkhorn(a, b, M, 0.1, **options) * R).sum()
+
+    grads = torch.autograd.grad(value(*inputs, **FIXED), inputs)
     assert all(g.isfinite().all() for g in grads)
-
     # Mass can only be added to an empty atom, so the difference is one-sided.
-    step, name = 1e-7, "b" if side == "b" else "a"
-    w = (b if name == "b" else a).detach().clone()
-    w[0] += step
-    moved = gpu_ot.sinkhorn(w if name == "a" else a, w if name == "b" else b, M, 0.1, **FIXED)
-    still = gpu_ot.sinkhorn(a, b, M, 0.1, **FIXED)
-    difference = float(((moved - still) * R).sum() / step)
-    assert difference == pytest.approx(float(grads[0 if name == "a" else 1][0]), rel=1e-4)
-
+    k, added = int(side == "b"), torch.zeros_like(b if side == "b" else a)
+    added[0] = 1e-7
+    moved = [z + added if i == k else z for i, z in enumerate((a, b, M))]
+    assert float(value(*moved, **FIXED) - value(a, b, M, **FIXED)) / 1e-7 == pytest.approx(float(grads[k][0]), rel=1e-4)
     if side == "a":
-        theirs = torch.autograd.grad((ot.sinkhorn(a, b, M, 0.1) * R).sum(), (a, b, M))
-        assert all(g.isnan().any() for g in theirs)
+        assert all(g.isnan().any() for g in torch.autograd.grad(value(*inputs, ot), inputs))
 
 
-def test_gradients_with_forbidden_pairs(problem):
+def test_gradients_with_forbidden_pairs():
     a, b, M = leaves(*random_problem(6, 6))
     hole = torch.zeros(6, 6, dtype=torch.bool)
     hole[0, 3:] = hole[4, 0] = True
@@ -111,40 +97,31 @@ def test_gradients_come_back_in_the_inputs_type(problem, dtype):
 
 @pytest.mark.parametrize("penalty", [KL(), KL(0.4), (KL(), KL(0.2)), TV(0.15)], ids=str)
 @pytest.mark.parametrize("mode", ["envelope", "unroll"])
-def test_value(problem, penalty, mode):
+def test_value(penalty, mode):
     """Without any rescaling the envelope is exact for relaxed marginals, too."""
-    a, b, M = leaves(*random_problem(6, 5))
 
     def value(a, b, M):
-        a, b = a / a.sum(), b / b.sum()
-        return gpu_ot.solve(Problem(M, 0.1, a, b, penalty), grad=mode, tol=0.0, max_iter=300 if mode == "envelope" else 30).value
+        problem = Problem(M, 0.1, a / a.sum(), b / b.sum(), penalty)
+        return gpu_ot.solve(problem, grad=mode, tol=0.0, max_iter=300 if mode == "envelope" else 30).value
 
-    assert gradcheck(value, (a, b, M))
+    assert gradcheck(value, leaves(*random_problem(6, 5)))
 
 
-def differences(function, at, k):
-    """The derivative in the k-th number, by central differences of fourth order."""
-    step = 1e-3 * at[k]
-    far, near, on, beyond = (float(function(*[z + t * step * (i == k) for i, z in enumerate(at)])) for t in (-2, -1, 1, 2))
-    return (far - 8 * near + 8 * on - beyond) / (12 * step)
+def assert_derivatives(value, at, grads, rel=1e-6):
+    """Of value(*at) in each number."""
+    for k, grad in enumerate(grads):
+        (truth,) = differences(lambda z: [float(value(*z))], [(z, z * (i == k)) for i, z in enumerate(at)], 1e-3)
+        assert float(grad) * at[k] == pytest.approx(truth, rel=rel)
 
 
 #: (tau of the rows, tau of the columns, factor of the mass of b)
 TAUS = [(None, None, 1.0), (0.4, 0.3, 2.0), (None, 0.3, 1.5), (0.4, 0.4, 1.0)]
-KINDS = {
-    "matrix": lambda x, y: gpu_ot.SqEuclidean(x, y).dense(),
-    "squares": gpu_ot.SqEuclidean,
-    "sum": lambda x, y: 0.5 * gpu_ot.SqEuclidean(x, y) + gpu_ot.Cosine(x, y),
-    "distances": gpu_ot.Euclidean,
-}
 
 
-def scalars(problem, taus, batch=()):
+def scalars(taus, batch=()):
     """Clouds and weights, and the numbers (eps, *taus that there are) with what makes penalties of them."""
-    drawn = [problem(6, 5, seed=s) for s in range(3)]
-    gen = torch.Generator().manual_seed(7)
-    x, y = (torch.rand(*batch, n, 2, generator=gen, dtype=torch.float64) for n in (6, 5))
-    a, b = (torch.stack([z[k] for z in drawn]) if batch else drawn[0][k] for k in (0, 1))
+    x, y = (rand(*batch, n, 2, seed=n) for n in (6, 5))
+    a, b = (weights(n, batch) for n in (6, 5))
     rows, columns, factor = taus
 
     def penalties(*given):
@@ -154,46 +131,43 @@ def scalars(problem, taus, batch=()):
     return x, y, a, factor * b, [0.1, *(tau for tau in (rows, columns) if tau is not None)], penalties
 
 
-MACHINES = [
-    *(("matrix", "dense"), ("squares", "dense"), ("squares", "chunked"), ("sum", "chunked")),
-    *(("distances", "softmin"), ("distances", "chunked")),
+BACKENDS = [
+    *(("matrix", "dense"), ("squared", "dense"), ("squared", "chunked"), ("folding sum", "chunked")),
+    *(("euclidean", "softmin"), ("euclidean", "chunked")),
 ]
 
 
-@pytest.mark.parametrize("machine, taus, batch", pairwise(MACHINES, TAUS, [(), (3,)]), ids=str)
-def test_value_in_eps_and_tau(problem, machine, taus, batch):
+@pytest.mark.parametrize("served, taus, batch", pairwise(BACKENDS, TAUS, [(), (3,)]), ids=str)
+def test_value_in_eps_and_tau(served, taus, batch):
     """By the envelope: KL(P | a⊗b), and KL of each relaxed marginal."""
-    cost, backend = machine
-    x, y, a, b, at, penalties = scalars(problem, taus, batch)
-    R = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64) if batch else torch.ones((), dtype=torch.float64)
+    cost, backend = served
+    x, y, a, b, at, penalties = scalars(taus, batch)
+    R = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64) if batch else 1.0
 
     def value(eps, *taus):
-        return (
-            R * gpu_ot.solve(Problem(KINDS[cost](x, y), eps, a, b, penalties(*taus)), backend=backend, tol=1e-14, max_iter=3000).value
-        ).sum()
+        problem = Problem(COSTS[cost][0](x, y), eps, a, b, penalties(*taus))
+        return (R * gpu_ot.solve(problem, backend=backend, tol=1e-14, max_iter=3000).value).sum()
 
-    numbers = [torch.tensor(z, dtype=torch.float64, requires_grad=True) for z in at]
-    grads = torch.autograd.grad(value(*numbers), numbers)
-    for k, grad in enumerate(grads):
-        assert float(grad) == pytest.approx(differences(value, at, k), rel=1e-6)
-    assert torch.func.grad(value, argnums=0)(*(z.detach() for z in numbers)) == pytest.approx(float(grads[0]), rel=1e-9)
+    given = numbers(*at)
+    grads = torch.autograd.grad(value(*given), given)
+    assert_derivatives(value, at, grads)
+    assert torch.func.grad(value, argnums=0)(*(z.detach() for z in given)) == pytest.approx(float(grads[0]), rel=1e-9)
 
 
 @pytest.mark.parametrize("taus", TAUS, ids=str)
-def test_divergence_in_eps_and_tau(problem, taus):
-    x, y, a, b, at, penalties = scalars(problem, taus)
+def test_divergence_in_eps_and_tau(taus):
+    x, y, a, b, at, penalties = scalars(taus)
 
     def value(eps, *taus):
         return gpu_ot.divergence(Problem(gpu_ot.SqEuclidean(x, y), eps, a, b, penalties(*taus)), tol=1e-14, max_iter=3000).value
 
-    numbers = [torch.tensor(z, dtype=torch.float64, requires_grad=True) for z in at]
-    for k, grad in enumerate(torch.autograd.grad(value(*numbers), numbers)):
-        assert float(grad) == pytest.approx(differences(value, at, k), rel=1e-6)
+    given = numbers(*at)
+    assert_derivatives(value, at, torch.autograd.grad(value(*given), given))
 
 
-def test_eps_and_tau_are_learnt_beside_the_points(problem):
+def test_eps_and_tau_are_learnt_beside_the_points():
     """As parameters of a loss, of another type and with the points: neither takes anything from the other."""
-    x, y, a, b, _, _ = scalars(problem, TAUS[1])
+    x, y, a, b, _, _ = scalars(TAUS[1])
     x.requires_grad_()
     eps, tau = (torch.nn.Parameter(torch.tensor([z])) for z in (0.1, 0.4))
     loss = gpu_ot.SinkhornLoss(eps, tau, tol=1e-12)
@@ -201,9 +175,7 @@ def test_eps_and_tau_are_learnt_beside_the_points(problem):
     found = torch.autograd.grad(loss(x, y, a, b), (eps, tau, x))
     assert found[0].shape == (1,) and found[0].dtype == torch.float32
     fixed = [float(z.detach()) for z in (eps, tau)]
-    value = lambda eps, tau: gpu_ot.SinkhornLoss(eps, tau, tol=1e-14)(x.detach(), y, a, b)  # noqa: E731
-    for k in (0, 1):
-        assert float(found[k]) == pytest.approx(differences(value, fixed, k), rel=1e-5)
+    assert_derivatives(lambda eps, tau: gpu_ot.SinkhornLoss(eps, tau, tol=1e-14)(x.detach(), y, a, b), fixed, found[:2], 1e-5)
     (alone,) = torch.autograd.grad(gpu_ot.SinkhornLoss(*fixed, tol=1e-12)(x, y, a, b), x)
     torch.testing.assert_close(found[2], alone, rtol=1e-12, atol=0)
     with torch.no_grad():
@@ -233,64 +205,57 @@ def test_tau_through_the_iterations(problem, penalty, at):
     """Of whatever was computed: here after seven iterations."""
     a, b, M = problem(6, 5)
 
-    def outputs(tau):
+    def value(tau):
         done = gpu_ot.solve(Problem(M, 0.1, a, 1.2 * b, penalty(tau)), grad="unroll", tol=0.0, max_iter=7)
         return (done.value + (randn(6, 5) * done.plan.to_dense()).sum() + done.f.sum()).sum()
 
-    tau = torch.tensor(at, dtype=torch.float64, requires_grad=True)
-    (found,) = torch.autograd.grad(outputs(tau), tau)
-    step = 1e-6
-    with torch.no_grad():
-        expected = (outputs(tau + step) - outputs(tau - step)) / (2 * step)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    (tau,) = numbers(at)
+    assert_derivatives(value, [at], torch.autograd.grad(value(tau), tau))
 
 
-def test_no_graph_is_kept_when_none_is_asked_for(problem):
-    a, b, M = leaves(*random_problem(6, 5))
+def test_no_graph_is_kept_when_none_is_asked_for():
+    asked = leaves(*random_problem(6, 5))
     with torch.no_grad():
-        assert not gpu_ot.sinkhorn(a, b, M, 0.1).requires_grad
-    assert not gpu_ot.sinkhorn(*(z.detach() for z in (a, b, M)), 0.1).requires_grad
+        found = [gpu_ot.sinkhorn(*asked, 0.1), gpu_ot.solve(Problem(asked[2], 0.1, *asked[:2]), grad="implicit").f]
+    a, b, M = random_problem(6, 5)
+    implicit = gpu_ot.solve(Problem(M, 0.1, a, b), grad="implicit")
+    assert not any(z.requires_grad for z in (*found, gpu_ot.sinkhorn(a, b, M, 0.1), implicit.f, implicit.value))
 
 
 @pytest.mark.parametrize("name", ["M", "a", "b"])
 def test_second_derivatives_of_an_envelope_refuse_instead_of_being_wrong(problem, name):
     """Also where only a weight is asked for, in which the envelope is linear and would pass for its own derivative."""
-    a, b, M = problem(6, 5)
-    given = dict(a=a, b=b, M=M)
-    given[name] = given[name].clone().requires_grad_()
-    value = gpu_ot.solve(Problem(given["M"], 0.1, given["a"], given["b"])).value
+    given = dict(zip("abM", problem(6, 5), strict=True))
+
+    def value(z):
+        a, b, M = (given | {name: z}).values()
+        return gpu_ot.solve(Problem(M, 0.1, a / a.sum(), b / b.sum())).value
+
+    (asked,) = leaves(given[name])
     with pytest.raises(NotImplementedError, match=r'second derivatives.*grad="implicit"'):
-        torch.autograd.grad(value, given[name], create_graph=True)
+        torch.autograd.grad(value(asked), asked, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r'second derivatives.*grad="implicit"'):
+        torch.func.grad(lambda z: torch.func.grad(value)(z).square().sum())(given[name])
 
 
-def test_second_derivatives_of_what_was_computed(problem):
-    a, b, M = leaves(*random_problem(4, 3))
-
-    def function(a, b, M):
+def test_second_derivatives_of_what_was_computed():
+    def function(a, b, M, x, y):
         P = gpu_ot.sinkhorn(a, b, M, 0.2, **FIXED | dict(numItermax=4))
-        return P.square().sum(), gpu_ot.solve(Problem(M, 0.2, a / a.sum(), b / b.sum(), KL(0.3)), grad="unroll", tol=0.0, max_iter=3).value
+        relaxed = Problem(M, 0.2, a / a.sum(), b / b.sum(), KL(0.3)), "dense"
+        streamed = Problem(gpu_ot.SqEuclidean(x, y), 0.2), "chunked"
+        done = [gpu_ot.solve(problem, backend=name, grad="unroll", tol=0.0, max_iter=3) for problem, name in (relaxed, streamed)]
+        return P.square().sum(), done[0].value, done[1].f
 
-    assert torch.autograd.gradgradcheck(function, (a, b, M), nondet_tol=1e-12)
-
-
-def test_second_derivatives_in_the_points_of_unrolled_iterations():
-    x, y = (torch.rand(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (4, 3))
-
-    def f(x, y):
-        return gpu_ot.solve(Problem(gpu_ot.SqEuclidean(x, y), 0.2), backend="chunked", grad="unroll", tol=0.0, max_iter=3).f
-
-    assert torch.autograd.gradgradcheck(f, (x, y), nondet_tol=1e-12)
+    inputs = leaves(*random_problem(4, 3), rand(4, 2), rand(3, 2, seed=1))
+    assert torch.autograd.gradgradcheck(function, inputs, nondet_tol=1e-12)
 
 
-def test_empty_atoms_far_below_the_rest_leave_no_nan(problem):
+def test_empty_atoms_far_below_the_rest_leave_no_nan():
     """Between two empty atoms exponents overflow at small eps; times their weights, 0, they are no derivative."""
-    a, b, M = leaves(*random_problem(6, 5))
-    with torch.no_grad():
-        a[0], b[0] = 0, 0
-        a /= a.sum()
-        b /= b.sum()
-        M[0], M[:, 0] = 3.0, 3.0
-        M[0, 0] = 0.0
+    M = random_problem(6, 5)[2]
+    M[0], M[:, 0] = 3.0, 3.0
+    M[0, 0] = 0.0
+    a, b, M = leaves(weights(6, empty=1), weights(5, empty=1), M)
     for mode in ("envelope", "implicit"):
         s = gpu_ot.solve(Problem(M, 2e-3, a, b), grad=mode, backend="softmin", tol=1e-12, max_iter=20_000)
         assert float(s.f[0] + s.g[0]) / 2e-3 > 710  # exp overflows
@@ -298,3 +263,38 @@ def test_empty_atoms_far_below_the_rest_leave_no_nan(problem):
         assert all(grad.isfinite().all() for grad in grads)
     P = gpu_ot.gradients.plan(s.problem, s.geometry, s.f, s.g)
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(P.square().sum(), (a, b, M)))
+
+
+#: Derivatives of the sharp cost and of the plan in the cost, OTT-JAX's: numbers stored by bench/ott_derivatives.py.
+STORED = json.loads((Path(__file__).parent / "ott_derivatives.json").read_text())
+PROBLEMS = {p["name"]: p for p in STORED["problems"]}
+assert {tau is None for p in PROBLEMS.values() for tau in p["tau"]} == {True, False}, "hard marginals and relaxed ones"
+
+
+def tensor(z):
+    return torch.tensor(z, dtype=torch.float64)
+
+
+def solved(p, C):
+    on_a, on_b = (KL(math.inf if tau is None else tau) for tau in p["tau"])
+    return gpu_ot.solve(Problem(C, p["eps"], tensor(p["a"]), tensor(p["b"]), (on_a, on_b)), grad="implicit", tol=1e-13, strict=True)
+
+
+def off(ours, theirs):
+    """The largest difference, relative to the largest entry."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_plans_and_derivatives_are_otts(name):
+    p = PROBLEMS[name]
+    C = tensor(p["C"]).requires_grad_()
+    solution = solved(p, C)
+    P = solution.plan.to_dense()
+    assert off(P.detach(), tensor(p["plan"])) <= 1e-10
+    for output, value in (("sharp_cost", (P * C).sum()), ("sharp_cost", solution.sharp_cost), ("linear", (P * tensor(p["W"])).sum())):
+        theirs = p[output]
+        assert theirs["off_differences"] <= 1e-8, "not a reference"
+        assert float(value.detach()) == pytest.approx(theirs["value"], rel=1e-10)
+        (grad,) = torch.autograd.grad(value, C, retain_graph=True)
+        assert off(grad, tensor(theirs["grad"])) <= 1e-6

@@ -1,15 +1,17 @@
-"""The house stands: rooms import only from below, README shows the same, packaging names every folder, importing costs little."""
-
-from __future__ import annotations
+"""The house stands: rooms import only from below, packaging names every folder, importing costs little; and README's word is good."""
 
 import ast
 import functools
+import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from gpu_ot.cli import main
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -18,6 +20,8 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpu_ot"
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
 
 #: The rooms of each floor, from the ground up. A room imports from floors below; on the top floor also from its own, without circles.
 FLOORS = (
@@ -89,7 +93,7 @@ def test_the_imports_draw_the_house():
 
 
 def test_the_readme_shows_the_house():
-    shown = re.search(r"<!-- house -->(.*?)<!-- /house -->", (ROOT / "README.md").read_text(), re.S)
+    shown = re.search(r"<!-- house -->(.*?)<!-- /house -->", README, re.S)
     floors = re.findall(r"^(\d)  (\w+)", shown[1], re.M)
     assert {room: int(floor) for floor, room in floors} == FLOOR and len(floors) == len(FLOOR)
 
@@ -155,3 +159,44 @@ def test_importing_is_light():
 def test_the_folder_kernels_refuses_the_name_of_another_project():
     done = subprocess.run([sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=ROOT)
     assert "gpu_ot.kernels" in done.stderr
+
+
+def blocks(language):
+    return [code for kind, code in BLOCKS if kind == language]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.strip().splitlines()[0][:40])
+def test_python_runs(code):
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("line", [line for code in blocks("bash") for line in code.splitlines() if line.strip()])
+def test_commands_exist(line, capsys):
+    command = line.split("#")[0].split()
+    if command[0] == "make":
+        if shutil.which("make") is None:
+            pytest.skip("no make here")
+        done = subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif command[0] == "gpu-ot":
+        with pytest.raises(SystemExit) as finished:
+            main([*command[1 : command.index("--") if "--" in command else None], "--help"])
+        assert finished.value.code == 0
+    elif command[0] == "torchrun" and "-m" in command:
+        assert importlib.util.find_spec(command[command.index("-m") + 1]) is not None
+    elif command[0] == "torchrun":
+        assert (ROOT / next(word for word in command if word.endswith(".py"))).is_file()
+    elif command[0] == "python":
+        assert (ROOT / command[1]).is_file()
+    else:
+        assert command[:2] == ["pip", "install"]
+
+
+def test_every_block_is_of_a_kind_that_is_checked():
+    assert {kind for kind, _ in BLOCKS} <= {"python", "bash", "text"} and len(blocks("python")) >= 4
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target

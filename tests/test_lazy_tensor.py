@@ -3,8 +3,6 @@
 All tests share one formula, whose reductions and derivatives KeOps compiles once each.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io
@@ -15,19 +13,18 @@ import pytest
 import torch
 
 import gpu_ot
+from conformance import COSTS, Conformance
 from gpu_ot import BackendError, Matrix, Plan, ProblemError, SqEuclidean, unbalanced
 from gpu_ot.costs import Lazy
 from gpu_ot.geometry import keops
-from gpu_ot.geometry.dense import Dense
 from gpu_ot.geometry.keops import Keops
 from gpu_ot.geometry.select import bind
 from gpu_ot.problem import Problem
+from problems import clouds, rand, randn, weights
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("pykeops") is None or keops.compiler() is None, reason="KeOps needs pykeops and a C++ compiler"
 )
-
-SIZE = 63, 57, 3
 
 
 def LazyTensor(*given):
@@ -42,128 +39,71 @@ def formula(x_i, y_j, w):
 
 
 def lazy(x, y, w):
-    return formula(LazyTensor(x[:, None, :]), LazyTensor(y[None, :, :]), w)
+    return formula(LazyTensor(x.unsqueeze(-2)), LazyTensor(y.unsqueeze(-3)), w)
 
 
 def stored(x, y, w):
-    return formula(x[:, None, :], y[None, :, :], w)
+    return formula(x.unsqueeze(-2), y.unsqueeze(-3), w)
 
 
-def given(n, m, d, dtype=torch.float64):
+def given(n=63, m=57, dtype=torch.float64):
     """Two clouds and the parameter."""
-    gen = torch.Generator().manual_seed(n + m + d)
-    x, y = (torch.randn(k, d, generator=gen, dtype=torch.float64) for k in (n, m))
-    return x.to(dtype), y.to(dtype), torch.rand(d, generator=gen, dtype=torch.float64).to(dtype)
+    return [z.to(dtype) for z in (*clouds(n, m), rand(3))]
 
 
-def weights(n, m):
-    """Two histograms with empty atoms, the first among them."""
-    gen = torch.Generator().manual_seed(4)
-    a, b = (torch.rand(k, generator=gen, dtype=torch.float64) for k in (n, m))
-    a[0] = b[:3] = 0
-    return a / a.sum(), b / b.sum()
+#: With empty atoms, the first among them.
+A, B = weights(63, empty=1), weights(57, empty=3)
 
 
-def potentials(C, eps):
-    """Row and column vectors as the loop makes them, some atoms empty."""
-    h = 0.3 * C.max() * torch.randn(C.shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    if len(h) > 2:
-        h[0] = h[len(h) // 2] = -math.inf
-    return Dense(C).softmin(h, eps), h
+@pytest.mark.slow
+class TestLazy(Conformance):
+    """The suite of all backends, in the points."""
+
+    backend, costs, batches = "keops", ("lazy",), ()
+    sizes = ((63, 57, 3), (1, 5, 3), (5, 1, 3), (1, 1, 3))
+
+    @pytest.fixture(autouse=True)
+    def known(self, monkeypatch):
+        def with_parameter(cost):
+            return lambda x, y: cost(x, y, rand(3).to(x))
+
+        monkeypatch.setitem(COSTS, "lazy", (with_parameter(lambda *z: Lazy(lazy(*z))), with_parameter(formula)))
 
 
 def test_a_solve_is_that_of_the_matrix():
-    a, b = weights(*SIZE[:2])
-    x, y, w = given(*SIZE)
+    x, y, w = given()
     options: dict[str, Any] = dict(tol=0.0, max_iter=40, accelerate="none")
-    ours = gpu_ot.solve(Problem(Lazy(lazy(x, y, w)), 0.1, a, b), backend="keops", **options)
-    truth = gpu_ot.solve(Problem(stored(x, y, w), 0.1, a, b), backend="softmin", **options)
+    ours = gpu_ot.solve(Problem(Lazy(lazy(x, y, w)), 0.1, A, B), backend="keops", **options)
+    truth = gpu_ot.solve(Problem(stored(x, y, w), 0.1, A, B), backend="softmin", **options)
     torch.testing.assert_close((ours.value, ours.f, ours.g), (truth.value, truth.f, truth.g), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("penalty", [gpu_ot.KL(), gpu_ot.KL(1.0)], ids=["balanced", "KL"])
-def test_value_plan_and_gradients_in_points_weights_and_parameter(penalty):
+@pytest.mark.parametrize("wanted", [(0, 1, 2, 3, 4), (1,), (2,)], ids=["all", "y", "parameter"])
+def test_value_plan_and_gradients_in_what_asks_for_them(penalty, wanted):
+    """The points, the parameter, the weights."""
+
     def run(cost, backend):
-        x, y, w, a, b = leaves = [z.clone().requires_grad_() for z in (*given(*SIZE), *weights(*SIZE[:2]))]
+        x, y, w, a, b = inputs = [z.clone().requires_grad_(k in wanted) for k, z in enumerate((*given(), A, B))]
         solution = gpu_ot.solve(Problem(cost(x, y, w), 0.1, a, b, penalty), backend=backend, tol=1e-13, max_iter=5000)
-        return solution, torch.autograd.grad(solution.value, leaves)
+        return solution, torch.autograd.grad(solution.value, [inputs[k] for k in wanted])
 
     (ours, found), (truth, expected) = run(lambda *z: Lazy(lazy(*z)), "keops"), run(stored, "softmin")
     torch.testing.assert_close(ours.value, truth.value, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found[:3], expected[:3], rtol=1e-7, atol=1e-10)
     if not penalty.balanced:  # potentials, and gradients in the weights, that have no gauge
         torch.testing.assert_close((ours.f, ours.g, *found[3:]), (truth.f, truth.g, *expected[3:]), rtol=1e-7, atol=1e-9)
-    v = torch.randn(57, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    torch.testing.assert_close(ours.plan @ v, truth.plan @ v, rtol=1e-8, atol=1e-11)
-    torch.testing.assert_close(ours.plan.to_dense(), truth.plan.to_dense(), rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sharpness", [1.0, 0.05, 1e-3])
-@pytest.mark.parametrize("size", [SIZE, (1, 5, 3), (5, 1, 3), (1, 1, 3)], ids=str)
-def test_both_verbs_both_ways(size, sharpness):
-    x, y, w = given(*size)
-    n, m, d = size
-    C = stored(x, y, w)
-    ours, truth, eps = Keops(Lazy(lazy(x, y, w))), Dense(C), sharpness * float(C.max())
-    k, h = potentials(C, eps)
-    v = torch.randn(m, 1 + d, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    u, atol = v.new_ones(n, 1), 1e-12 * float(C.max())
-    both = [(g.softmin(h, eps), g.T.softmin(k, eps), g.T.T.softmin(h, eps)) for g in (ours, truth)]
-    torch.testing.assert_close(*both, rtol=0, atol=atol)
-    both = [(g.apply(k, h, eps, v), g.T.apply(h, k, eps, u)) for g in (ours, truth)]
-    torch.testing.assert_close(*both, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(ours.T.plan(h, k, eps), truth.T.plan(h, k, eps), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("asked", [(True, True, True), (False, True, False), (False, False, True)], ids=["all", "y", "parameter"])
-@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-def test_pull_back_reaches_what_asks_for_it(transposed, asked):
-    leaves = [z.requires_grad_(wanted) for z, wanted in zip(given(*SIZE), asked, strict=True)]
-    C, geometry = stored(*leaves), Keops(Lazy(lazy(*leaves)))
-    eps = 0.1 * float(C.detach().max())
-    k, h = potentials(C.detach(), eps)
-    if transposed:
-        k, h, C, geometry = h, k, C.mT, geometry.T
-    w = torch.randn(k.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    wanted = [z for z in leaves if z.requires_grad]
-    expected = torch.autograd.grad(C, wanted, Dense(C.detach()).pull_back(k, h, eps, w)[0])
-    pairs = list(zip(geometry.inputs, geometry.pull_back(k, h, eps, w), strict=True))
-    assert all(not grad.any() for z, grad in pairs if not z.requires_grad)
-    reached = [(z, grad) for z, grad in pairs if z.requires_grad]
-    found = torch.autograd.grad([z for z, _ in reached], wanted, [grad for _, grad in reached])
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sharpness", [1.0, 0.05, 1e-3])
-def test_float32_stays_and_is_as_accurate_as_torch(sharpness):
-    """The budget is torch's own error in the same type, measured against float64."""
-    z = given(*SIZE, dtype=torch.float32)
-    exact, C = stored(*(each.double() for each in z)), stored(*z)
-    eps = sharpness * float(exact.max())
-    k, h = potentials(exact, eps)
-    truth, geometry, v = Dense(exact), Keops(Lazy(lazy(*z))), torch.ones(57, 1)
-    assert geometry.dtype == torch.float32
-    torchs = -eps * torch.logsumexp((h.float() - C) / eps, -1), ((k.float().unsqueeze(-1) + h.float() - C) / eps).exp() @ v
-    ours, exactly = ((g.softmin(h, eps), g.apply(k, h, eps, v.double())) for g in (geometry, truth))
-    for found, peer, right in zip(ours, torchs, exactly, strict=True):
-        allowed = 2 * float((peer.double() - right).abs().max()) + 1e-6
-        assert found.dtype == torch.float64 and float((found - right).abs().max()) <= allowed
-    solution = gpu_ot.solve(Problem(Lazy(lazy(*z)), 0.1), backend="keops")
-    assert solution.value.dtype == torch.float32 and solution.f.dtype == torch.float64 and bool(solution.converged)
 
 
 @pytest.mark.slow
 def test_the_matrix_and_parts_of_it(monkeypatch):
-    x, y, w = (z.requires_grad_() for z in given(*SIZE))
+    x, y, w = (z.requires_grad_() for z in given())
     cost, C = Lazy(lazy(x, y, w)), stored(x, y, w)
     atol = 1e-14 * float(C.detach().max())
     torch.testing.assert_close(cost.dense(), C, rtol=0, atol=atol)
     torch.testing.assert_close(cost.T.dense(), C.mT, rtol=0, atol=atol)
-    G = torch.randn(C.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    G = randn(*C.shape)
     torch.testing.assert_close(torch.autograd.grad(cost.dense(), (x, y, w), G), torch.autograd.grad(C, (x, y, w), G))
     rows, columns = torch.tensor([3, 3, 61]), slice(2, None, 7)
     torch.testing.assert_close(cost.part(rows, columns).dense(), C[rows, columns])
@@ -177,7 +117,7 @@ def test_the_matrix_and_parts_of_it(monkeypatch):
 
 @pytest.mark.slow
 def test_a_sum_with_another_cost():
-    x, y, w = given(*SIZE)
+    x, y, w = given()
     solve = lambda cost, backend: gpu_ot.solve(Problem(cost, 0.1), backend=backend, tol=1e-12)  # noqa: E731
     ours = solve(Lazy(lazy(x, y, w)) + 0.5 * SqEuclidean(x, y), "keops")
     truth = solve(Matrix(stored(x, y, w) + 0.5 * torch.cdist(x, y).square()), "softmin")
@@ -186,8 +126,7 @@ def test_a_sum_with_another_cost():
 
 @pytest.mark.slow
 def test_pots_names_take_it_and_return_a_lazy_plan():
-    a, b = weights(*SIZE[:2])
-    z = given(*SIZE)
+    z, a, b = given(), A, B
     M, C = lazy(*z), stored(*z)
     options: dict[str, Any] = dict(reg=0.1, stopThr=1e-11)
     plan, expected = gpu_ot.sinkhorn(a, b, M, **options), gpu_ot.sinkhorn(a, b, C, **options)
@@ -210,11 +149,11 @@ def test_pots_names_take_it_and_return_a_lazy_plan():
 @pytest.mark.slow
 def test_derivatives_through_pots_name_and_second_ones_of_the_matrix():
     def loss(cost):
-        leaves = [z.requires_grad_() for z in given(*SIZE)]
-        return torch.autograd.grad(gpu_ot.sinkhorn2(*weights(*SIZE[:2]), cost(*leaves), 0.1, stopThr=1e-11), leaves)
+        leaves = [z.requires_grad_() for z in given()]
+        return torch.autograd.grad(gpu_ot.sinkhorn2(A, B, cost(*leaves), 0.1, stopThr=1e-11), leaves)
 
     def matrix(cost):
-        leaves = [z.requires_grad_() for z in given(5, 4, 3)]
+        leaves = [z.requires_grad_() for z in given(5, 4)]
         (first,) = torch.autograd.grad(cost(*leaves).square().sum(), leaves[2:], create_graph=True)
         return torch.autograd.grad(first.square().sum(), leaves)
 
@@ -223,18 +162,18 @@ def test_derivatives_through_pots_name_and_second_ones_of_the_matrix():
 
 
 def test_keops_takes_it_and_the_others_say_why_not():
-    problem = Problem(Lazy(lazy(*given(*SIZE))), 0.1)
+    problem = Problem(Lazy(lazy(*given())), 0.1)
     assert isinstance(bind(problem), Keops)
     for backend, why in (("chunked", "LazyTensor"), ("triton", "float32|fold|GPU")):
         with pytest.raises(BackendError, match=f'backend "{backend}" cannot serve this problem: .*({why})'):
             bind(problem, backend)
     assert "LazyTensor" in gpu_ot.explain(problem)
     with pytest.raises(ProblemError, match=r"unbalanced=reg_m"):
-        unbalanced.sinkhorn_unbalanced(None, None, lazy(*given(*SIZE)), 0.1, 1.0)
+        unbalanced.sinkhorn_unbalanced(None, None, lazy(*given()), 0.1, 1.0)
 
 
 def test_inputs_are_the_tensors_behind_it_each_once():
-    x, y, w = given(*SIZE)
+    x, y, w = given()
     cost = Lazy(lazy(x.requires_grad_(), y, w))
     assert list(cost.inputs) == ["C.variables[0]", "C.variables[1]", "C.variables[2]"] and cost.shape == (63, 57)
     for z, held in zip((x, y, w), cost.inputs.values(), strict=True):
@@ -246,7 +185,7 @@ def test_inputs_are_the_tensors_behind_it_each_once():
 
 
 def test_what_is_refused_says_why():
-    x, y, w = given(*SIZE)
+    x, y, w = given()
     C = lazy(x, y, w)
     x_i, y_j = LazyTensor(x[:, None, :]), LazyTensor(y[None, :, :])
     with contextlib.redirect_stdout(io.StringIO()):
@@ -273,6 +212,6 @@ def test_what_is_refused_says_why():
     with pytest.raises(ProblemError, match=r"C\.variables\[0\] .*NaN .* 1 of its entries"):
         Problem(Lazy(C), 0.1)
     with pytest.raises(ProblemError, match=r"a has shape \(62,\)"):
-        Problem(Lazy(lazy(*given(*SIZE))), 0.1, a=torch.ones(62))
+        Problem(Lazy(lazy(*given())), 0.1, a=torch.ones(62))
     with pytest.raises(BackendError, match=r"one problem at a time"):
-        bind(Problem(Lazy(lazy(*given(*SIZE))), 0.1, a=torch.ones(2, 63) / 63), "keops")
+        bind(Problem(Lazy(lazy(*given())), 0.1, a=torch.ones(2, 63) / 63), "keops")

@@ -1,7 +1,5 @@
 """Whose name is whose: `gpu_ot.solve` is ours alone, `gpu_ot.pot` has all of POT's, the top level says where to find the others."""
 
-from __future__ import annotations
-
 import inspect
 import subprocess
 import sys

@@ -1,13 +1,7 @@
 """A cost of the user's own, of three sorts: with no more than it must write; one that can be cut; one that folds. Each on every backend
 that takes it, against a Matrix of the same numbers."""
 
-from __future__ import annotations
-
 import importlib.util
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,8 +13,7 @@ from gpu_ot.costs.base import take
 from gpu_ot.geometry import keops
 from gpu_ot.geometry.chunked import Chunked
 from gpu_ot.geometry.select import BACKENDS, bind
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from problems import clouds, generator, leaves, pairwise
 
 
 class Minimal(Cost):
@@ -58,8 +51,8 @@ class Copied(Minimal):
     """Cuts itself, into costs of another kind and on copies of its points."""
 
     def part(self, rows, cols):
-        function = lambda x, y: (x - y).square().sum(-1) + self.w * x.abs().sum(-1)  # noqa: E731
-        return Formula(function, take(self.x.clone(), rows, -2), take(self.y.clone(), cols, -2))
+        points = take(self.x.clone(), rows, -2), take(self.y.clone(), cols, -2)
+        return Formula(lambda x, y: (x - y).square().sum(-1) + self.w * x.abs().sum(-1), *points)
 
 
 class Folding(Minimal):
@@ -74,10 +67,9 @@ SERVED = [pytest.param(kind, backend, id=f"{kind.__name__}-{backend}") for kind,
 EPS = 0.3
 
 
-def given(n=9, m=7, d=3, batch=(), dtype=torch.float64):
-    gen = torch.Generator().manual_seed(n + m)
-    x, y = (torch.randn(*batch, k, d, generator=gen, dtype=torch.float64) for k in (n, m))
-    return [z.to(dtype).requires_grad_() for z in (x, y, torch.tensor(0.7))]
+def given(batch=(), dtype=torch.float64):
+    x, y = clouds(9, 7, batch=batch)
+    return leaves(*(z.to(dtype) for z in (x, y, torch.tensor(0.7))))
 
 
 def stored(x, y, w):
@@ -104,8 +96,7 @@ def test_values_and_gradients_are_those_of_the_matrix(kind, backend, batch, grad
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch", [(), (2, 3)])
+@pytest.mark.parametrize("kind, batch", pairwise(KINDS, [(), (2, 3)]))
 def test_everything_else_follows(kind, batch):
     with torch.no_grad():
         z = given(batch=batch)
@@ -123,26 +114,22 @@ def test_everything_else_follows(kind, batch):
         v = torch.arange(7, dtype=torch.float64).unsqueeze(-1)
         torch.testing.assert_close(ours.plan @ v.expand(*batch, 7, 1), truth.plan @ v.expand(*batch, 7, 1), rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(ours.plan.diagonal(), truth.plan.diagonal(), rtol=1e-6, atol=1e-12)
-        pairs = (each.plan.sample(50, torch.Generator().manual_seed(0)) for each in (ours, truth))
+        pairs = (each.plan.sample(50, generator()) for each in (ours, truth))
         assert all(torch.equal(*index) for index in zip(*pairs, strict=True))
         flipped = solve(ours.problem.T, tol=1e-10)
         torch.testing.assert_close(flipped.value, truth.value, rtol=1e-8, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("kind, batch", pairwise(KINDS, [(), (2,)]))
 def test_as_a_loss(kind, batch):
     """Debiased, where it knows its points and where only the function that makes it does; and without."""
-    plain = lambda cost: lambda x, y: cost(x, y, x.new_zeros(()))  # noqa: E731 (symmetric)
-    debiased = lambda cost: SamplesLoss(cost=plain(cost), blur=0.5, tol=1e-10)  # noqa: E731
-    alone = lambda cost: SinkhornLoss(EPS, cost=plain(cost), tol=1e-10)  # noqa: E731
-    for loss in (debiased, alone):
-        found, expected = [], []
-        for cost, out in ((kind, found), (stored, expected)):
+    for loss, size in ((SamplesLoss, dict(blur=0.5)), (SinkhornLoss, dict(eps=EPS))):
+        results = []
+        for cost in (kind, stored):
             x, y, _ = given(batch=batch)
-            value = loss(cost)(x, y).sum()
-            out += [value, *torch.autograd.grad(value, (x, y))]
-        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+            value = loss(cost=lambda x, y, cost=cost: cost(x, y, x.new_zeros(())), tol=1e-10, **size)(x, y).sum()  # 0: symmetric
+            results.append((value, *torch.autograd.grad(value, (x, y))))
+        torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
 
 
 def test_sides_give_points():
@@ -237,14 +224,10 @@ def test_keops_compiles_its_formula():
     torch.testing.assert_close(run(lambda *z: Cut(*z).T, "keops"), run(stored, "softmin"), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_triton_streams_what_folds():
-    if not INTERPRETED:  # Triton decides once, when it is imported
-        command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", f"{__file__}::test_triton_streams_what_folds"]
-        env = os.environ | {"TRITON_INTERPRET": "1"}
-        done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[1], env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        return
     z = given(dtype=torch.float32)
     problem = Problem(Folding(*z), EPS)
     ours, truth = (solve(problem, backend=backend) for backend in ("triton", "softmin"))

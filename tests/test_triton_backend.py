@@ -1,6 +1,4 @@
-"""What the streaming backend has beside the suite of all backends: precisions, ragged batches, operators, graphs. Interpreted."""
-
-from __future__ import annotations
+"""What the streaming and the resident backend have beside the suite of all: precisions, ragged batches, operators, graphs, limits."""
 
 import sys
 
@@ -8,13 +6,17 @@ import pytest
 import torch
 
 import problems
-from problems import weights
+from problems import leaves, measures, rand, weights
 
 pytest.importorskip("triton")
 
-from gpu_ot import Euclidean, Matrix, Problem, SqEuclidean, errors, gradients
+import gpu_ot
+from gpu_ot import KL, TV, Euclidean, Matrix, Problem, SqEuclidean, errors, gradients
+from gpu_ot.geometry import select as backends
 from gpu_ot.geometry.dense import Dense
 from gpu_ot.geometry.protocol import weigh
+from gpu_ot.geometry.resident import Resident, resident_iterate
+from gpu_ot.geometry.select import bind
 from gpu_ot.geometry.triton import Streaming, streamed_apply, streamed_softmin
 from gpu_ot.solve import solve
 
@@ -27,19 +29,13 @@ def clouds(n, m, d, *batch):
     return [z / d**0.5 for z in problems.clouds(n, m, d, batch, dtype=torch.float32)]
 
 
-def potentials(n, m, *batch, offset=0.0):
-    h = torch.randn(*batch, m, dtype=torch.float64) + offset
-    if m > 2:
-        h[..., m // 2] = -torch.inf
-    return h
-
-
 def test_a_softmin_keeps_the_digits_that_float32_would_drop():
     """At a large eps every column counts, and the roundings of a sum average out below that of its logarithm."""
     x, y = clouds(60, 70, 3)
     problem = Problem(SqEuclidean(x, y), 1.0)
     ours, truth = Streaming(problem), Dense(problem.cost.to(torch.float64).dense())
-    h = potentials(60, 70)
+    h = torch.randn(70, dtype=torch.float64)
+    h[35] = -torch.inf
     right = truth.softmin(h, 1.0)
     ours.softmin(h, 1.0)
     near, top = ours._centred(h)
@@ -164,34 +160,17 @@ def test_tiles_of_padding_are_not_visited(monkeypatch, d, processors):
     assert softmin(u, w, h, eps, columns_used=columns, tile=tile)[1].isnan().all(), "of a softmin, all rows are asked for"
 
 
-@pytest.mark.parametrize("precision", ["tf32", "fp16"])
-def test_lower_precisions_solve_a_rounded_problem(precision):
-    """Their plan is one of rounded points, but its marginals are right."""
-    x, y = clouds(40, 50, 12)
-    problem = Problem(SqEuclidean(x, y), 0.1)
-    ours = Streaming(problem, precision)
-    h = weigh(torch.zeros(50).double(), problem.b, 0.1)
-    k = ours.softmin(h, 0.1)
-    assert (ours.plan(k, h, 0.1).double().sum(1) - 1).abs().max() < 1e-4
-    assert (k - Dense(problem.cost.dense()).softmin(h, 0.1)).abs().max() < 1e-2
-    grads, truth = ours.pull_back(k, h, 0.1, torch.ones(40).double()), Streaming(problem).pull_back(k, h, 0.1, torch.ones(40).double())
-    for one, other in zip(grads, truth, strict=True):
-        assert (one - other).abs().max() < 2e-2 * max(1, other.abs().max().item())
-
-
 @pytest.mark.parametrize("d", [3, 40])
 def test_operators_are_fit_for_torch_compile(d):
     ours = Streaming(Problem(SqEuclidean(*clouds(20, 25, d, 2)), 0.1))
     given = (*ours.rows.stored, *ours.columns.stored, ours.rows.form, "fp32", 20)
-    h, k = torch.randn(2, 25), torch.randn(2, 20)
-    checks = ("test_schema", "test_faketensor")
-    used = torch.tensor([20, 7], dtype=torch.int32)
-    for shift in (None, k):
-        for lengths in (None, used):
-            torch.library.opcheck(streamed_softmin, (*given, h, shift, lengths, 0.1), test_utils=checks)
-    for w in (torch.randn(2, 25, 1), torch.randn(2, 25, 4), *([None] if d > 10 else [])):
-        for lengths in (None, used):
-            torch.library.opcheck(streamed_apply, (*given, k, h, w, lengths, lengths, 0.1), test_utils=checks)
+    h, k, used = torch.randn(2, 25), torch.randn(2, 20), torch.tensor([20, 7], dtype=torch.int32)
+    checks = dict(test_utils=("test_schema", "test_faketensor"))
+    for lengths in (None, used):
+        for shift in (None, k):
+            torch.library.opcheck(streamed_softmin, (*given, h, shift, lengths, 0.1), **checks)
+        for w in (torch.randn(2, 25, 1), torch.randn(2, 25, 4), *([None] if d > 10 else [])):
+            torch.library.opcheck(streamed_apply, (*given, k, h, w, lengths, lengths, 0.1), **checks)
 
 
 def test_the_graph_does_not_break():
@@ -235,7 +214,7 @@ def test_gradients_reach_only_who_asked():
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_what_it_refuses_and_why():
+def test_what_streaming_refuses_and_why():
     x, y = clouds(4, 5, 3)
     assert Streaming.refuse(Problem(SqEuclidean(x, y), 0.1)) is None
     for cost, why in (
@@ -254,8 +233,7 @@ def test_what_it_refuses_and_why():
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
 def test_rough_sweeps_end_in_the_faithful_solution(precision):
     """Rounded points are another problem; the correction in full precision leaves nothing of it but the iterations it saved."""
-    gen = torch.Generator().manual_seed(0)
-    x, y = (torch.rand(k, 5, generator=gen) for k in (70, 60))
+    x, y, *_ = measures(70, 60, 5, shift=0.0, dtype=torch.float32)
     problem = Problem(SqEuclidean(x, y), 0.02)
     ours, exact = (solve(problem, backend="triton", tol=1e-5, precision=p) for p in (precision, "fp32"))
     truth = solve(Problem(SqEuclidean(x.double(), y.double()), 0.02), backend="softmin", tol=1e-10)
@@ -267,9 +245,61 @@ def test_rough_sweeps_end_in_the_faithful_solution(precision):
 @pytest.mark.parametrize("grad", ["envelope", "implicit"])
 def test_a_rounded_start_keeps_the_gradient(precision, grad):
     """Derivatives are of the solve that corrected it, in full precision."""
-    gen = torch.Generator().manual_seed(3)
-    x, y = (torch.rand(20, 3, generator=gen).requires_grad_() for _ in "xy")
+    x, y = leaves(*rand(2, 20, 3, dtype=torch.float32))
     problem = Problem(SqEuclidean(x, y), 0.1)
     ours, exact = (solve(problem, backend="triton", tol=1e-5, precision=p, grad=grad).value for p in (precision, "fp32"))
     for one, other in zip(*(torch.autograd.grad(value, (x, y)) for value in (ours, exact)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+# The resident backend.
+
+
+def matrices(n, m, *batch):
+    return rand(*batch, n, m, seed=n + m, dtype=torch.float32)
+
+
+def test_resident_converges_in_as_many_iterations_as_in_float64():
+    """To 1e-6 of the mass, where f / eps is in the hundreds."""
+    C, a, b = 10 + matrices(25, 25), weights(25), weights(25, seed=7)
+    ours = solve(Problem(C, 2e-2, a.float(), b.float()), backend="resident", tol=1e-6, accelerate="none", check_every=20)
+    truth = solve(Problem(C.double(), 2e-2, a, b), backend="softmin", tol=1e-6, accelerate="none", check_every=20)
+    assert ours.status.name == "converged" and abs(ours.n_iter - truth.n_iter) <= 20
+
+
+def test_the_resident_operator_is_fit_for_torch_compile():
+    C, a, b = matrices(6, 5, 2), weights(6, (2,)), weights(5, (2,))
+    given = C, a, b, torch.zeros(2, 5, dtype=torch.float64), 0.1, float("inf"), 1.0, 2
+    torch.library.opcheck(resident_iterate, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_resident_refuses_and_why():
+    C = matrices(4, 5)
+    assert Resident.refuse(Problem(C, 0.1)) is None
+    assert Resident.refuse(Problem(C, 0.1, penalties=(KL(), KL(1.0)))) is None
+    assert Resident.refuse(Problem(Euclidean(torch.rand(4, 2), torch.rand(5, 2)), 0.1)) is None, "any cost that can be formed"
+    for problem, why in (
+        (Problem(C.double(), 0.1), "float64"),
+        (Problem(C, 0.1, penalties=(KL(), TV(1.0))), "KL penalties"),
+        (Problem(matrices(2, 1025), 0.1), "up to 1024 columns"),
+    ):
+        reason = Resident.refuse(problem)
+        assert reason is not None and why in reason, reason
+        with pytest.raises(errors.BackendError, match=why):
+            bind(problem, "resident")
+
+
+def test_auto_takes_resident_for_small_problems_on_a_gpu_only(monkeypatch):
+    def taken(problem):
+        said = gpu_ot.explain(problem)
+        assert f'auto takes "{backends._choose(problem)[0].backend}"' in said
+        return backends._choose(problem)[0].backend
+
+    small = Problem(matrices(10, 256, 3), 0.1)
+    assert taken(small) == "dense" and "on a GPU" in gpu_ot.explain(small)
+    monkeypatch.setattr(backends, "_on", lambda problem, device: device == "cuda")
+    assert taken(small) == "resident" and taken(Problem(matrices(256, 256), 0.1)) == "resident"
+    assert taken(Problem(SqEuclidean(torch.rand(9, 2), torch.rand(8, 2)), 0.1)) == "resident"
+    assert taken(Problem(matrices(10, 257), 0.1)) == "dense"
+    double = Problem(matrices(10, 20).double(), 0.1)
+    assert taken(double) == "dense" and 'instead of "resident", which was refused' in gpu_ot.explain(double)

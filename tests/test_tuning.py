@@ -1,7 +1,5 @@
 """Tiles that were timed: the file they are kept in, when they are believed, and the command that writes them. The clock is a fake one."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from types import SimpleNamespace

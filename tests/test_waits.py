@@ -16,11 +16,8 @@ has been exact SURE times is from then on taken for exact, and a block that was 
 (On a GPU small problems have no such kernel.)
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -29,16 +26,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_ot
 from gpu_ot.geometry.absorbed import SURE, Absorbed
+from problems import pairwise
 
 #: Whatever hands a tensor's numbers to Python, and what moves them to the host.
 READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__complex__")
 
 
 @contextmanager
-def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def reads(monkeypatch):
     """How often a tensor was read, by the method that did."""
-    found: Counter[str] = Counter()
-    inside = [False]
+    found, inside = Counter(), [False]
 
     def counting(name, original):
         def call(*z, **k):
@@ -116,9 +113,7 @@ def test_accelerated_iterations_read_once_a_block(problem, monkeypatch, waiting,
     assert found.total() <= 2 * len(done.errors) + start_value_and_a_new_kernel < done.n_iter
 
 
-@pytest.mark.parametrize("penalty", [gpu_ot.KL(), gpu_ot.KL(0.5)], ids=str)
-@pytest.mark.parametrize("accelerate", ["auto", "mixing"])
-@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("penalty, accelerate, batch", pairwise([gpu_ot.KL(), gpu_ot.KL(0.5)], ["auto", "mixing"], [(), (3,)]), ids=str)
 def test_inexact_products_are_taken_again(problem, monkeypatch, waiting, accelerate, penalty, batch):
     """What is not exact is NaN here: it moves nothing, is never kept, and a new kernel goes on from where the last good one stood."""
     drawn = [problem(30, 25, seed=seed) for seed in range(3)]
@@ -142,16 +137,16 @@ def test_inexact_products_are_taken_again(problem, monkeypatch, waiting, acceler
     torch.testing.assert_close(done.plan.to_dense(), truth.plan.to_dense(), rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.parametrize("accelerate", ["auto", "mixing"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_kernels_left_behind_by_their_potentials(problem, waiting, dtype):
+def test_kernels_left_behind_by_their_potentials(problem, waiting, dtype, accelerate):
     """Costs a thousand times eps: sums leave the range in earnest."""
-    a, b, M = (z.to(dtype) for z in problem(40, 35))
-    posed = gpu_ot.Problem(M, 1e-3, a, b)
-    for accelerate in ("auto", "mixing"):
-        ours, truth = (gpu_ot.solve(posed, backend=name, tol=1e-4, check_every=10, accelerate=accelerate) for name in ("dense", "softmin"))
-        assert ours.status == truth.status
-        torch.testing.assert_close(ours.value, truth.value, rtol=1e-4, atol=0)
-        assert accelerate == "mixing" or ours.status.name == "converged"  # float32 does not always reach it
+    a, b, M = problem(40, 35, dtype=dtype)
+    options = dict(tol=1e-4, check_every=10, accelerate=accelerate)
+    ours, truth = (gpu_ot.solve(gpu_ot.Problem(M, 1e-3, a, b), backend=name, **options) for name in ("dense", "softmin"))
+    assert ours.status == truth.status
+    torch.testing.assert_close(ours.value, truth.value, rtol=1e-4, atol=0)
+    assert accelerate == "mixing" or ours.status.name == "converged"  # float32 does not always reach it
 
 
 def test_sinkhorn_reads_at_its_checks(problem, monkeypatch, strides):
@@ -168,25 +163,24 @@ def test_sinkhorn_reads_at_its_checks(problem, monkeypatch, strides):
 
 def test_sinkhorn_unbalanced_reads_at_its_leaps(problem, monkeypatch, strides):
     a, b, M = problem(20, 15)
-    found_by = {}
+    totals = []
     for iterations in (100, 200):
         with reads(monkeypatch) as found:
             gpu_ot.sinkhorn_unbalanced(a, 1.3 * b, M, 0.01, 50.0, numItermax=iterations, stopThr=1e-15, accelerate=False)
-        found_by[iterations] = found.total()
-    assert found_by[200] - found_by[100] == 2 * 10  # a look ahead and a stride of products for ten iterations
+        totals.append(found.total())
+    assert totals[1] - totals[0] == 2 * 10  # a look ahead and a stride of products for ten iterations
 
 
 class Operations(TorchDispatchMode):
     """Which operators ran, also those that others called."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.names: Counter[str] = Counter()
+        self.names = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        masked = any(
-            isinstance(z, torch.Tensor) and z.dtype == torch.bool for given in args if isinstance(given, (list, tuple)) for z in given
-        )
+        given = [z for group in args if isinstance(group, (list, tuple)) for z in group]
+        masked = any(isinstance(z, torch.Tensor) and z.dtype == torch.bool for z in given)
         self.names[func.overloadpacket.__name__ + "_by_mask" * (masked and "index" in func.overloadpacket.__name__)] += 1
         return func(*args, **(kwargs or {}))
 
