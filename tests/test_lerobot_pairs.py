@@ -22,11 +22,10 @@ from gpu_ot.errors import ProblemError
 from gpu_ot.lerobot import OTConfig
 from gpu_ot.lerobot import dtw as dtw_module
 from gpu_ot.lerobot.dataset import LeRobotOTPairDataset
-from gpu_ot.lerobot.draws import DrawLoader
+from gpu_ot.lerobot.draws import DrawLoader, MixedDataset, Part, co_training
 from gpu_ot.lerobot.dtw import dtw
 from gpu_ot.lerobot.episodes import Recording, Side, digest, read_recording
 from gpu_ot.lerobot.frames import FrameCache
-from gpu_ot.lerobot.mixture import MixedDataset, Part, co_training
 from gpu_ot.lerobot.pairfile import read_pairs
 from gpu_ot.lerobot.pairing import pair_episodes
 from gpu_ot.lerobot.pairs import ARRAYS, PairOptions

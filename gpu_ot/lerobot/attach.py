@@ -9,6 +9,7 @@ from __future__ import annotations
 import copyreg
 import dataclasses
 import importlib
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import ProblemError
 from .config import OTConfig, OTLossConfig
 from .encoders import Observation, unwrapped
-from .features import flat, only, terms
+from .features import flat, only, terms, weighted
 from .loss import CostScale, alarm, align, floats, refuse_nan, wide
 
 #: A batch of each side, row by row in pairs: (source, target), or {"src": ..., "tgt": ...} as LeRobotOTPairDataset gives it.
@@ -115,11 +116,10 @@ class CoTraining:
         """Both sides as the policy is given its batches: normalised, on its device, and no more than the features ask for."""
         device = next(policy.parameters()).device
         sides = []
-        for side, batch in zip("st", (pair["src"], pair["tgt"]) if isinstance(pair, Mapping) else pair, strict=True):
+        for name, batch in zip(("src", "tgt"), (pair["src"], pair["tgt"]) if isinstance(pair, Mapping) else pair, strict=True):
             batch = flat(batch)
             seen = batch if self.preprocess is None else self.preprocess(dict(batch))
-            specs = self.cfg.loss_config.features
-            named = [str(spec.src_key if side == "s" else spec.tgt_key) for spec in specs]
+            named = [str(getattr(spec, f"{name}_key")) for spec in self.cfg.loss_config.features]
             if lost := [key for key in named if key in batch and key not in seen]:
                 raise ProblemError(
                     f'"{lost[0]}" does not come out of the preprocessor, which keeps "action" and what begins with "observation.". Give '
@@ -141,14 +141,13 @@ class CoTraining:
             refuse_nan(*self._pending.pop(0)[:2])
 
     def _endless(self) -> Iterator[Pair]:
-        first = start = self.step
-        while True:
-            found = iter(self.pairs(start) if callable(self.pairs) else self.pairs)
+        start = self.step
+        for again in itertools.count():
             before = start
-            for pair in found:
+            for pair in self.pairs(start) if callable(self.pairs) else self.pairs:
                 start += 1
                 yield pair
-            if first < before == start:
+            if before == start and again:
                 raise ProblemError(
                     "the pairs have come to an end and do not begin anew, as a generator does not: pass what can be iterated again, such "
                     "as a list or a DataLoader, or a function of the step that makes the generator."
@@ -244,10 +243,7 @@ def retrieval(policy: nn.Module, source: Mapping[str, Any], target: Mapping[str,
     finally:
         for part in training:
             part.training = True
-    x, y = (
-        torch.cat([term.weight**0.5 * z for term, z in zip(found, side, strict=True)], -1)
-        for side in zip(*(t[2:] for t in found), strict=True)
-    )
+    x, y = weighted(found)
     nearest = torch.cdist(y.double(), x.double()).argmin(1)
     return {"ot_retrieval_top1": float((nearest == torch.arange(len(y), device=y.device)).double().mean())}
 
@@ -256,13 +252,10 @@ def _gradients(policy: nn.Module, bc: Tensor, ot: Tensor) -> dict[str, float]:
     """Norms of both gradients over the parameters that the alignment reaches, where they pull against each other."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     pulls = torch.autograd.grad(ot, parameters, retain_graph=True, allow_unused=True)
-    reached = [(p, g) for p, g in zip(parameters, pulls, strict=True) if g is not None]
-    other = torch.autograd.grad(bc.mean(), [p for p, _ in reached], retain_graph=True, allow_unused=True)
-    norms = [
-        torch.stack([torch.linalg.vector_norm(wide(g)) for g in found] or [torch.zeros(())]).norm()
-        for found in ([g for _, g in reached], [g for g in other if g is not None])
-    ]
-    ours, theirs = torch.stack([z.to(bc.device) for z in norms]).tolist()
+    reached = [p for p, g in zip(parameters, pulls, strict=True) if g is not None]
+    other = torch.autograd.grad(bc.mean(), reached, retain_graph=True, allow_unused=True)
+    each = [[torch.linalg.vector_norm(wide(g)) for g in found if g is not None] or [torch.zeros(())] for found in (pulls, other)]
+    ours, theirs = torch.stack([torch.stack(norms).norm().to(bc.device) for norms in each]).tolist()
     return {"ot_grad_norm": ours, "bc_grad_norm": theirs, "ot_grad_ratio": ours / theirs if theirs > 0 else float("inf")}
 
 

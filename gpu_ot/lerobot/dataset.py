@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +81,6 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
         if strange := set(chosen) - set(self.target.side.episodes.tolist()):
             raise ProblemError(f"the target dataset has no episode {min(strange)}.")
         self._partners = {episode: self._partners_of(episode) for episode in chosen}
-        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def _partners_of(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
         """(pairs, cumulated probabilities) of one target episode, among the source episodes that are there."""
@@ -109,7 +108,7 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
     def draw(self, n: int) -> Draw:
         """The rows of draw n, without decoding anything."""
         epoch, position = divmod(draw_number(n), len(self))
-        return self._drawn(int(self.rows[self._order(epoch)[position]]), position, epoch)
+        return self._drawn(int(self.rows[_order(self.seed, epoch, len(self))[position]]), position, epoch)
 
     def _drawn(self, row: int, *counter: int) -> Draw:
         at = int(np.searchsorted(self.target.starts, row, "right")) - 1
@@ -132,13 +131,6 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
             found = min(max(found, 0), length - 1)
         return Draw(int(self.source.starts[place]) + found, row, source_episode, episode, float(self.pairs.distance[pair]))
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders[epoch] = generator(self.seed, ORDER, 0, epoch).permutation(len(self))
-            while len(self._orders) > 2:  # draws near an epoch's end alternate between two
-                self._orders.popitem(last=False)
-        return self._orders[epoch]
-
     def __getitem__(self, n: int) -> dict[str, Any]:
         if not 0 <= n < len(self):
             raise IndexError(f"an epoch has {len(self)} pairs, found number {n}; item(n) goes on beyond it")
@@ -153,24 +145,19 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
         sides = {}
         for k, (name, frames, row) in enumerate((("src", self.source, drawn.source), ("tgt", self.target, drawn.target))):
             frame = frames.frame(row, (self.seed, counter, k))
-            sides[name] = {"obs": {key: z for key, z in frame.items() if key != "action"}} | (
-                {"actions": frame["action"]} if "action" in frame else {}
-            )
+            sides[name] = {"obs": {key: z for key, z in frame.items() if key != "action"}}
+            if "action" in frame:
+                sides[name]["actions"] = frame["action"]
         return sides
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_orders": OrderedDict()}
+
+@lru_cache(maxsize=4)  # draws near an epoch's end alternate between two
+def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return generator(seed, ORDER, 0, epoch).permutation(rows)
 
 
 def _same_labels(pairs: Pairs, *sides: Frames) -> None:
-    for frames, ours, keys in zip(sides, (pairs.source, pairs.target), _keys(pairs), strict=True):
+    for frames, ours, keys in zip(sides, (pairs.source, pairs.target), pairs.keys, strict=True):
         root = getattr(frames.dataset, "root", None)
         if ours.digest and keys and root is not None and (Path(root) / "meta" / "info.json").is_file():
-            there = read_recording(root, keys, partial=True)
-            pairs.check(**{frames.role: there})
-
-
-def _keys(pairs: Pairs) -> tuple[Sequence[str], Sequence[str]]:
-    if pairs.options is None:
-        return (), ()
-    return pairs.options.keys, pairs.options.target_keys or pairs.options.keys
+            pairs.check(**{frames.role: read_recording(root, keys, partial=True)})

@@ -25,6 +25,12 @@ class Term(NamedTuple):
     y: Tensor
 
 
+def weighted(found: Iterable[Term]) -> tuple[Tensor, Tensor]:
+    """(n, d) and (m, d): points whose squared distance is the whole cost."""
+    x, y = zip(*((term.weight**0.5 * term.x, term.weight**0.5 * term.y) for term in found), strict=True)
+    return torch.cat(x, -1), torch.cat(y, -1)
+
+
 def terms(
     policy: nn.Module, source: Mapping[str, Any], target: Mapping[str, Any], specs: Iterable[OTFeatureSpec], detach_label: bool = True
 ) -> list[Term]:
@@ -56,17 +62,17 @@ def expanded(specs: Iterable[OTFeatureSpec], source: Iterable[str], target: Iter
     taken = {(spec.src_key, spec.tgt_key) for spec in specs}
     out: list[OTFeatureSpec] = []
     for spec in specs:
-        assert spec.tgt_key is not None
-        src, tgt = _wildcard(spec.src_key, source), _wildcard(spec.tgt_key, target)
+        sides = ("source", spec.src_key, source), ("target", str(spec.tgt_key), target)
+        src, tgt = (_wildcard(key, keys) for _, key, keys in sides)
         if src is None and tgt is None:
-            for key, keys, side in ((spec.src_key, source, "source"), (spec.tgt_key, target, "target")):
+            for side, key, keys in sides:
                 if key != WHOLE and key not in keys:
                     raise ProblemError(f'the {side} has no "{key}"; it has {", ".join(sorted(keys)) or "nothing"}.')
             out.append(spec)
             continue
         if src is None or tgt is None:
             raise ProblemError(f'"{spec.src_key}" and "{spec.tgt_key}": a wildcard needs one on the other side.')
-        for key, found, keys, side in ((spec.src_key, src, source, "source"), (spec.tgt_key, tgt, target, "target")):
+        for (side, key, keys), found in zip(sides, (src, tgt), strict=True):
             if not found:
                 raise ProblemError(f'"{key}" stands for nothing in the {side}, which has {", ".join(sorted(keys)) or "nothing"}.')
         if set(src) != set(tgt):
@@ -79,11 +85,12 @@ def expanded(specs: Iterable[OTFeatureSpec], source: Iterable[str], target: Iter
                 taken.add(pair)
                 name = None if spec.term_name is None else f"{spec.term_name}/{part}" if part else spec.term_name
                 out.append(dataclasses.replace(spec, src_key=pair[0], tgt_key=pair[1], term_name=name))
-    names: list[str] = []
-    for spec in out:
-        again = (spec.name if k == 1 else f"{spec.name}_{k}" for k in itertools.count(1))
-        names.append(next(name for name in again if name not in names))
-    return [spec if spec.name == name else dataclasses.replace(spec, term_name=name) for spec, name in zip(out, names, strict=True)]
+    names: set[str] = set()
+    for k, spec in enumerate(out):
+        name = next(name for j in itertools.count(1) if (name := spec.name if j == 1 else f"{spec.name}_{j}") not in names)
+        names.add(name)
+        out[k] = spec if spec.name == name else dataclasses.replace(spec, term_name=name)
+    return out
 
 
 def _wildcard(key: str, keys: list[str]) -> dict[str, str] | None:
@@ -160,13 +167,11 @@ def _label(observation: Observation, key: str, spec: OTFeatureSpec, now: int, de
     x = _wide(_sliced(x.detach() if detach else x, spec, key))
     if x.ndim != 3:
         return x.flatten(1)
-    steps = torch.arange(x.shape[1], device=x.device)
-    padded = observation.get(f"{key}_is_pad")
-    if padded is not None:
+    if (padded := observation.get(f"{key}_is_pad")) is not None:
         # Padding is before the episode or after it, so that the nearest real frame is the first or the last of them.
         real = (~padded).int()
-        first, last = real.argmax(1), x.shape[1] - 1 - real.flip(1).argmax(1)
-        steps = steps.clamp(first.unsqueeze(1), last.unsqueeze(1))
+        first, last = real.argmax(1, keepdim=True), x.shape[1] - 1 - real.flip(1).argmax(1, keepdim=True)
+        steps = torch.arange(x.shape[1], device=x.device).clamp(first, last)
         x = x.take_along_dim(steps.unsqueeze(-1), 1)
     if spec.time is None:
         return x[:, 0 if key.startswith("action") else now if now < x.shape[1] else -1]
@@ -182,10 +187,9 @@ def _sliced(x: Tensor, spec: OTFeatureSpec, key: str) -> Tensor:
         raise ProblemError(
             f'dim_slice of "{spec.name}" cuts vectors, and "{key}" holds images of shape {tuple(x.shape[1:])}: leave it out.'
         )
-    start, stop = spec.dim_slice
     if not fits(spec.dim_slice, width := x.shape[-1]):
         raise ProblemError(f'dim_slice {spec.dim_slice} of "{spec.name}" is outside "{key}", which has {width} numbers.')
-    return x[..., start:stop]
+    return x[..., slice(*spec.dim_slice)]
 
 
 def fits(ends: list[int | None], width: int) -> bool:
@@ -207,10 +211,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def only(observation: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of an observation among `keys`, wildcards included, and what says which of their frames are padding."""
-    found = tensors(observation)
-    names = list(found)
-    wanted: set[str] = set()
+    found, wanted = tensors(observation), set[str]()
     for key in keys:
-        stood = _wildcard(key, names)
-        wanted |= {k for k in names if k.startswith("observation")} if key == WHOLE else {key} if stood is None else set(stood.values())
+        stood = _wildcard(key, list(found))
+        wanted |= {k for k in found if k.startswith(WHOLE)} if key == WHOLE else {key} if stood is None else set(stood.values())
     return {key: z for key, z in found.items() if key in wanted or key.removesuffix("_is_pad") in wanted}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -38,30 +40,27 @@ def pair_episodes(
     short_x, short_y = ([z[k] for z, k in zip(zs, ks, strict=True)] for zs, ks in ((xs, kept_x), (ys, kept_y)))
     arcs = [[_arc(z, options.cost) for z in zs] if options.norm == "arc" else [] for zs in (xs, ys)]
 
-    tasks = [(j, i) for j in range(len(ys)) for i in range(len(xs))]
-
     def work(task: tuple[int, int]) -> Alignment:
         return dtw(short_x[task[1]], short_y[task[0]], cost=options.cost, band=band)
 
     dtw(short_x[0], short_y[0][:1], cost=options.cost)  # compiled once, before threads wait for it
-    rows: list[tuple[int, int, float, int, float, np.ndarray, np.ndarray]] = []
+    tasks = list(itertools.product(range(len(ys)), range(len(xs))))
+    rows: list[tuple[Any, ...]] = []
     gathered: list[tuple[float, int, Alignment]] = []
     with ThreadPoolExecutor(workers or _processors()) as pool:
         for done, ((j, i), alignment) in enumerate(zip(tasks, pool.map(work, tasks), strict=True), 1):
             gathered.append((_normalised(alignment, options, i, j, arcs), i, alignment))
             if i + 1 == len(xs):
-                gathered.sort(key=lambda each: each[:2])
-                for distance, k, a in gathered[: options.topk]:
-                    first, last = _unstride(a, kept_x[k], kept_y[j], len(ys[j]))
-                    rows.append((j, k, a.total, a.steps, distance, first, last - first + 1))
+                for distance, k, a in sorted(gathered, key=lambda each: each[:2])[: options.topk]:
+                    # All frames of y meet the frames of x on straight lines between those that were compared.
+                    at = np.arange(len(ys[j]))
+                    first, last = (np.rint(np.interp(at, kept_y[j], kept_x[k][z])).astype(np.int32) for z in (a.first, a.last))
+                    episodes = int(to_side.episodes[j]), int(from_side.episodes[k])
+                    rows.append((*episodes, a.total, a.steps, distance, first, last - first + 1))
                 gathered = []
             if progress is not None and (done % len(xs) == 0 or done % 32 == 0):
                 progress(done, len(tasks))
-    t, s, totals, steps, distances, firsts, counts = zip(*rows, strict=True)
-    offsets = np.concatenate(([0], np.cumsum([len(each) for each in firsts])))
-    columns = [to_side.episodes[list(t)], from_side.episodes[list(s)], *(np.array(each) for each in (totals, steps, distances))]
-    columns += [offsets, np.concatenate(firsts), np.concatenate(counts)]
-    return Pairs(from_side, to_side, options, *columns)
+    return Pairs.of_rows(from_side, to_side, options, rows)
 
 
 def _side(given: Recording | Sequence[np.ndarray], role: str) -> Side:
@@ -105,12 +104,6 @@ def _kept(n: int, stride: int) -> np.ndarray:
     """Every `stride`-th frame, and the last: episodes end together."""
     kept = np.arange(0, n, stride)
     return kept if kept[-1] == n - 1 else np.append(kept, n - 1)
-
-
-def _unstride(a: Alignment, kept_x: np.ndarray, kept_y: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """(first, last) frame of x for all m frames of y, on straight lines between those that were compared."""
-    runs = [np.rint(np.interp(np.arange(m), kept_y, kept_x[each])).astype(np.int32) for each in (a.first, a.last)]
-    return runs[0], runs[1]
 
 
 def _arc(z: np.ndarray, cost: str) -> float:

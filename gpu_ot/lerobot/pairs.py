@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,19 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.target_episode)
+
+    @property
+    def keys(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The label columns of source and target; none where the file does not say."""
+        return ((), ()) if self.options is None else (self.options.keys, self.options.target_keys or self.options.keys)
+
+    @classmethod
+    def of_rows(cls, source: Side, target: Side, options: PairOptions | None, rows: Iterable[Sequence[Any]], *frames: np.ndarray) -> Pairs:
+        """From rows (target episode, source episode, total, steps, distance, first, count), the last two arrays."""
+        *numbers, first, count = zip(*rows, strict=True)
+        offsets = np.concatenate(([0], np.cumsum([len(each) for each in first])))
+        columns = (np.array(column) for column in numbers)
+        return cls(source, target, options, *columns, offsets, np.concatenate(first), np.concatenate(count), *frames)
 
     def of(self, target_episode: int) -> range:
         """The pairs of one target episode, the nearest first."""

@@ -26,8 +26,7 @@ def show(file: str | Path, src: str, tgt: str, out: str | Path, episode: int | N
     except ModuleNotFoundError:
         raise ProblemError("drawing pairs needs matplotlib: pip install matplotlib.") from None
     pairs = read_pairs(file)
-    keys = ((), ()) if pairs.options is None else (pairs.options.keys, pairs.options.target_keys or pairs.options.keys)
-    sides = [read_recording(name, of or ["observation.state"]) for name, of in zip((src, tgt), keys, strict=True)]
+    sides = [read_recording(name, keys or ["observation.state"]) for name, keys in zip((src, tgt), pairs.keys, strict=True)]
     pairs.check(*sides)
     if episode is None:
         episode = int(pairs.target_episode[pairs.distance.argmin()])

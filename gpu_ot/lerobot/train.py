@@ -31,10 +31,9 @@ from .attach import CoTraining, Pair, attach_ot
 from .check import report
 from .config import OTConfig, OTFeatureSpec
 from .dataset import LeRobotOTPairDataset
-from .draws import Drawable, DrawLoader, ranks, same_law
+from .draws import Drawable, DrawLoader, co_training, ranks, same_law
 from .encoders import WHOLE
 from .features import expanded, fits, flat
-from .mixture import co_training
 from .pairfile import read_pairs
 
 CONFIG, STATE = "ot_config.json", "ot_state.json"
