@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ProblemError, unknown
-from .settings import Settings, bounded, call, made, number
+from ..errors import ProblemError
+from .settings import Settings, bounded, call, choice, made, number
 
-TIMES = ("first", "last", "flatten")
-EMBED_COSTS = ("sqeuclidean", "cosine")
 #: By name; soft_diagonal and band take a number.
 REFERENCES = ("product", "diagonal", "soft_diagonal", "band")
 SCALES = ("std", "mean", "median", "max")
@@ -71,8 +69,8 @@ class OTFeatureSpec(Settings):
     term_name: str | None = None
     term_weight: float = bounded(1.0, least=0)
     embed_path: str | None = None
-    embed_cost: str = "sqeuclidean"
-    time: str | None = None
+    embed_cost: str = choice("sqeuclidean", ("sqeuclidean", "cosine"))
+    time: str | None = choice(None, ("first", "last", "flatten"))
     detach_label: bool | None = None
 
     def __post_init__(self) -> None:
@@ -80,10 +78,6 @@ class OTFeatureSpec(Settings):
         if self.tgt_key is None:
             self.tgt_key = self.src_key
         self.dim_slice = _ends(self.dim_slice, self.src_key)
-        if self.embed_cost not in EMBED_COSTS:
-            raise unknown("embed_cost", self.embed_cost, EMBED_COSTS)
-        if self.time is not None and self.time not in TIMES:
-            raise unknown("time", self.time, TIMES)
 
     @property
     def name(self) -> str:
@@ -140,12 +134,11 @@ class TransportConfig(Settings):
 
     def __post_init__(self, reg_m: Any, tau1: Any, tau2: Any) -> None:
         super().__post_init__()
-        if isinstance(self.reg, (list, tuple)):
-            if len(self.reg) != 2 or self.reg[0] not in SCALES:
-                raise ProblemError(f'reg must be a number or ["mean", 0.05], with one of {", ".join(SCALES)}; found {self.reg!r}.')
-            self.reg = [self.reg[0], number("reg", self.reg[1], above=0)]
-        else:
-            self.reg = number("reg", self.reg, above=0)
+        relative, value = self.reg if isinstance(self.reg, (list, tuple)) and len(self.reg) == 2 else (None, self.reg)
+        if isinstance(self.reg, (list, tuple)) and relative not in SCALES:
+            raise ProblemError(f'reg must be a number or ["mean", 0.05], with one of {", ".join(SCALES)}; found {self.reg!r}.')
+        value = number("reg", value, above=0)
+        self.reg = value if relative is None else [relative, value]
         both = tuple(reg_m) if isinstance(reg_m, (list, tuple)) else (reg_m, reg_m)
         if len(both) != 2:
             raise ProblemError(f"reg_m must be a number or [tau_src, tau_tgt], found {reg_m!r}.")
@@ -280,10 +273,11 @@ class OTConfig(Settings):
         super().__post_init__()
         if not isinstance(self.loss_config, OTLossConfig):
             self.loss_config = OTLossConfig.from_dict(self.loss_config)
-        keys = [self.obs_keys] if isinstance(self.obs_keys, str) else self.obs_keys
-        if keys is not None and not (isinstance(keys, Sequence) and all(isinstance(key, str) for key in keys)):
-            raise ProblemError(f"obs_keys must be a list of keys, found {keys!r}.")
-        self.obs_keys = None if keys is None else list(keys)
+        self.obs_keys = [self.obs_keys] if isinstance(self.obs_keys, str) else self.obs_keys
+        if self.obs_keys is not None:
+            if not isinstance(self.obs_keys, Sequence) or not all(isinstance(key, str) for key in self.obs_keys):
+                raise ProblemError(f"obs_keys must be a list of keys, found {self.obs_keys!r}.")
+            self.obs_keys = list(self.obs_keys)
 
     @classmethod
     def _found_in(cls, given: Any) -> Any:
@@ -320,8 +314,7 @@ def _ends(given: Any, key: str) -> list[int | None] | None:
         given = [given.start, given.stop]
     elif isinstance(given, Mapping):  # the fork has {"start": 0, "stop": 8}, too
         given = [given.get("start"), given.get("stop")]
-    fits = isinstance(given, (list, tuple)) and len(given) == 2
-    if not fits or not all(z is None or (isinstance(z, int) and not isinstance(z, bool)) for z in given):
+    if not isinstance(given, (list, tuple)) or len(given) != 2 or not all(z is None or type(z) is int for z in given):
         raise ProblemError(f"dim_slice of {key} must be [start, stop], two whole numbers or null, found {given!r}.")
     return list(given)
 

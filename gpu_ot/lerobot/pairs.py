@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ProblemError, unknown
+from ..errors import ProblemError
 from .dtw import COSTS
 from .episodes import Recording, Side
-from .settings import Settings, bounded
+from .settings import Settings, bounded, choice
 
-NORMS = ("steps", "arc", "none")
 FORMAT = "gpu_ot pairs"
 VERSION = 1
 ARRAYS = ("target_episode", "source_episode", "total", "steps", "distance", "offsets", "first", "count")
@@ -48,21 +47,16 @@ class PairOptions(Settings):
     stride: int = bounded(1, least=1, whole=True)
     band: float | None = bounded(None, least=1)
     topk: int | None = bounded(None, least=1, whole=True)
-    cost: str = "euclidean"
-    norm: str = "steps"
+    cost: str = choice("euclidean", COSTS)
+    norm: str = choice("steps", ("steps", "arc", "none"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("keys", "target_keys"):  # JSON has lists, and one key is easily given without one
             if (given := getattr(self, name)) is not None:
-                given = (given,) if isinstance(given, str) else tuple(given)
+                setattr(self, name, given := (given,) if isinstance(given, str) else tuple(given))
                 if not given or not all(isinstance(key, str) for key in given):
                     raise ProblemError(f'{name} is empty or holds no keys: name at least one label, such as "observation.state".')
-                setattr(self, name, given)
-        if self.cost not in COSTS:
-            raise unknown("cost", self.cost, tuple(COSTS))
-        if self.norm not in NORMS:
-            raise unknown("norm", self.norm, NORMS)
         if self.dim_slice is not None:
             ends = list(self.dim_slice)
             if len(ends) != 2 or not all(type(z) is int for z in ends) or not 0 <= ends[0] < ends[1]:

@@ -18,9 +18,14 @@ from ..errors import ProblemError, unknown
 _S = TypeVar("_S", bound="Settings")
 
 
-def bounded(default: Any, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf, whole: bool = False) -> Any:
-    """A field that holds a number within these bounds; None as well where that is its default."""
-    return field(default=default, metadata={"least": least, "above": above, "most": most, "whole": whole})
+def bounded(default: Any, **bounds: Any) -> Any:
+    """A field that holds a number within these bounds of `number`; None as well where that is its default."""
+    return field(default=default, metadata={"whole": False} | bounds)
+
+
+def choice(default: str | None, known: Iterable[str]) -> Any:
+    """A field that holds one of these words; None as well where that is its default."""
+    return field(default=default, metadata={"known": tuple(known)})
 
 
 @dataclass
@@ -32,7 +37,10 @@ class Settings:
             given = getattr(self, f.name)
             if given is None and "None" in str(f.type):
                 continue
-            if f.metadata:
+            if "known" in f.metadata:
+                if given not in f.metadata["known"]:
+                    raise unknown(f.name, given, f.metadata["known"])
+            elif f.metadata:
                 setattr(self, f.name, number(f.name, given, **f.metadata))
             elif str(f.type).startswith("bool") and not isinstance(given, bool):
                 raise ProblemError(f"{f.name} must be true or false, found {given!r}.")
