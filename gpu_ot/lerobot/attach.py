@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
-import importlib
 import itertools
 import logging
 import sys
@@ -24,6 +23,7 @@ from .config import OTConfig, OTLossConfig
 from .encoders import Observation, unwrapped
 from .features import flat, only, terms, weighted
 from .loss import CostScale, alarm, align, floats, refuse_nan, wide
+from .settings import needed
 
 #: A batch of each side, row by row in pairs: (source, target), or {"src": ..., "tgt": ...} as LeRobotOTPairDataset gives it.
 Pair = Any
@@ -56,12 +56,12 @@ class CoTraining:
     ) -> None:
         if not cfg.loss_config.features:
             raise ProblemError("loss_config has no features: name at least one, with src_key and a weight.")
+        if main and cfg.plan_every and out_dir is None:
+            raise ProblemError("plan_every draws pictures and there is nowhere to put them: pass out_dir, or plan_every: 0.")
         if main and cfg.plan_every:  # now, not after hours
-            if out_dir is None:
-                raise ProblemError("plan_every draws pictures and there is nowhere to put them: pass out_dir, or plan_every: 0.")
-            _needs("matplotlib.figure", "plan_every draws pictures, which needs matplotlib: pip install matplotlib, or plan_every: 0.")
+            needed("matplotlib.figure", "plan_every draws pictures, which needs matplotlib: pip install matplotlib, or plan_every: 0.")
         if main and cfg.tensorboard_dir is not None:
-            _needs("torch.utils.tensorboard", "tensorboard_dir needs TensorBoard: pip install tensorboard, or leave it out.")
+            needed("torch.utils.tensorboard", "tensorboard_dir needs TensorBoard: pip install tensorboard, or leave it out.")
         if main and cfg.retrieval_every and held_out is None:
             raise ProblemError("retrieval_every needs pairs that are not trained on: pass held_out, or retrieval_every: 0.")
         if cfg.retrieval_every and not any(spec.embeds for spec in cfg.loss_config.features):
@@ -101,7 +101,8 @@ class CoTraining:
         due = self.log_every > 0 and step % self.log_every == 0
         self._batches = self._batches or self._endless()
         source, target = self.seen(policy, next(self._batches))
-        aligned = align(policy, source, target, cfg.loss_config, scale=self.scale, gather=cfg.gather, metrics=due)
+        found = terms(policy, source, target, cfg.loss_config)
+        aligned = align(found, cfg.loss_config, self.scale, gather=cfg.gather, metrics=due)
         self._watch(*aligned.finite)
         weighted = weight * aligned.loss
         norms = cfg.grad_norms_every > 0 and step % cfg.grad_norms_every == 0
@@ -239,11 +240,10 @@ def retrieval(policy: nn.Module, source: Mapping[str, Any], target: Mapping[str,
     try:
         policy.eval()
         with torch.no_grad():
-            found = terms(policy, source, target, specs)
+            x, y = weighted(term[1:] for term in terms(policy, source, target, dataclasses.replace(cfg, features=specs)))
     finally:
         for part in training:
             part.training = True
-    x, y = weighted(found)
     nearest = torch.cdist(y.double(), x.double()).argmin(1)
     return {"ot_retrieval_top1": float((nearest == torch.arange(len(y), device=y.device)).double().mean())}
 
@@ -274,10 +274,3 @@ def _picture(plan: Tensor, path: Path, step: int) -> None:
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
         wandb.log({"train/ot_plan": wandb.Image(str(path))}, step=step)
-
-
-def _needs(module: str, why: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise ProblemError(why) from None

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ProblemError
+from .settings import needed
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,11 +137,8 @@ def _info(folder: Path) -> dict[str, Any]:
 
 def _columns(file: Path, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(episode, frame, labels (rows, d)) of one file."""
-    try:
-        import pyarrow as pa  # pyright: ignore[reportMissingImports]
-        import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ProblemError("reading a LeRobotDataset needs pyarrow, which is not installed: pip install gpu_ot[lerobot]") from None
+    said = "reading a LeRobotDataset needs pyarrow, which is not installed: pip install gpu_ot[lerobot]"
+    pa, pq = needed("pyarrow", said), needed("pyarrow.parquet", said)
     try:
         there = pq.read_schema(file)
         if missing := [key for key in keys if key not in there.names]:

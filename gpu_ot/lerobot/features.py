@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ProblemError
-from .config import OTFeatureSpec
-from .encoders import IMAGES, WHOLE, Observation, embed
+from .config import OTFeatureSpec, OTLossConfig
+from .encoders import IMAGES, WHOLE, Observation, embed, unwrapped
 
 
 class Term(NamedTuple):
@@ -25,25 +25,24 @@ class Term(NamedTuple):
     y: Tensor
 
 
-def weighted(found: Iterable[Term]) -> tuple[Tensor, Tensor]:
-    """(n, d) and (m, d): points whose squared distance is the whole cost."""
-    x, y = zip(*((term.weight**0.5 * term.x, term.weight**0.5 * term.y) for term in found), strict=True)
+def weighted(parts: Iterable[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(n, d) and (m, d): points whose squared distance is the sum of weight * |x_i - y_j|^2."""
+    x, y = zip(*((weight**0.5 * x, weight**0.5 * y) for weight, x, y in parts), strict=True)
     return torch.cat(x, -1), torch.cat(y, -1)
 
 
-def terms(
-    policy: nn.Module, source: Mapping[str, Any], target: Mapping[str, Any], specs: Iterable[OTFeatureSpec], detach_label: bool = True
-) -> list[Term]:
+def terms(policy: nn.Module, source: Mapping[str, Any], target: Mapping[str, Any], cfg: OTLossConfig) -> list[Term]:
     """The terms of the cost: embeddings with the gradient to the policy, labels without, float32 or wider.
 
     Both sides of an embedding go through one call of the encoder, so that its batch statistics are those of both. Raises ProblemError for
     a key that is missing, a slice outside a feature, features of two widths, and rows that are not as many in all features of a side.
     """
+    policy = unwrapped(policy)
     # Which of a sequence of observations is now: most policies see the past, TDMPC the future as well.
     offsets = list(getattr(getattr(policy, "config", None), "observation_delta_indices", None) or [])
     now = offsets.index(0) if 0 in offsets else -1
     src, tgt = tensors(source), tensors(target)
-    specs = expanded(specs, src, tgt)
+    specs = expanded(cfg.features, src, tgt)
     for side, obs, keys in (("source", src, [s.src_key for s in specs]), ("target", tgt, [str(s.tgt_key) for s in specs])):
         rows = {key: len(z) for key, z in obs.items() if key in keys or (WHOLE in keys and key.startswith(WHOLE))}
         if len(set(rows.values())) > 1:
@@ -52,7 +51,7 @@ def terms(
             )
     if not specs:
         raise ProblemError("loss_config has no features: name at least one, with src_key and a weight.")
-    return [_term(policy, src, tgt, spec, now, detach_label if spec.detach_label is None else spec.detach_label) for spec in specs]
+    return [_term(policy, src, tgt, spec, now, cfg.detach_label if spec.detach_label is None else spec.detach_label) for spec in specs]
 
 
 def expanded(specs: Iterable[OTFeatureSpec], source: Iterable[str], target: Iterable[str]) -> list[OTFeatureSpec]:
@@ -117,22 +116,22 @@ def tensors(side: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _term(policy: nn.Module, source: Observation, target: Observation, spec: OTFeatureSpec, now: int, detach: bool) -> Term:
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[float, Tensor, Tensor]] = []
     if spec.embeds:
         z = _embedded(policy, source, target, spec)
         n = len(next(z for k, z in source.items() if k == spec.src_key or (spec.src_key == WHOLE and k.startswith(WHOLE))))
         if spec.embed_cost == "cosine":  # 1 - cos is half the squared distance of what has length 1
             z = nn.functional.normalize(z, dim=-1) * 0.5**0.5
-        parts.append((spec.weight_embed**0.5 * z[:n], spec.weight_embed**0.5 * z[n:]))
+        parts.append((spec.weight_embed, z[:n], z[n:]))
     if spec.weight_label > 0:
         if spec.src_key == WHOLE:
             raise ProblemError(f'"{WHOLE}" is no label: set weight_label: 0, and add a feature for each label.')
-        labels = [_label(obs, str(key), spec, now, detach) for obs, key in ((source, spec.src_key), (target, spec.tgt_key))]
-        parts.append((spec.weight_label**0.5 * labels[0], spec.weight_label**0.5 * labels[1]))
-    for x, y in parts:
+        labels = (_label(obs, str(key), spec, now, detach) for obs, key in ((source, spec.src_key), (target, spec.tgt_key)))
+        parts.append((spec.weight_label, *labels))
+    for _, x, y in parts:
         if x.shape[1:] != y.shape[1:]:
             raise ProblemError(f'"{spec.name}" has {x.shape[-1]} numbers in the source and {y.shape[-1]} in the target: they must agree.')
-    x, y = (torch.cat(side, -1) for side in zip(*parts, strict=True))
+    x, y = weighted(parts)
     return Term(spec.name, spec.term_weight, x, y)
 
 

@@ -24,7 +24,6 @@ from ..solution.solution import Solution
 from ..solve import solve
 from ..solver.status import CONVERGED, STALLED
 from .config import COST_SCALES, REFERENCES, OTCostConfig, OTLossConfig, TransportConfig, call
-from .encoders import unwrapped
 from .features import Term, terms, weighted
 
 #: Below this share of the mass the plan has collapsed: the loss is off.
@@ -52,11 +51,11 @@ class CostScale:
         self.value: Tensor | None = None
         self.shared = shared
 
-    def of(self, cost: Cost, cfg: TransportConfig) -> Tensor | None:
-        """0-d, after this batch; None for "none"."""
+    def of(self, cost: Cost, cfg: TransportConfig) -> Tensor:
+        """0-d, after this batch; 1 for "none"."""
         kind, q = call(cfg.cost_scale, "cost_scale", COST_SCALES)
         if kind == "none":
-            return None
+            return torch.ones((), device=next(iter(cost.inputs.values())).device)
         if q is None:
             now = cost.scale(kind)
         else:
@@ -104,23 +103,13 @@ def compute_ot_loss_for_policy(
     Raises ProblemError for a key, slice or embedding that does not fit, reference: diagonal of n != m, and NaN in a feature: with
     reference: diagonal only along with metrics, since its closed form never waits for the device (`attach_ot` looks a step later).
     """
-    aligned = align(policy, src_obs, tgt_obs, cfg, scale=scale, reference=reference, gather=gather, metrics=metrics)
-    return aligned.loss, aligned.metrics
+    return align(terms(policy, src_obs, tgt_obs, cfg), cfg, scale or CostScale(), reference, gather, metrics)[:2]
 
 
 def align(
-    policy: nn.Module,
-    src_obs: Mapping[str, Any],
-    tgt_obs: Mapping[str, Any],
-    cfg: OTLossConfig,
-    *,
-    scale: CostScale | None = None,
-    reference: Tensor | None = None,
-    gather: bool = False,
-    metrics: bool = True,
+    found: list[Term], cfg: OTLossConfig, scale: CostScale, reference: Tensor | None = None, gather: bool = False, metrics: bool = True
 ) -> Aligned:
-    """`compute_ot_loss_for_policy`, with the plan."""
-    found = terms(unwrapped(policy), src_obs, tgt_obs, cfg.features, cfg.detach_label)
+    """`compute_ot_loss_for_policy` of terms, with the plan."""
     with torch.autocast(found[0].x.device.type, enabled=False):
         ranks = _world() if gather else 1
         if ranks > 1:
@@ -128,7 +117,7 @@ def align(
             found = [term._replace(x=_everyone(term.x), y=_everyone(term.y)) for term in found]
         finite = [term.name for term in found], torch.stack([term.x.isfinite().all() & term.y.isfinite().all() for term in found])
         try:
-            loss, told, plan = _of_terms(found, cfg, scale or CostScale(), reference, metrics)
+            loss, told, plan = _of_terms(found, cfg, scale, reference, metrics)
         except ProblemError:
             refuse_nan(*finite)
             raise
@@ -164,9 +153,9 @@ def compute_ot_loss_from_terms(
             raise errors.wrong_shape(f'the cost "{name}"', C.shape, f"(n, m), all terms alike; the first is {errors.shape(first.shape)}")
     with torch.autocast(first.device.type, enabled=False):
         M = torch.stack([term.weight * wide[term.name] for term in cfg.terms]).sum(0)
-        size = (scale or CostScale()).of(Matrix(M.detach()), cfg)
-        units = torch.ones((), device=M.device) if size is None else size.to(M)
-        loss, plan, solution = _transport(Matrix(M / units), cfg, reference, lambda: (M / units).diagonal())
+        units = (scale or CostScale()).of(Matrix(M.detach()), cfg).to(M)
+        M = M / units
+        loss, plan, solution = _transport(Matrix(M), cfg, reference, M.diagonal)
         if not metrics:
             return loss, {}
         P, costs = plan.to_dense().to(M), [wide[term.name].detach() for term in cfg.terms]
@@ -214,9 +203,8 @@ class _OneToOne:
 def _of_terms(
     found: list[Term], cfg: TransportConfig, scale: CostScale, reference: Tensor | None, metrics: bool
 ) -> tuple[Tensor, Metrics, Callable[[], Tensor]]:
-    x, y = weighted(found)
-    size = scale.of(SqEuclidean(x.detach(), y.detach()), cfg)
-    units = torch.ones((), device=x.device, dtype=x.dtype) if size is None else size.to(x)
+    x, y = weighted(term[1:] for term in found)
+    units = scale.of(SqEuclidean(x.detach(), y.detach()), cfg).to(x)
     x, y = x / units.sqrt(), y / units.sqrt()
     loss, plan, solution = _transport(SqEuclidean(x, y), cfg, reference, lambda: (x - y).square().sum(-1))
     if not metrics:

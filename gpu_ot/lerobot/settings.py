@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import inspect
 import json
 import math
@@ -11,6 +12,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from types import ModuleType
 from typing import Any, TypeVar
 
 from ..errors import ProblemError, unknown
@@ -94,6 +96,14 @@ def made(kind: type[_S], given: Any, name: str) -> list[_S]:
     return [each if isinstance(each, kind) else kind.from_dict(each) for each in given]
 
 
+def needed(module: str, why: str) -> ModuleType:
+    """A module that is not always installed. Raises ProblemError saying `why` it is wanted; {} in it becomes the name of what is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        raise ProblemError(why.format(missing.name)) from None
+
+
 def read(path: str | Path) -> Any:
     """What a JSON or YAML file holds. YAML needs PyYAML, which LeRobot brings."""
     path = Path(path)
@@ -121,10 +131,7 @@ def _distinct(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 def _yaml(text: str) -> Any:
-    try:
-        import yaml  # pyright: ignore[reportMissingModuleSource]
-    except ModuleNotFoundError:
-        raise ProblemError("reading YAML needs PyYAML: pip install pyyaml, or write the same keys as JSON.") from None
+    yaml = needed("yaml", "reading YAML needs PyYAML: pip install pyyaml, or write the same keys as JSON.")
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

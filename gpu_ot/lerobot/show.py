@@ -10,6 +10,7 @@ from ..errors import ProblemError
 from .episodes import folder_of, read_recording
 from .pairfile import read_pairs
 from .pairs import writable
+from .settings import needed
 
 #: Frames of a camera that a strip shows.
 SHOWN = 8
@@ -21,10 +22,7 @@ def show(file: str | Path, src: str, tgt: str, out: str | Path, episode: int | N
 
     Raises ProblemError for datasets that were not paired, an episode that has no pair, and a camera without LeRobot to decode it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ProblemError("drawing pairs needs matplotlib: pip install matplotlib.") from None
+    Figure = needed("matplotlib.figure", "drawing pairs needs matplotlib: pip install matplotlib.").Figure
     pairs = read_pairs(file)
     sides = [read_recording(name, keys or ["observation.state"]) for name, keys in zip((src, tgt), pairs.keys, strict=True)]
     pairs.check(*sides)
@@ -73,11 +71,8 @@ def show(file: str | Path, src: str, tgt: str, out: str | Path, episode: int | N
 
 def _pictures(dataset: str, episode: int, frames: int, camera: str) -> list[np.ndarray]:
     """(height, width, 3) of a few frames from the first to the last."""
-    try:
-        from lerobot.datasets.lerobot_dataset import LeRobotDataset  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError:
-        raise ProblemError("--camera decodes frames, which needs LeRobot; without it the labels are shown.") from None
-    found = LeRobotDataset(dataset, root=folder_of(dataset), episodes=[episode])
+    lerobot = needed("lerobot.datasets.lerobot_dataset", "--camera decodes frames, which needs LeRobot; without it the labels are shown.")
+    found = lerobot.LeRobotDataset(dataset, root=folder_of(dataset), episodes=[episode])
     if camera not in found.meta.camera_keys:
         raise ProblemError(f'{dataset} has no camera "{camera}"; it has {", ".join(found.meta.camera_keys) or "none"}.')
     rows = np.linspace(0, frames - 1, min(SHOWN, frames)).round().astype(int)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import json
 import logging
 import runpy
@@ -35,6 +34,7 @@ from .draws import Drawable, DrawLoader, co_training, ranks, same_law
 from .encoders import WHOLE
 from .features import expanded, fits, flat
 from .pairfile import read_pairs
+from .settings import needed
 
 CONFIG, STATE = "ot_config.json", "ot_state.json"
 #: Held-out pairs among which partners are looked for.
@@ -60,10 +60,8 @@ def run(ot_config: str | Path | None, arguments: Sequence[str], *, restart_pairs
     """
     overrides = [each for each in arguments if each.startswith("--ot.")]
     cfg = None if ot_config is None else OTConfig.from_file(ot_config, overrides)
-    try:
-        script = importlib.import_module("lerobot.scripts.lerobot_train")
-    except ModuleNotFoundError as missing:
-        raise ProblemError(f"training needs LeRobot, and {missing.name} is not installed: pip install lerobot (0.4.4 or newer).") from None
+    said = "training needs LeRobot, and {} is not installed: pip install lerobot (0.4.4 or newer)."
+    script = needed("lerobot.scripts.lerobot_train", said)
     before = sys.argv
     sys.argv = ["lerobot-train", *(each for each in arguments if each not in overrides), *(["--wandb.enable=false"] if check else [])]
     try:
