@@ -24,11 +24,7 @@ COST_SCALES = ("none", "mean", "median", "quantile")
 
 @dataclass
 class OTTermConfig(Settings):
-    """One term of the cost: M = sum of weight * M_term.
-
-    name    what it is called in logs; unique.
-    weight  >= 0.
-    """
+    """One term of the cost M = sum of weight * M_term: `name`, unique, is what it is called in logs; weight >= 0."""
 
     name: str
     weight: float = bounded(1.0, least=0)
@@ -41,14 +37,12 @@ class OTFeatureSpec(Settings):
         M_term = weight_embed |z_s - z_t|^2 + weight_label |l_s - l_t|^2
 
     src_key, tgt_key   keys of the observation, tgt_key that of the source when left out. "observation.images.*" is every camera that no
-                       other feature names, each a term of its own with these weights; "observation" is the whole observation, for
-                       policies that embed it at once (Diffusion, TDMPC, and those whose encode_feature_for_ot("observation", x) takes
-                       a dict).
+                       other feature names, each a term of its own; "observation" is the whole observation, for policies that embed it
+                       at once (Diffusion, TDMPC, and those whose encode_feature_for_ot("observation", x) takes a dict).
     dim_slice          [start, stop], or a slice without a step, along the last axis: of what is embedded and of the label alike.
-    use_learned_embed  whether the policy's encoder is used; weight_embed counts only then.
+    use_learned_embed  whether the policy's encoder is used; weight_embed, of the embedding's distance, counts only then.
     embed_name         read and not used, as in the fork.
-    weight_embed       of the embedding's distance.
-    weight_label       of the label's, which carries no gradient.
+    weight_label       of the label's distance.
     term_name          in logs; src_key when left out. Of two terms with one name the second becomes name_2.
     term_weight        of the whole term.
     embed_path         a dotted path in the policy, "model.backbone", of what embeds this feature; found by itself for known policies, and
@@ -167,7 +161,7 @@ class TransportConfig(Settings):
 
 @dataclass
 class OTCostConfig(TransportConfig, _Terms):
-    """Costs that the caller has computed: `terms`, a list of OTTermConfig, names and weighs them. The rest as in TransportConfig."""
+    """Costs that the caller has computed, named and weighed by `terms`, a list of OTTermConfig. The rest as in TransportConfig."""
 
     def __post_init__(self, reg_m: Any, tau1: Any, tau2: Any) -> None:
         super().__post_init__(reg_m, tau1, tau2)
@@ -179,10 +173,10 @@ class OTCostConfig(TransportConfig, _Terms):
 
 @dataclass
 class OTLossConfig(TransportConfig, _Features):
-    """Features of a policy's observations, `features`, a list of OTFeatureSpec; `detach_label`, whether labels carry no gradient. The
-    rest as in TransportConfig."""
+    """`features`, a list of OTFeatureSpec; `detach_label`, whether labels carry no gradient. The rest as in TransportConfig."""
 
     detach_label: bool = True
+    INSIDE = "ot", "loss_config"
 
     def __post_init__(self, reg_m: Any, tau1: Any, tau2: Any) -> None:
         super().__post_init__(reg_m, tau1, tau2)
@@ -193,13 +187,6 @@ class OTLossConfig(TransportConfig, _Features):
                     f'the feature "{spec.name}" counts for nothing: weight_label is 0 and it is not embedded '
                     "(use_learned_embed: true, weight_embed > 0). Give it a weight or leave it out."
                 )
-
-    @classmethod
-    def _found_in(cls, given: Any) -> Any:
-        for key in ("ot", "loss_config"):  # of a whole training
-            if isinstance(given, Mapping) and key in given and "features" not in given:
-                given = given[key]
-        return given
 
 
 @dataclass
@@ -268,6 +255,7 @@ class OTConfig(Settings):
     grad_norms_every: int = bounded(0, least=0, whole=True)
     tensorboard_dir: str | None = None
     loss_config: OTLossConfig = field(default_factory=OTLossConfig)
+    INSIDE = ("ot",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -278,10 +266,6 @@ class OTConfig(Settings):
             if not isinstance(self.obs_keys, Sequence) or not all(isinstance(key, str) for key in self.obs_keys):
                 raise ProblemError(f"obs_keys must be a list of keys, found {self.obs_keys!r}.")
             self.obs_keys = list(self.obs_keys)
-
-    @classmethod
-    def _found_in(cls, given: Any) -> Any:
-        return given["ot"] if isinstance(given, Mapping) and isinstance(given.get("ot"), Mapping) else given
 
     @classmethod
     def _place(cls, key: str) -> list[str]:

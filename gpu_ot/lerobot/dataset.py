@@ -40,13 +40,13 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
     order of their own. `DrawLoader` iterates over those, divides them among ranks, and can be resumed.
 
     src_dataset, tgt_dataset  two LeRobotDatasets, or whatever serves as a `FrameDataset`; they may hold a part of the episodes.
-    pairs                     `Pairs`, or the file. Checked against the datasets, their labels included where they are on disk (`verify`).
-    sampling                  how source frames are drawn: window_size, no_window, sharpness, cutoff, topk_src_episodes and seed of this
-                              OTConfig; by default within 10 frames, and from episodes at distances around 0.01 or below.
-    episodes                  use these target episodes alone; None for all.
-    image_transforms          applied to the cameras of both sides, after uint8 has become float in [0, 1]; by default those that the
-                              target (or the source) dataset came with. Random ones follow the draw.
-    cache_bytes               of decoded frames, before transforms, in each worker. Items share memory with it: do not write into them.
+    pairs             `Pairs`, or the file. Checked against the datasets, their labels included where they are on disk (`verify`).
+    sampling          window_size, no_window, sharpness, cutoff, topk_src_episodes and seed of this OTConfig; by default source frames are
+                      drawn within 10 frames, from episodes at distances around 0.01 or below.
+    episodes          use these target episodes alone; None for all.
+    image_transforms  of the cameras of both sides, after uint8 has become float in [0, 1]; by default those that the target (or the
+                      source) dataset came with. Random ones follow the draw.
+    cache_bytes       of decoded frames, before transforms, in each worker. Items share memory with it: do not write into them.
 
     Raises ProblemError when datasets and pairs do not fit together, saying how.
     """
@@ -76,10 +76,11 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
 
         self.pairs = pairs
         self._place = {episode: k for k, episode in enumerate(self.source.side.episodes.tolist())}
-        chosen = self.target.side.episodes.tolist() if episodes is None else [int(episode) for episode in episodes]
-        self.rows = self.target.rows(chosen)
-        if strange := set(chosen) - set(self.target.side.episodes.tolist()):
+        there = self.target.side.episodes.tolist()
+        chosen = there if episodes is None else [int(episode) for episode in episodes]
+        if strange := set(chosen) - set(there):
             raise ProblemError(f"the target dataset has no episode {min(strange)}.")
+        self.rows = self.target.rows(chosen)
         self._partners = {episode: self._partners_of(episode) for episode in chosen}
 
     def _partners_of(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
@@ -117,17 +118,14 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
         partners, cumulated = self._partners[episode]
         pair = int(partners[min(np.searchsorted(cumulated, rng.random() * cumulated[-1], "right"), len(partners) - 1)])
         source_episode = int(self.pairs.source_episode[pair])
-        place = self._place[source_episode]
-        length = int(self.source.side.lengths[place])
+        length = int(self.source.side.lengths[place := self._place[source_episode]])
         if self.sampling.no_window:
             found = int(rng.integers(length))
         else:
             # A file that lists fewer frames than the episode has, as old ones may, is continued by its last row.
-            rows = int(self.pairs.offsets[pair + 1] - self.pairs.offsets[pair])
+            rows, w = int(self.pairs.offsets[pair + 1] - self.pairs.offsets[pair]), self.sampling.window_size
             aligned = self.pairs.frames_of(pair, min(frame, rows - 1))
-            found = int(aligned[rng.integers(len(aligned))])
-            if w := self.sampling.window_size:
-                found += int(rng.integers(-w, w))
+            found = int(aligned[rng.integers(len(aligned))]) + (int(rng.integers(-w, w)) if w else 0)
             found = min(max(found, 0), length - 1)
         return Draw(int(self.source.starts[place]) + found, row, source_episode, episode, float(self.pairs.distance[pair]))
 
@@ -144,10 +142,9 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
     def _item(self, drawn: Draw, counter: int) -> dict[str, Any]:
         sides = {}
         for k, (name, frames, row) in enumerate((("src", self.source, drawn.source), ("tgt", self.target, drawn.target))):
-            frame = frames.frame(row, (self.seed, counter, k))
-            sides[name] = {"obs": {key: z for key, z in frame.items() if key != "action"}}
-            if "action" in frame:
-                sides[name]["actions"] = frame["action"]
+            obs = frames.frame(row, (self.seed, counter, k))
+            sides[name] = {"actions": obs.pop("action")} if "action" in obs else {}
+            sides[name] = {"obs": obs, **sides[name]}
         return sides
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ..errors import ProblemError, unknown
 
@@ -33,6 +33,8 @@ def choice(default: str | None, known: Iterable[str]) -> Any:
 @dataclass
 class Settings:
     """Reading, writing and refusing, once for all of them: fields of truth values, text and `bounded` numbers are checked."""
+
+    INSIDE: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -76,7 +78,9 @@ class Settings:
 
     @classmethod
     def _found_in(cls, given: Any) -> Any:
-        """The part of a file that is meant."""
+        """The part of a file that is meant: under the keys of INSIDE where they are, as in the file of a whole training."""
+        for key in cls.INSIDE:
+            given = given[key] if isinstance(given, Mapping) and isinstance(given.get(key), Mapping) else given
         return given
 
     @classmethod
@@ -97,7 +101,7 @@ def made(kind: type[_S], given: Any, name: str) -> list[_S]:
 
 
 def needed(module: str, why: str) -> ModuleType:
-    """A module that is not always installed. Raises ProblemError saying `why` it is wanted; {} in it becomes the name of what is missing."""
+    """A module that is not always installed. Raises ProblemError with `why`; {} in it becomes the name of what is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as missing:
