@@ -90,7 +90,7 @@ def co_training(
     source = cfg.bc_src_weight or 0.0
     target = 1 - source
     if not cfg.normalize_bc_weights_by_ds_size:
-        source, target = source * there.frames, target * len(tgt_dataset)
+        source, target = source * int(there.lengths.sum()), target * len(tgt_dataset)
     parts = [
         Part("paired source", src_dataset, source * share, paired, drop_last),
         Part("other source", src_dataset, source * (1 - share), others, drop_last),

@@ -33,8 +33,8 @@ def pair_episodes(
     Raises ProblemError naming the episode that cannot be compared.
     """
     options = options or PairOptions()
-    from_side, to_side = _side(source, "source"), _side(target, "target")
-    xs, ys = _prepare(_arrays(source), _arrays(target), options)
+    (from_side, xs), (to_side, ys) = _episodes(source, "source"), _episodes(target, "target")
+    xs, ys = _prepare(xs, ys, options)
     band = None if options.band is None else max(1.0, options.band / options.stride)
     kept_x, kept_y = ([_kept(len(z), options.stride) for z in zs] for zs in (xs, ys))
     short_x, short_y = ([z[k] for z, k in zip(zs, ks, strict=True)] for zs, ks in ((xs, kept_x), (ys, kept_y)))
@@ -63,14 +63,10 @@ def pair_episodes(
     return Pairs.of_rows(from_side, to_side, options, rows)
 
 
-def _side(given: Recording | Sequence[np.ndarray], role: str) -> Side:
+def _episodes(given: Recording | Sequence[np.ndarray], role: str) -> tuple[Side, Sequence[np.ndarray]]:
     if isinstance(given, Recording):
-        return given.side
-    return Side(role, None, np.arange(len(given)), np.array([len(each) for each in given], dtype=np.int64))
-
-
-def _arrays(given: Recording | Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-    return given.episodes() if isinstance(given, Recording) else given
+        return given.side, given.episodes()
+    return Side(role, None, np.arange(len(given)), np.array([len(each) for each in given], dtype=np.int64)), given
 
 
 def _prepare(source: Sequence[np.ndarray], target: Sequence[np.ndarray], options: PairOptions) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ ARRAYS = ("target_episode", "source_episode", "total", "steps", "distance", "off
 class PairOptions(Settings):
     """How episodes are compared.
 
-    keys         label columns, side by side: the proprioception that both robots share.
-    target_keys  their names in the target where they differ.
+    keys         label columns, side by side: the proprioception that both robots share; target_keys their names in the target.
     dim_slice    [a, b): which of the concatenated features.
     center       subtract each episode's mean, so that two workspaces may be offset.
     zscore       divide by the standard deviation over all frames of both sets, after subtracting the mean (a constant feature is 0).
@@ -147,22 +147,13 @@ class Pairs:
         options = dataclasses.asdict(self.options) if self.options else None
         header: dict[str, Any] = {"format": FORMAT, "version": VERSION, "index_base": 0, "options": options}
         header |= {role: {name: getattr(side, name) for name in ("name", "fps", "digest", "exact")} for role, side in sides}
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
-        if self.frames is not None:
-            arrays["frames"] = self.frames
-        for role, side in sides:
-            arrays |= {f"{role}_episodes": side.episodes, f"{role}_lengths": side.lengths}
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {name: getattr(self, name) for name in (*ARRAYS, "frames") if getattr(self, name) is not None}
+        arrays |= {f"{role}_{name}": getattr(side, name) for role, side in sides for name in ("episodes", "lengths")}
+        with _beside(path) as partial:
             with partial.open("wb") as file:
                 small: dict[str, Any] = {name: _narrow(each) for name, each in arrays.items()}
                 np.savez_compressed(file, header=np.array(json.dumps(header)), **small)
             partial.replace(path)
-        except OSError as problem:
-            raise _unwritable(path, problem) from None
-        finally:  # also of what was interrupted
-            partial.unlink(missing_ok=True)
         return path
 
 
@@ -171,18 +162,22 @@ def writable(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix == ".json":
         raise ProblemError(f"{path} would hold arrays; name it .npz. JSON is only read.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        probe.touch()
-        probe.unlink()
-    except OSError as problem:
-        raise _unwritable(path, problem) from None
+    with _beside(path) as partial:
+        partial.touch()
     return path
 
 
-def _unwritable(path: Path, problem: OSError) -> ProblemError:
-    return ProblemError(f"{path} cannot be written ({problem.strerror}). Name a file in a folder of yours with --out.")
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A file beside `path`, gone in the end, whatever happens. Raises ProblemError where none can be written."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+    except OSError as problem:
+        raise ProblemError(f"{path} cannot be written ({problem.strerror}). Name a file in a folder of yours with --out.") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _validate(pairs: Pairs) -> None:
@@ -190,19 +185,17 @@ def _validate(pairs: Pairs) -> None:
     p, rows = len(pairs.target_episode), len(pairs.first)
     if p == 0:
         raise ProblemError("there are no pairs.")
-    sizes = {len(getattr(pairs, name)) for name in ("source_episode", "total", "steps", "distance")}
-    if sizes != {p} or len(pairs.offsets) != p + 1 or len(pairs.count) != rows or pairs.offsets[0] != 0 or pairs.offsets[-1] != rows:
+    sizes = {len(getattr(pairs, name)) for name in ("source_episode", "total", "steps", "distance")} | {len(pairs.offsets) - 1}
+    if sizes != {p} or len(pairs.count) != rows or pairs.offsets[0] != 0 or pairs.offsets[-1] != rows:
         raise ProblemError("the arrays do not have the lengths that belong together; the file is damaged. Pair again.")
     lengths = []
     for role, side, episodes in (("source", pairs.source, pairs.source_episode), ("target", pairs.target, pairs.target_episode)):
         if len(side.episodes) != len(side.lengths) or (np.diff(side.episodes.astype(np.int64)) <= 0).any() or (side.lengths < 1).any():
             raise ProblemError(f"the {role} episodes must be numbered in increasing order and have frames. Pair again.")
-        at = np.searchsorted(side.episodes, episodes).clip(max=max(len(side.episodes) - 1, 0))
-        if len(side.episodes) == 0 or (side.episodes[at] != episodes).any():
+        if strange := sorted(set(np.asarray(episodes).tolist()) - set(np.asarray(side.episodes).tolist())):
             known = f"from {side.episodes[0]} to {side.episodes[-1]}" if len(side.episodes) else "none"
-            strange = sorted(set(np.asarray(episodes).tolist()) - set(np.asarray(side.episodes).tolist()))
             raise ProblemError(f"{role} episode {strange[0]} is paired and does not exist: there are {known}. Pair again.")
-        lengths.append(side.lengths[at].astype(np.int64))
+        lengths.append(side.lengths[np.searchsorted(side.episodes, episodes)].astype(np.int64))
     owned = np.diff(pairs.offsets.astype(np.int64))
     if (owned != lengths[1]).any():
         k = int((owned != lengths[1]).argmax())
