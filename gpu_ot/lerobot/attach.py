@@ -36,9 +36,9 @@ Batches = Iterable[Pair] | Callable[[int], Iterable[Pair]]
 class CoTraining:
     """What a policy carries while it is aligned: where pairs come from, how far it has got, and what it reports.
 
-    pairs       batches (source, target); an iterable, begun anew when it ends, or a function of the step to go on from.
+    pairs       batches (source, target): an iterable, begun anew when it ends, or a function of the step to go on from.
     preprocess  applied to each side of a batch; when left out, tensors are only moved to the policy's device.
-    log_every   steps between metrics: they are copied to the host, reported and checked on those alone; 0 for none.
+    log_every   steps between metrics, which are copied to the host, reported and checked on those alone; 0 for none.
     out_dir     where pictures of the plan go, for cfg.plan_every.
     main        whether this process reports.
     held_out    a batch that is never aligned, or what makes it, for cfg.retrieval_every.
@@ -97,19 +97,17 @@ class CoTraining:
 
     def _added(self, policy: nn.Module, loss: Tensor, weight: float) -> tuple[Tensor, dict[str, float]]:
         """The sum, and what is to be reported at this step."""
-        cfg, step, told = self.cfg, self.step + 1, {}
-        due = self.log_every > 0 and step % self.log_every == 0
+        cfg, step = self.cfg, self.step + 1
+        due, norms, plan = (n > 0 and step % n == 0 for n in (self.log_every, cfg.grad_norms_every, cfg.plan_every))
         self._batches = self._batches or self._endless()
-        source, target = self.seen(policy, next(self._batches))
-        found = terms(policy, source, target, cfg.loss_config)
+        found = terms(policy, *self.seen(policy, next(self._batches)), cfg.loss_config)
         aligned = align(found, cfg.loss_config, self.scale, gather=cfg.gather, metrics=due)
         self._watch(*aligned.finite)
-        weighted = weight * aligned.loss
-        norms = cfg.grad_norms_every > 0 and step % cfg.grad_norms_every == 0
+        weighted, told = weight * aligned.loss, {}
         if due or norms:
             told = floats({"bc_loss": loss.detach().mean(), **aligned.metrics, "ot_loss_weighted": weighted.detach()})
             told |= {"lambda_ot": weight} | (_gradients(policy, loss, weighted) if norms else {})
-        if self.main and self.out_dir is not None and cfg.plan_every and step % cfg.plan_every == 0:
+        if plan and self.main and self.out_dir is not None:
             _picture(aligned.plan(), self.out_dir / "ot_plans" / f"{step:06d}.png", step)
         return loss + weighted.to(loss.dtype), told
 

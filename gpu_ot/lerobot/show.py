@@ -38,14 +38,14 @@ def show(file: str | Path, src: str, tgt: str, out: str | Path, episode: int | N
 
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     grid = figure.add_gridspec(2, 3, width_ratios=(1, 4, 5), height_ratios=(4, 1))
-    ends = rows, int(sides[0].side.lengths[np.searchsorted(sides[0].side.episodes, partner)])
+    episodes = [of.episodes()[np.searchsorted(of.side.episodes, number)] for of, number in zip(sides, (partner, episode), strict=True)]
     ax = figure.add_subplot(grid[0, 1])
     ax.plot(*zip(*path, strict=True), color="tab:red", lw=1.5)
-    ax.set(xlim=(-0.5, ends[0] - 0.5), ylim=(-0.5, ends[1] - 0.5), xticks=[], yticks=[], title=f"distance {pairs.distance[k]:.4g}")
-    placed = (sides[0], src, partner, grid[0, 0], "source"), (sides[1], tgt, episode, grid[1, 1], "target")
-    for recording, name, number, place, role in placed:
+    ends = {"xlim": (-0.5, rows - 0.5), "ylim": (-0.5, len(episodes[0]) - 0.5)}
+    ax.set(**ends, xticks=[], yticks=[], title=f"distance {pairs.distance[k]:.4g}")
+    placed = (src, partner, grid[0, 0], "source"), (tgt, episode, grid[1, 1], "target")
+    for z, (name, number, place, role) in zip(episodes, placed, strict=True):
         upright = role == "source"
-        z = recording.episodes()[int(np.searchsorted(recording.side.episodes, number))]
         z = (z - z.min(0)) / np.ptp(z, 0).clip(1e-12)
         parts = _pictures(name, number, len(z), camera) if camera else [row[None] if upright else row[:, None] for row in z]
         strip = np.concatenate(parts[::-1], 0) if upright else np.concatenate(parts, 1)

@@ -33,6 +33,7 @@ from .dataset import LeRobotOTPairDataset
 from .draws import Drawable, DrawLoader, co_training, ranks, same_law
 from .encoders import WHOLE
 from .features import expanded, fits, flat
+from .frames import transforms_of
 from .pairfile import read_pairs
 from .settings import needed
 
@@ -119,12 +120,10 @@ class _Launch:
         self.train_cfg, self.target = cfg, made[0] if isinstance(made, tuple) else made
         if cfg.resume:
             folder = Path(cfg.checkpoint_path) / "training_state"
-            if (folder / STATE).exists():
-                self.resumed = json.loads((folder / STATE).read_text())
+            self.resumed = json.loads((folder / STATE).read_text()) if (folder / STATE).exists() else {}
             if (folder / CONFIG).exists():
-                saved = OTConfig.from_file(folder / CONFIG)
                 self.given = self.given or OTConfig.from_file(folder / CONFIG, self.overrides)
-                old, new = _leaves(saved.to_dict()), _leaves(self.given.to_dict())
+                old, new = (_leaves(each.to_dict()) for each in (OTConfig.from_file(folder / CONFIG), self.given))
                 if changed := [f"{key} {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]:
                     logging.info("resumed with other settings than before: %s", ", ".join(changed))
             if self.restart:
@@ -153,32 +152,23 @@ class _Launch:
         like_the_target = {key: getattr(given, key) for key in ("video_backend", "depth_output_unit") if hasattr(given, key)}
         if hasattr(target, "_return_uint8"):  # 0.6: a quarter of the memory for decoded frames
             like_the_target["return_uint8"] = target._return_uint8
-        self.source = LeRobotDataset(
-            name,
-            root=cfg.src_root,
-            delta_timestamps=resolve_delta_timestamps(self.train_cfg.policy, meta),
-            image_transforms=getattr(target, "image_transforms", None),
-            tolerance_s=self.train_cfg.tolerance_s,
-            **like_the_target,
-        )
+        like_the_target |= {"image_transforms": transforms_of(target), "tolerance_s": self.train_cfg.tolerance_s}
+        history = resolve_delta_timestamps(self.train_cfg.policy, meta)
+        self.source = LeRobotDataset(name, root=cfg.src_root, delta_timestamps=history, **like_the_target)
         pairs = self.pairs = read_pairs(cfg.pair_info_path, base_index_src=cfg.base_index_src, base_index_tgt=cfg.base_index_tgt)
         # Where a feature has another name in the source, the source's takes the target's: one preprocessor normalises both.
         made = {WHOLE, "state"} if getattr(self.train_cfg.policy, "type", "") == "groot" else {WHOLE}  # by the policy, or its preprocessor
         there = {*target.meta.features, *made}
         found = expanded(cfg.loss_config.features, {*meta.features, *made}, there)
         self.rename: dict[str, str] = {s.src_key: str(s.tgt_key) for s in found if s.src_key not in there}
-        _fit(found, meta.features, target.meta.features, self.rename, getattr(target, "image_transforms", None) is not None)
+        _fit(found, meta.features, target.meta.features, self.rename, transforms_of(target) is not None)
         # A pretrained policy's preprocessor renames by --rename_map, and features are wanted as they come out of it.
         pretrained = getattr(self.train_cfg.policy, "pretrained_path", None)
         processed = (getattr(self.train_cfg, "rename_map", None) or {}) if pretrained else {}
+        renamed = ((spec, self.rename.get(spec.src_key, spec.src_key), str(spec.tgt_key)) for spec in found)
         found = [
-            dataclasses.replace(
-                spec,
-                src_key=processed.get(key := self.rename.get(spec.src_key, spec.src_key), key),
-                tgt_key=processed.get(spec.tgt_key, spec.tgt_key),
-                term_name=spec.name,
-            )
-            for spec in found
+            dataclasses.replace(spec, src_key=processed.get(src, src), tgt_key=processed.get(tgt, tgt), term_name=spec.name)
+            for spec, src, tgt in renamed
         ]
         # A copy: checkpoints keep what was given, since the source's own names are wanted again when the run is resumed.
         self.cfg = dataclasses.replace(cfg, loss_config=dataclasses.replace(cfg.loss_config, features=found))
@@ -198,10 +188,9 @@ class _Launch:
     def _policy(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         policy = original(*args, **kwargs)
         if self.cfg.enable:
-            t = self.train_cfg
-            options = {"log_every": t.log_freq, "out_dir": t.output_dir, "main": ranks()[0] == 0}
-            held = {} if self.held_out is None else {"held_out": lambda: self._held}
-            self.training = attach_ot(policy, self._pairs, self.cfg, self._preprocess, **options, **held)
+            t, held = self.train_cfg, None if self.held_out is None else lambda: self._held
+            options = {"log_every": t.log_freq, "out_dir": t.output_dir, "main": ranks()[0] == 0, "held_out": held}
+            self.training = attach_ot(policy, self._pairs, self.cfg, self._preprocess, **options)
             self.policy = policy
         return policy
 
@@ -297,7 +286,7 @@ def _fit(found: Sequence[OTFeatureSpec], source: dict[str, Any], target: dict[st
     embedded = {spec.tgt_key for spec in found if spec.embeds}
     for key, feature in source.items():
         name = rename.get(key, key)
-        ours, theirs = tuple(feature.get("shape") or ()), tuple((target.get(name) or {}).get("shape") or ())
+        ours, theirs = (tuple((each or {}).get("shape") or ()) for each in (feature, target.get(name)))
         camera = feature.get("dtype") in ("image", "video")
         if not theirs or ours == theirs or (camera and (resized or name not in embedded)):
             continue
