@@ -161,7 +161,7 @@ def run(home: Path, *command: str, ok: bool = True) -> str:
     environment = os.environ | {
         "HF_HOME": str(home / "hf"), "HF_LEROBOT_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"
     }  # fmt: skip
-    done = subprocess.run([str(program), *command[1:]], cwd=home, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([str(program), *command[1:]], cwd=home, env=environment, capture_output=True, text=True, timeout=1800)
     assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
@@ -288,9 +288,10 @@ def test_what_the_readme_prints_runs(home):
 @pytest.mark.lerobot
 def test_diffusion_aligns_its_whole_observation(home):
     cfg = write(home, "diffusion.json", grad_norms_every=5, loss_config=features("observation"))
-    said = train(home, cfg, "diffusion", *DIFFUSION)
+    said = train(home, cfg, "diffusion", *DIFFUSION, "--steps=40", "--log_freq=1", "--policy.optimizer_lr=1e-3")
     losses = behaved(said)
-    assert len(losses) == 4 and all(map(math.isfinite, losses)) and min(losses) < losses[0]  # each is of noise of its own
+    assert len(losses) == 40 and all(map(math.isfinite, losses))
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])  # each loss is of noise of its own: means of five tell
     assert min(reported(said, "ot_grad_norm")) > 0 and min(reported(said, "ot_cost/image")) > 0
 
 
