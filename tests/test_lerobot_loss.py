@@ -75,6 +75,12 @@ def observations():
 
 
 @pytest.fixture
+def batch(observations):
+    """What the policy imitates."""
+    return {STATE: observations(4)[STATE]}
+
+
+@pytest.fixture
 def policy():
     torch.manual_seed(0)
     return Policy()
@@ -90,6 +96,13 @@ def features(**changes):
 def one(reg=0.1, tol=1e-6, tau=None, **spec):
     """A single feature."""
     return OTLossConfig.from_dict(dict(features=[spec], reg=reg, tol=tol, tau_src=tau, tau_tgt=tau))
+
+
+def is_pots(loss, M, *problem, rtol=1e-6, **options):
+    """The loss is <P, M> with POT's plan P, which is returned."""
+    P = pot_plan(M, *problem, **options)
+    torch.testing.assert_close(loss, (P * M).sum(), rtol=rtol, atol=0)
+    return P
 
 
 def by_hand(policy, src, tgt):
@@ -142,12 +155,11 @@ def test_the_loss_is_the_papers_through_pot(policy, observations, reference, tau
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
-def test_one_sided_relaxation_and_rectangles(policy, observations):
+def test_one_sided_relaxation_and_rectangles_in_one_call_of_the_encoder(policy, observations):
     src, tgt = observations(13), observations(9)
     loss, metrics = aligned(policy, src, tgt, features(tau_src=0.2))
-    M = by_hand(policy, src, tgt)
-    P = pot_plan(M, 0.1, (0.2, None))
-    assert abs(loss - (P * M).sum()) <= 1e-6 * loss
+    assert policy.seen == [22, 22]  # both sides in one call of the encoder
+    is_pots(loss, by_hand(policy, src, tgt), 0.1, (0.2, None))
     assert "ot_pi_diag" not in metrics
     refused("13 source and 9 target rows", aligned, policy, src, tgt, features(reference="diagonal"))
 
@@ -159,9 +171,7 @@ def test_one_sided_relaxation_and_rectangles(policy, observations):
 def test_references_are_pots_measure_c(policy, observations, reference, measure):
     src, tgt = observations(11), observations(11)
     loss, _ = aligned(policy, src, tgt, features(reference=reference, tau_src=0.5, tau_tgt=0.8))
-    M = by_hand(policy, src, tgt)
-    P = pot_plan(M, 0.1, (0.5, 0.8), measure(11))
-    assert abs(loss - (P * M).sum()) <= 1e-6 * loss
+    is_pots(loss, by_hand(policy, src, tgt), 0.1, (0.5, 0.8), measure(11))
 
 
 def test_a_reference_of_ones_own_may_leave_rows_out(policy, observations):
@@ -169,11 +179,8 @@ def test_a_reference_of_ones_own_may_leave_rows_out(policy, observations):
     r = torch.rand(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     r[2], r[:, 3], r[0, 0] = 0, 0, 0
     loss, metrics = aligned(policy, src, tgt, features(tau_src=0.5, tau_tgt=0.5), reference=r)
-    M = by_hand(policy, src, tgt)
-    rows, columns = [0, 1, 3, 4, 5], [0, 1, 2, 4]
-    P = pot_plan(M[rows][:, columns], 0.1, (0.5, 0.5), r[rows][:, columns].numpy(), sizes=(6, 5))
-    M = M[rows][:, columns]
-    assert abs(loss - (P * M).sum()) <= 1e-6 * loss
+    M, kept = (z[[0, 1, 3, 4, 5]][:, [0, 1, 2, 4]] for z in (by_hand(policy, src, tgt), r))
+    P = is_pots(loss, M, 0.1, (0.5, 0.5), kept.numpy(), sizes=(6, 5))
     assert abs(metrics["ot_pi_sum"] - P.sum()) <= 1e-6
     refused("a row of the reference is 0 throughout", aligned, policy, src, tgt, features(), reference=r)
     refused(r"of shape \(6, 5\)", aligned, policy, src, tgt, features(tau_src=1), reference=r[:4])
@@ -210,9 +217,8 @@ def test_metrics_add_up(policy, observations):
     terms = ("pose", CAMERA, "state")
     assert math.isclose(sum(m[f"ot_moved/{name}"] for name in terms), m["ot_loss"], rel_tol=1e-9)
     assert math.isclose(sum(m[f"ot_share/{name}"] for name in terms), 1.0, rel_tol=1e-9)
-    assert math.isclose(
-        m["ot_cost/pose"] + 0.5 * m[f"ot_cost/{CAMERA}"] + m["ot_cost/state"], by_hand(policy, src, tgt).mean().item(), rel_tol=1e-9
-    )
+    mean = m["ot_cost/pose"] + 0.5 * m[f"ot_cost/{CAMERA}"] + m["ot_cost/state"]
+    assert math.isclose(mean, by_hand(policy, src, tgt).mean().item(), rel_tol=1e-9)
     assert math.isclose(m["ot_diag_ratio"], m["ot_pi_diag"] / m["ot_pi_sum"], rel_tol=1e-12)
     assert 0 <= m["ot_plan_entropy"] <= 1 and m["ot_iters"] > 1 and m["ot_marginal_error"] < 1e-9
     assert aligned(policy, src, tgt, features(tau_src=1.0, tau_tgt=1.0), metrics=False)[1] == {}
@@ -275,8 +281,7 @@ def test_cost_scale_is_a_running_average_without_gradient(policy, observations, 
         now = M.mean() if kind == "mean" else M.median() if kind == "median" else M.kthvalue(math.ceil(0.9 * len(M))).values
         expected = now if expected is None else 0.5 * expected + 0.5 * now
         torch.testing.assert_close(scale.value, expected, rtol=1e-9, atol=0)
-    M = by_hand(policy, *batches[-1]) / expected
-    torch.testing.assert_close(loss, (pot_plan(M, 0.1, (1.0, 1.0)) * M).sum(), rtol=1e-6, atol=0)
+    is_pots(loss, by_hand(policy, *batches[-1]) / expected, 0.1, (1.0, 1.0))
     again = CostScale()
     again.load_state_dict(json.loads(json.dumps(scale.state_dict())))
     assert torch.equal(again.value, scale.value)
@@ -295,12 +300,7 @@ def test_cosine_embeddings_fold(policy, observations):
     cfg = one(0.1, 1e-12, src_key=STATE, use_learned_embed=True, weight_embed=0.8, weight_label=0, embed_cost="cosine")
     loss, _ = aligned(policy, src, tgt, cfg)
     M = 0.8 * (1 - nn.functional.cosine_similarity(policy.state(src[STATE]).unsqueeze(1), policy.state(tgt[STATE]).unsqueeze(0), dim=-1))
-    torch.testing.assert_close(loss, (pot_plan(M, 0.1, (None, None)) * M).sum(), rtol=1e-7, atol=0)
-
-
-def test_both_sides_go_through_one_call_of_the_encoder(policy, observations):
-    aligned(policy, observations(7), observations(5), features(tau_src=1.0))
-    assert policy.seen == [12, 12]
+    is_pots(loss, M, 0.1, (None, None), rtol=1e-7)
 
 
 def test_labels_carry_no_gradient(observations):
@@ -474,8 +474,8 @@ def co_config(**changes):
     return OTConfig.from_dict(dict(lambda_ot=0.5, loss_config=features(tau_src=1.0, tau_tgt=1.0).to_dict()) | changes)
 
 
-def test_attached_and_detached(policy, observations):
-    batch, loader = {STATE: observations(4)[STATE]}, pairs(observations)
+def test_attached_and_detached(policy, observations, batch):
+    loader = pairs(observations)
     before, cls = policy.forward(batch)[0], type(policy)
     keys = set(policy.state_dict())
     training = attach_ot(policy, loader, co_config(), log_every=2)
@@ -499,9 +499,9 @@ def test_attached_and_detached(policy, observations):
     torch.testing.assert_close(policy.forward(batch)[0], before)
 
 
-def test_a_policy_inside_something_is_reached(policy, observations):
+def test_a_policy_inside_something_is_reached(policy, observations, batch):
     """torch.compile and DistributedDataParallel train with the alignment, and are asked for embeddings through it."""
-    batch, (pair, *_) = {STATE: observations(4)[STATE]}, pairs(observations)
+    pair, *_ = pairs(observations)
     bare = policy.forward(batch)[0] + 0.5 * aligned(policy, *pair, co_config().loss_config)[0]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -517,20 +517,19 @@ def test_a_policy_inside_something_is_reached(policy, observations):
         torch.distributed.destroy_process_group()
 
 
-def test_without_weight_nothing_is_done(policy, observations):
+def test_without_weight_nothing_is_done(policy, observations, batch):
     def never(start):
         raise AssertionError("a pair is asked for")
         yield
 
     training = attach_ot(policy, never, co_config(lambda_ot=0.0, plan_every=1, grad_norms_every=1), log_every=1, out_dir="nowhere")
     policy.seen.clear()
-    loss, info = policy.forward(batch := {STATE: observations(4)[STATE]})
+    loss, info = policy.forward(batch)
     torch.testing.assert_close(loss, policy.state(batch[STATE]).square().mean())
     assert info == {"l1_loss": 1.0} and training.step == 1 and not policy.seen
 
 
-def test_what_is_saved_is_the_plain_policy(policy, observations, tmp_path):
-    batch = {STATE: observations(4)[STATE]}
+def test_what_is_saved_is_the_plain_policy(policy, observations, tmp_path, batch):
     before = policy.forward(batch)[0]
     attach_ot(policy, iter(pairs(observations)), co_config())
     torch.save(policy, tmp_path / "policy.pt")
@@ -540,12 +539,12 @@ def test_what_is_saved_is_the_plain_policy(policy, observations, tmp_path):
     assert policy.forward(batch)[0] > before
 
 
-def test_a_policy_may_return_its_loss_alone(observations):
+def test_a_policy_may_return_its_loss_alone(observations, batch):
     class Bare(Policy):
         def forward(self, batch):
             return super().forward(batch)[0]
 
-    policy, batch, pair = Bare(), {STATE: observations(4)[STATE]}, (observations(6), observations(6))
+    policy, pair = Bare(), (observations(6), observations(6))
     before, weighted = policy.forward(batch), 0.5 * aligned(policy, *pair, co_config().loss_config)[0]
     training = attach_ot(policy, [dict(zip(("src", "tgt"), pair, strict=True))], co_config(), log_every=1)
     torch.testing.assert_close(policy.forward(batch), before + weighted)
@@ -553,10 +552,10 @@ def test_a_policy_may_return_its_loss_alone(observations):
     refused(r"must return \(loss, info\) or the loss while it trains, found dict", training.add_to, policy, {"loss": before})
 
 
-def test_the_log_names_the_loss_for_what_it_is(policy, observations, caplog):
+def test_the_log_names_the_loss_for_what_it_is(policy, observations, caplog, batch):
     attach_ot(policy, pairs(observations), co_config(warmup_steps=4), log_every=1)
     with caplog.at_level("INFO"):
-        policy.forward({STATE: observations(4)[STATE]})
+        policy.forward(batch)
     said = caplog.messages[-1]
     assert all(f" {name}:" in said for name in ("ot_loss", "ot_pi_sum", "ot_pi_diag", "ot_cost/pose", "ot_loss_weighted"))
     assert " lambda_ot:0.125 " in f"{said} " and " loss:" not in said
@@ -564,16 +563,16 @@ def test_the_log_names_the_loss_for_what_it_is(policy, observations, caplog):
     torch.testing.assert_close([cfg.weight_at(step) for step in (0, 1, 3, 100)], [0.05, 0.1, 0.2, 0.2])
 
 
-def test_nan_between_the_steps_that_are_logged_is_named_at_once(policy, observations):
+def test_nan_between_the_steps_that_are_logged_is_named_at_once(policy, observations, batch):
     pair = (observations(5), observations(5))
     cfg = co_config(loss_config=features(reference="diagonal", tau_src=1.0, tau_tgt=1.0).to_dict())
     attach_ot(policy, [pair], cfg, log_every=1000)
-    policy.forward({STATE: observations(4)[STATE]})
+    policy.forward(batch)
     pair[1][CAMERA][2, 0, 0, 0] = torch.nan
-    refused(f'the term "{CAMERA}" holds NaN', policy.forward, {STATE: observations(4)[STATE]})
+    refused(f'the term "{CAMERA}" holds NaN', policy.forward, batch)
 
 
-def test_retrieval_is_the_share_of_partners_that_are_nearest(policy, observations):
+def test_retrieval_is_the_share_of_partners_that_are_nearest(policy, observations, batch):
     """In evaluation mode, in the embedding alone, and every so many steps."""
     src = observations(12)
     tgt = {key: z + 1e-3 * torch.randn(z.shape, dtype=z.dtype) for key, z in src.items()}
@@ -583,14 +582,14 @@ def test_retrieval_is_the_share_of_partners_that_are_nearest(policy, observation
     tgt[STATE][:, :4] += 0  # the label is not asked
     assert retrieval(policy, src, tgt, cfg) == {"ot_retrieval_top1": 0.75}
     attach_ot(policy, pairs(observations), co_config(retrieval_every=2), log_every=0, held_out=lambda: (src, tgt))
-    infos = [policy.forward({STATE: observations(4)[STATE]})[1] for _ in range(4)]
+    infos = [policy.forward(batch)[1] for _ in range(4)]
     assert [info.get("ot_retrieval_top1") for info in infos] == [None, 0.75, None, 0.75]
     refused("pass held_out", CoTraining, co_config(retrieval_every=2), [])
     refused("no feature is embedded", CoTraining, OTConfig(retrieval_every=2, loss_config=one(src_key=STATE)), [], held_out=(src, tgt))
 
 
-def test_resuming_goes_on_with_the_next_pair(policy, observations):
-    loader, batch = pairs(observations), {STATE: observations(4)[STATE]}
+def test_resuming_goes_on_with_the_next_pair(policy, observations, batch):
+    loader = pairs(observations)
     cfg = co_config()
     cfg.loss_config.cost_scale = "mean"
 
@@ -609,8 +608,7 @@ def test_resuming_goes_on_with_the_next_pair(policy, observations):
     assert [policy.forward(batch)[0].item() for _ in range(3)] == straight[2:]
 
 
-def test_gradient_norms_on_request(policy, observations):
-    batch = {STATE: observations(4)[STATE]}
+def test_gradient_norms_on_request(policy, observations, batch):
     pair = (observations(6), observations(6))
     attach_ot(policy, [pair], co_config(grad_norms_every=1), log_every=1000)
     loss, info = policy.forward(batch)
@@ -624,21 +622,20 @@ def test_gradient_norms_on_request(policy, observations):
     loss.backward()  # the graph is still whole
 
 
-def test_plans_are_drawn_and_shown_where_wandb_runs(policy, observations, tmp_path, monkeypatch):
+def test_plans_are_drawn_and_shown_where_wandb_runs(policy, observations, tmp_path, monkeypatch, batch):
     pytest.importorskip("matplotlib")
     shown = []
     run = types.SimpleNamespace(run=object(), Image=lambda path: path, log=lambda data, step: shown.append((data, step)))
     monkeypatch.setitem(sys.modules, "wandb", run)
     attach_ot(policy, pairs(observations), co_config(plan_every=2), out_dir=tmp_path)
     for _ in range(4):
-        policy.forward({STATE: observations(4)[STATE]})
+        policy.forward(batch)
     drawn = sorted(tmp_path.rglob("*.png"))
     assert [path.name for path in drawn] == ["000002.png", "000004.png"] and all(path.stat().st_size > 5000 for path in drawn)
     assert shown == [({"train/ot_plan": str(tmp_path / "ot_plans" / f"00000{step}.png")}, step) for step in (2, 4)]
 
 
-def test_pairs_that_are_none_or_do_not_begin_anew(policy, observations):
-    batch = {STATE: observations(4)[STATE]}
+def test_pairs_that_are_none_or_do_not_begin_anew(policy, observations, batch):
     refused("no features", CoTraining, OTConfig(), [])
     attach_ot(policy, [], co_config())
     refused("there are no pairs", policy.forward, batch)
@@ -648,7 +645,7 @@ def test_pairs_that_are_none_or_do_not_begin_anew(policy, observations):
     refused("do not begin anew", policy.forward, batch)
 
 
-def test_a_feature_that_the_preprocessor_drops_is_named(policy, observations):
+def test_a_feature_that_the_preprocessor_drops_is_named(policy, observations, batch):
     def lerobots(batch):
         return {key: z for key, z in batch.items() if key == "action" or key.startswith("observation.")}
 
@@ -656,7 +653,7 @@ def test_a_feature_that_the_preprocessor_drops_is_named(policy, observations):
     label = dict(src_key="eef_pose", term_name="label")
     loss = dict(features=[*features().to_dict()["features"], label], tau_src=1.0, tau_tgt=1.0)
     attach_ot(policy, batches, OTConfig.from_dict(dict(loss_config=loss)), lerobots)
-    refused('"eef_pose" does not come out of the preprocessor', policy.forward, {STATE: observations(4)[STATE]})
+    refused('"eef_pose" does not come out of the preprocessor', policy.forward, batch)
 
 
 def test_the_whole_observation_goes_to_ones_own_encoder_as_it_is(policy, observations):
@@ -850,8 +847,8 @@ def test_a_part_of_ones_own_policy_is_named_by_its_path(observations):
         embed(module(name="act", model=module(encoder_robot_state_input_proj=nn.Linear(6, 2))), STATE, obs[STATE][:, :4], obs)
 
 
-def test_metrics_go_to_tensorboard(policy, observations, tmp_path):
+def test_metrics_go_to_tensorboard(policy, observations, tmp_path, batch):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     attach_ot(policy, pairs(observations), co_config(tensorboard_dir=str(tmp_path)), log_every=1)
-    policy.forward({STATE: observations(4)[STATE]})
+    policy.forward(batch)
     assert any(path.stat().st_size > 100 for path in tmp_path.iterdir())

@@ -711,7 +711,7 @@ def test_columns_that_only_some_have_are_dropped_and_other_shapes_refused():
     mixed = MixedDataset(parts)
     assert set(mixed.item(0)) == set(target[0]) and {mixed.draw(n)[0] for n in range(20)} == {0, 1}
     target.meta.features[TOP] = {"shape": (3, 8, 8)}
-    refused(r"TOP has the shapes \(3, 2, 2\) in sim, \(3, 8, 8\) in real", MixedDataset, parts)
+    refused(rf'"{TOP}" has the shapes \(3, 2, 2\) in sim, \(3, 8, 8\) in real', MixedDataset, parts)
     MixedDataset(parts, image_transforms=lambda image: image)
     refused("positive sum", MixedDataset, [Part("sim", source, 0.0)])
     refused("sim has a share of 1 and no frames", MixedDataset, [Part("sim", source, 1.0, [7])])

@@ -126,8 +126,8 @@ def _term(policy: nn.Module, source: Observation, target: Observation, spec: OTF
     if spec.weight_label > 0:
         if spec.src_key == WHOLE:
             raise ProblemError(f'"{WHOLE}" is no label: set weight_label: 0, and add a feature for each label.')
-        labels = (_label(obs, str(key), spec, now, detach) for obs, key in ((source, spec.src_key), (target, spec.tgt_key)))
-        parts.append((spec.weight_label, *labels))
+        x, y = (_label(obs, str(key), spec, now, detach) for obs, key in ((source, spec.src_key), (target, spec.tgt_key)))
+        parts.append((spec.weight_label, x, y))
     for _, x, y in parts:
         if x.shape[1:] != y.shape[1:]:
             raise ProblemError(f'"{spec.name}" has {x.shape[-1]} numbers in the source and {y.shape[-1]} in the target: they must agree.')

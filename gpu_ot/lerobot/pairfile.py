@@ -101,7 +101,7 @@ def _read_json(given: Any, path: Path, norm: str, base_src: int, base_tgt: int) 
         for known, episode, last in ((ends[0], s, max(int(frames.max()) for frames in runs.values())), (ends[1], t, max(runs))):
             known[episode] = max(known.get(episode, 1), last + 1)
     source, target = (
-        Side(f"{path}, {role}", None, *map(np.array, zip(*sorted(known.items()), strict=True)), exact=False)
+        Side(f"{path}, {role}", None, np.array(sorted(known)), np.array([known[k] for k in sorted(known)]), exact=False)
         for role, known in zip(("source", "target"), ends, strict=True)
     )
     found, every, offset = [], [], 0

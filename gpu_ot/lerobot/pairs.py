@@ -106,8 +106,9 @@ class Pairs:
         """From rows (target episode, source episode, total, steps, distance, first, count), the last two arrays."""
         *numbers, first, count = zip(*rows, strict=True)
         offsets = np.concatenate(([0], np.cumsum([len(each) for each in first])))
-        columns = (np.array(column) for column in numbers)
-        return cls(source, target, options, *columns, offsets, np.concatenate(first), np.concatenate(count), *frames)
+        columns: list[Any] = [np.array(column) for column in numbers]
+        columns += [offsets, np.concatenate(first), np.concatenate(count), *frames]
+        return cls(source, target, options, *columns)
 
     def of(self, target_episode: int) -> range:
         """The pairs of one target episode, the nearest first."""
