@@ -71,8 +71,7 @@ class CoTraining:
         self.cfg, self.preprocess, self.log_every, self.main = cfg, preprocess, log_every, main
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.pairs, self.held_out = pairs, held_out
-        self.step = 0
-        self.scale = CostScale(shared=True)
+        self.step, self.scale = 0, CostScale(shared=True)
         self.last: dict[str, float] = {}  # the metrics last reported
         self._batches: Iterator[Pair] | None = None
         self._pending: list[tuple[list[str], Tensor, Any]] = []
@@ -202,13 +201,12 @@ class _Aligned:
 def attach_ot(policy: nn.Module, pairs: Batches, cfg: OTConfig, preprocess: Preprocess | None = None, **options: Any) -> CoTraining:
     """Adds lambda_ot times the alignment to what `policy.forward(batch)` returns while it trains: (loss, info), or the loss alone.
 
-    A policy inside torch.compile or DistributedDataParallel is reached through it. Arguments and `options` as CoTraining.
+    A policy inside torch.compile or DistributedDataParallel is reached through it. Arguments and `options` as CoTraining. Raises
+    ProblemError for a policy that has one attached.
 
     >>> training = attach_ot(policy, pair_loader, OTConfig.from_file("ot.yaml"), preprocess=preprocessor)
     >>> loss, info = policy.forward(batch)  # info holds the metrics on every 100th step
     >>> torch.save(training.state_dict(), "ot.pt")
-
-    Raises ProblemError for a policy that has one attached.
     """
     policy = unwrapped(policy)
     if isinstance(policy, _Aligned):

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 
 def report(launch: _Launch) -> None:
-    """Prints the keys of both datasets, each feature with what embeds it, the pairs, and for one batch the cost of each term, the mass that
-    moves and its part on the diagonal; then numbers to begin with."""
+    """Prints both datasets' keys, what embeds each feature, the pairs, one batch's costs and masses, and numbers to begin with."""
     cfg, policy, pairs, named = launch.cfg, unwrapped(launch.policy), launch.pairs, {new: old for old, new in launch.rename.items()}
     for role, data in (("source", launch.source), ("target", launch.target)):
         keys = [(key, feature["dtype"], "x".join(map(str, feature["shape"]))) for key, feature in data.meta.features.items()]

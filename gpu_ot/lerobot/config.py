@@ -133,21 +133,18 @@ class TransportConfig(Settings):
             raise ProblemError(f'reg must be a number or ["mean", 0.05], with one of {", ".join(SCALES)}; found {self.reg!r}.')
         value = number("reg", value, above=0)
         self.reg = value if relative is None else [relative, value]
-        both = tuple(reg_m) if isinstance(reg_m, (list, tuple)) else (reg_m, reg_m)
-        if len(both) != 2:
+        if len(both := tuple(reg_m) if isinstance(reg_m, (list, tuple)) else (reg_m, reg_m)) != 2:
             raise ProblemError(f"reg_m must be a number or [tau_src, tau_tgt], found {reg_m!r}.")
         for name, other, given, of_both in (("tau_src", "tau1", tau1, both[0]), ("tau_tgt", "tau2", tau2, both[1])):
             said = {n: z for n, z in ((name, getattr(self, name)), (other, given), ("reg_m", of_both)) if z is not None}
             if len(said) > 1:
-                raise ProblemError(
-                    f"{' and '.join(said)} are names of one number, found {' and '.join(map(str, said.values()))}. Keep one."
-                )
+                found = " and ".join(map(str, said.values()))
+                raise ProblemError(f"{' and '.join(said)} are names of one number, found {found}. Keep one.")
             setattr(self, name, next((_tau(n, z) for n, z in said.items()), None))
         named, _ = call(self.reference, "reference", REFERENCES)
-        if self.heuristic:
-            if named not in ("product", "diagonal"):
-                raise ProblemError(f'heuristic: true means reference: diagonal, but reference is "{self.reference}". Leave one out.')
-            self.reference = "diagonal"
+        if self.heuristic and named not in ("product", "diagonal"):
+            raise ProblemError(f'heuristic: true means reference: diagonal, but reference is "{self.reference}". Leave one out.')
+        self.reference = "diagonal" if self.heuristic else self.reference
         if call(self.cost_scale, "cost_scale", COST_SCALES)[0] != "none" and isinstance(self.reg, list):
             raise ProblemError("reg is relative to the costs already: leave cost_scale out, or give reg as a number.")
         if self.momentum >= 1:

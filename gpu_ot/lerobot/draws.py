@@ -87,10 +87,8 @@ def co_training(
     paired = [e for e in there.episodes.tolist() if e in chosen]
     others = [e for e in there.episodes.tolist() if e not in chosen]
     share = (0.5 if cfg.bc_paired_share is None else cfg.bc_paired_share) if paired and others else float(bool(paired))
-    source = cfg.bc_src_weight or 0.0
-    target = 1 - source
-    if not cfg.normalize_bc_weights_by_ds_size:
-        source, target = source * int(there.lengths.sum()), target * len(tgt_dataset)
+    sizes = (1, 1) if cfg.normalize_bc_weights_by_ds_size else (int(there.lengths.sum()), len(tgt_dataset))
+    source, target = (cfg.bc_src_weight or 0.0) * sizes[0], (1 - (cfg.bc_src_weight or 0.0)) * sizes[1]
     parts = [
         Part("paired source", src_dataset, source * share, paired, drop_last),
         Part("other source", src_dataset, source * (1 - share), others, drop_last),
@@ -141,8 +139,7 @@ class DrawLoader:
         # Its own generator: a DataLoader otherwise takes a number from torch's, and training with it would not be what it was.
         self.options: dict[str, Any] = {"generator": torch.Generator()} | options
         self.dataset, self.batch_size = dataset, batch_size
-        here = ranks()
-        self.rank, self.world = here[0] if rank is None else rank, here[1] if world is None else world
+        self.rank, self.world = (here if given is None else given for given, here in zip((rank, world), ranks(), strict=True))
         if not 0 <= self.rank < self.world or start < 0:
             raise ProblemError(f"need 0 <= rank < world and start >= 0, found rank = {self.rank}, world = {self.world}, start = {start}.")
         self.start, self.batches = start, 0
@@ -164,7 +161,7 @@ class DrawLoader:
         return {"draw": self.start + self.batches * self.batch_size * self.world, "law": self.dataset.law}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ProblemError if the state belongs to other data, options or seed: the sequence could not be continued."""
+        """Raises ProblemError for a state of other data, options or seed."""
         same_law(state, self.dataset)
         self._iterator = None  # workers that run ahead are on the old course
         self.start, self.batches = int(state["draw"]), 0

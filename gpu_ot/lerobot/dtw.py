@@ -26,8 +26,7 @@ class Alignment:
     """A path, as the run of x's frames that each frame of y meets.
 
     total        the sum of local costs along the path.
-    first, last  (m,) int32: frame j of y meets frames first[j] to last[j] of x, both included. Runs of neighbours touch or follow on
-                 each other, so they hold the whole path.
+    first, last  (m,) int32: frame j of y meets frames first[j] to last[j] of x, both included; these hold the whole path.
     """
 
     total: float

@@ -34,9 +34,8 @@ def embed(policy: nn.Module, key: str, x: Tensor, observation: Observation, path
     Sequences are embedded frame by frame and laid side by side. Raises ProblemError where nothing is known that embeds this feature, and
     for an embedding without a gradient.
     """
-    z, source = None, ""
-    if hook := getattr(policy, "encode_feature_for_ot", None):
-        z, source = hook(key, dict(observation) if key == WHOLE else x), "the policy's encode_feature_for_ot"
+    hook, source = getattr(policy, "encode_feature_for_ot", None), "the policy's encode_feature_for_ot"
+    z = hook(key, dict(observation) if key == WHOLE else x) if hook else None
     if z is None:
         encoder, source = _found(policy, key, path)
         z = encoder(policy, key, x, observation)
@@ -73,15 +72,15 @@ def unwrapped(policy: nn.Module) -> nn.Module:
 
 def _found(policy: nn.Module, key: str, path: str | None) -> tuple[Encoder, str]:
     """The encoder of this feature beside the policy's own method, and what to call it."""
-    return (_by_path(policy, path), f'"{path}"') if path is not None else (_known(policy, key), f"{_name(policy)}'s encoder of {key}")
+    return (_known(policy, key), f"{_name(policy)}'s encoder of {key}") if path is None else (_by_path(policy, path), f'"{path}"')
 
 
 def _by_path(policy: nn.Module, path: str) -> Encoder:
     part: object = policy
     for name in path.split("."):
         if not hasattr(part, name):
-            offered = [name for name, _ in part.named_children()] if isinstance(part, nn.Module) else []
-            raise ProblemError(f'embed_path "{path}": {type(part).__name__} has no "{name}"; its parts are {", ".join(offered) or "none"}.')
+            offered = ", ".join(name for name, _ in part.named_children()) if isinstance(part, nn.Module) else ""
+            raise ProblemError(f'embed_path "{path}": {type(part).__name__} has no "{name}"; its parts are {offered or "none"}.')
         part = getattr(part, name)
     if not callable(part):
         raise ProblemError(f'embed_path "{path}" is no module but {type(part).__name__}.')

@@ -53,10 +53,9 @@ def digest(labels: np.ndarray) -> str:
 
 
 def folder_of(dataset: str | Path) -> Path:
-    """The folder of a dataset given by its folder or repo id.
+    """The folder of a dataset given by its folder, or by its repo id: where LeRobot keeps it ($HF_LEROBOT_HOME), or downloads it to.
 
-    A repo id is looked for where LeRobot keeps it ($HF_LEROBOT_HOME), then asked of lerobot, which downloads it. Raises ProblemError
-    with the way to get it.
+    Raises ProblemError with the way to get it.
     """
     if (folder := Path(dataset).expanduser()).is_dir():
         if (folder / "meta" / "info.json").is_file():

@@ -18,7 +18,6 @@ from .episodes import Side
 #: The second word of the generators' key: what is drawn.
 ORDER, PARTNER, MIXTURE, AUGMENTATION = range(1, 5)
 
-
 #: What serves as a dataset: len(), items, and `hf_dataset["episode_index"]` with the episode of every row, each episode's rows together and
 #: in order of time, as a LeRobotDataset has them. Used where they are there: `meta.fps`, `meta.camera_keys`, `meta.features`, `root`,
 #: `repo_id`, `image_transforms`.

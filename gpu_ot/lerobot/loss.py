@@ -30,6 +30,8 @@ from .features import Term, terms, weighted
 COLLAPSED = 1e-3
 #: Metrics are 0-d tensors where the loss is: copying them to the host is the caller's, see `floats`.
 Metrics = dict[str, Tensor]
+#: Term -> costs (n, m).
+Costs = Mapping[str, Tensor]
 
 
 class Aligned(NamedTuple):
@@ -131,12 +133,7 @@ def refuse_nan(names: list[str], finite: Tensor) -> None:
 
 
 def compute_ot_loss_from_terms(
-    term_costs: Mapping[str, Tensor],
-    cfg: OTCostConfig,
-    *,
-    scale: CostScale | None = None,
-    reference: Tensor | None = None,
-    metrics: bool = True,
+    term_costs: Costs, cfg: OTCostConfig, *, scale: CostScale | None = None, reference: Tensor | None = None, metrics: bool = True
 ) -> tuple[Tensor, Metrics]:
     """(loss, metrics) for costs (n, m) of the caller's, by the names that cfg.terms weigh. As `compute_ot_loss_for_policy` otherwise.
 
@@ -264,9 +261,8 @@ def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> S
         a, b = (wide(r.sum(axis) > 0) / r.shape[1 - axis] for axis in (1, 0))  # mass without a partner stays away
         for w, penalty, side in ((a, penalties[0], "row"), (b, penalties[1], "column")):
             if penalty.balanced and bool((w == 0).any()):
-                raise ProblemError(
-                    f"a {side} of the reference is 0 throughout, and its mass must move: give both taus, or let it go somewhere."
-                )
+                why = "is 0 throughout, and its mass must move: give both taus, or let it go somewhere"
+                raise ProblemError(f"a {side} of the reference {why}.")
     solution = solve(Problem(cost, eps, a, b, penalties), backend=cfg.backend, tol=cfg.tol, max_iter=cfg.max_iter)
     if solution.status not in (CONVERGED, STALLED):
         warnings.warn(f"OT loss, {solution.n_iter} iterations, {solution.status}", RuntimeWarning, stacklevel=4)

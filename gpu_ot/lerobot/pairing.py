@@ -15,28 +15,25 @@ from .dtw import Alignment, checked, dtw
 from .episodes import Recording, Side
 from .pairs import PairOptions, Pairs
 
+#: A recording of `read_recording`, or labels (frames, d) of each episode, numbered from 0.
+Episodes = Recording | Sequence[np.ndarray]
+#: Told (pairs done, pairs in all).
+Progress = Callable[[int, int], None]
+
 
 def pair_episodes(
-    source: Recording | Sequence[np.ndarray],
-    target: Recording | Sequence[np.ndarray],
-    options: PairOptions | None = None,
-    *,
-    workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    source: Episodes, target: Episodes, options: PairOptions | None = None, *, workers: int | None = None, progress: Progress | None = None
 ) -> Pairs:
     """DTW of every target episode with every source episode, in threads: the compiled kernel needs no lock.
 
-    source, target  recordings of `read_recording`, or lists of arrays (frames, d), numbered from 0.
-    workers         threads; by default one a processor.
-    progress        called with (pairs done, pairs in all), from this thread.
-
+    `workers` threads, by default one a processor; `progress` is told from this thread.
     Raises ProblemError naming the episode that cannot be compared.
     """
     options = options or PairOptions()
     (from_side, xs), (to_side, ys) = _episodes(source, "source"), _episodes(target, "target")
     xs, ys = _prepare(xs, ys, options)
     band = None if options.band is None else max(1.0, options.band / options.stride)
-    kept_x, kept_y = ([_kept(len(z), options.stride) for z in zs] for zs in (xs, ys))
+    kept_x, kept_y = ([np.unique([*range(0, len(z), options.stride), len(z) - 1]) for z in zs] for zs in (xs, ys))  # episodes end together
     short_x, short_y = ([z[k] for z, k in zip(zs, ks, strict=True)] for zs, ks in ((xs, kept_x), (ys, kept_y)))
     arcs = [[_arc(z, options.cost) for z in zs] if options.norm == "arc" else [] for zs in (xs, ys)]
 
@@ -63,7 +60,7 @@ def pair_episodes(
     return Pairs.of_rows(from_side, to_side, options, rows)
 
 
-def _episodes(given: Recording | Sequence[np.ndarray], role: str) -> tuple[Side, Sequence[np.ndarray]]:
+def _episodes(given: Episodes, role: str) -> tuple[Side, Sequence[np.ndarray]]:
     if isinstance(given, Recording):
         return given.side, given.episodes()
     return Side(role, None, np.arange(len(given)), np.array([len(each) for each in given], dtype=np.int64)), given
@@ -96,12 +93,6 @@ def _prepare(source: Sequence[np.ndarray], target: Sequence[np.ndarray], options
     return sides[0], sides[1]
 
 
-def _kept(n: int, stride: int) -> np.ndarray:
-    """Every `stride`-th frame, and the last: episodes end together."""
-    kept = np.arange(0, n, stride)
-    return kept if kept[-1] == n - 1 else np.append(kept, n - 1)
-
-
 def _arc(z: np.ndarray, cost: str) -> float:
     """Length of a trajectory, its steps measured like the distance between trajectories."""
     gap = np.abs(np.diff(z, axis=0))
@@ -109,10 +100,8 @@ def _arc(z: np.ndarray, cost: str) -> float:
 
 
 def _normalised(a: Alignment, options: PairOptions, i: int, j: int, arcs: list[list[float]]) -> float:
-    if options.norm == "none" or a.total == 0:
-        return a.total
-    if options.norm == "steps":
-        return a.total / a.steps
+    if options.norm != "arc" or a.total == 0:
+        return a.total / (a.steps if options.norm == "steps" else 1)
     if (arc := (arcs[0][i] + arcs[1][j]) / 2) == 0:
         raise ProblemError(
             f'norm = "arc" is undefined where nothing moves: source episode {i} and target episode {j} stand still. Take "steps".'

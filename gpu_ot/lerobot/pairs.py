@@ -122,11 +122,8 @@ class Pairs:
         return run if self.frames is None else self.frames[run]
 
     def check(self, source: Side | Recording | None = None, target: Side | Recording | None = None) -> None:
-        """Raises ProblemError saying what differs if these recordings are not the ones that were paired.
-
-        Names may differ, since folders move; frames a second, episodes, their lengths and the labels may not. A side that holds only
-        some of the episodes is good for those.
-        """
+        """Raises ProblemError saying what differs if these recordings are not the ones that were paired: frames a second, episodes, their
+        lengths or the labels. Names may differ, since folders move; a side with only some of the episodes is good for those."""
         for role, ours, given in (("source", self.source, source), ("target", self.target, target)):
             if given is not None:
                 _compare(role, ours, given.side if isinstance(given, Recording) else given)
@@ -248,6 +245,5 @@ def _compare(role: str, ours: Side, given: Side) -> None:
 
 def _narrow(array: np.ndarray) -> np.ndarray:
     """The smallest unsigned type that holds these numbers of episodes, frames and rows."""
-    if array.dtype.kind not in "iu" or array.size == 0:
-        return array
-    return array.astype(np.min_scalar_type(int(array.max()))) if array.min() >= 0 else array
+    counts = array.dtype.kind in "iu" and array.size > 0 and array.min() >= 0
+    return array.astype(np.min_scalar_type(int(array.max()))) if counts else array

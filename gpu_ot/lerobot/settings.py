@@ -150,8 +150,7 @@ def _yaml(text: str) -> Any:
 
 
 def overridden(given: Any, overrides: Iterable[str], place: Callable[[str], list[str]]) -> Any:
-    """Keys and values with those of "--ot.reg=0.05" in place; "--ot.features.0.weight_embed=1" goes down by names and numbers. Values are
-    read as JSON, and are text where they are not. `place` is where a first key belongs."""
+    """Keys and values with those of "--ot.features.0.weight_embed=1" in place, read as JSON, else as text; `place` is of a first key."""
     for each in overrides:
         match = re.fullmatch(r"--ot\.([\w.]+)=(.*)", each, re.DOTALL)
         if match is None or not isinstance(given, Mapping):
@@ -204,9 +203,9 @@ def call(text: str, name: str, known: tuple[str, ...]) -> tuple[str, float | Non
     if match is None or match[1] not in known:
         raise unknown(name, text, known)
     word, inside = match[1], match[2]
+    if word not in _INSIDE and inside is not None:
+        raise ProblemError(f'{name}: "{word}" takes no number, found "{text}".')
     if word not in _INSIDE:
-        if inside is not None:
-            raise ProblemError(f'{name}: "{word}" takes no number, found "{text}".')
         return word, None
     if inside is None:
         raise ProblemError(f'{name}: "{word}" takes a number, as in "{word}({3 if word == "band" else 0.1})"; found "{text}".')

@@ -3,7 +3,7 @@
     gpu-ot train --ot-config ot.yaml -- --dataset.repo_id=real --policy.type=act ...
     torchrun --nproc_per_node=2 -m gpu_ot.lerobot.train --ot-config ot.yaml -- ...
 
-The script is asked for at six of its own names: its dataset (to add the source), its policy (to attach to), its processors (pairs are
+Functions of the script are wrapped by name: its dataset (to add the source), its policy (to attach to), its processors (pairs are
 normalised as batches are), its endless loader (the BC mix), and its saving and loading (the place in the sequence of pairs).
 """
 
@@ -51,11 +51,9 @@ def run(ot_config: str | Path | None, arguments: Sequence[str], *, restart_pairs
 
     ot_config      a JSON or YAML file; when left out, that of the checkpoint which `arguments` resume from.
     arguments      those that begin with "--ot." set single values of the configuration.
-    restart_pairs  begin the draws anew where a resumed run would go on with them.
+    restart_pairs  begin the draws anew where a resumed run would go on with them: what decides which pairs are drawn, the datasets, the
+                   pair file, the options of sampling and the seed, may change with it alone; lambda_ot and the loss without it, too.
     check          print what would be aligned and return before the first step.
-
-    A resumed run may change what pairs cost and count for: lambda_ot, the loss, its features. What decides which pairs are drawn, the
-    datasets, the pair file, the options of sampling and the seed, may change with `restart_pairs` alone.
 
     Raises ProblemError where LeRobot is not installed, for a configuration that does not fit the datasets, and what LeRobot raises.
     """
@@ -104,11 +102,8 @@ class _Launch:
                 f"this LeRobot's training script has no {', '.join(missing)}: use 0.4.4 to 0.6, or attach_ot in a loop of yours."
             )
 
-        def wrapped(name: str) -> Callable[..., Any]:
-            return lambda *args, **kwargs: ours[name](originals[name], *args, **kwargs)
-
-        for name in originals:
-            setattr(self.script, name, wrapped(name))
+        for name, original in originals.items():
+            setattr(self.script, name, functools.partial(ours[name], original))
         try:
             yield
         finally:
@@ -208,7 +203,7 @@ class _Launch:
 
     @property
     def _seed(self) -> int:
-        return next(int(seed) for seed in (self.cfg.seed, self.train_cfg.seed, 0) if seed is not None)
+        return int((self.train_cfg.seed or 0) if self.cfg.seed is None else self.cfg.seed)
 
     def _pairs(self, start: int) -> Iterator[Pair]:
         """Batches of pairs, of which step `start` takes the first."""
@@ -257,7 +252,7 @@ class _Launch:
     def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
         if self.training is not None and self.given is not None:
-            folder = Path(kwargs["checkpoint_dir"] if "checkpoint_dir" in kwargs else args[0]) / "training_state"
+            folder = Path(kwargs.get("checkpoint_dir") or args[0]) / "training_state"
             folder.mkdir(parents=True, exist_ok=True)
             state = self.training.state_dict() | {name: loader.state_dict() for name, loader in self.loaders.items()}
             for name, content in ((CONFIG, self.given.to_dict()), (STATE, state)):
