@@ -26,16 +26,15 @@ from gpu_ot.lerobot import (
     OTTermConfig,
     alarm,
     attach_ot,
-    compute_ot_loss_for_policy,
     compute_ot_loss_from_terms,
     detach_ot,
     embed,
     floats,
     retrieval,
 )
+from gpu_ot.lerobot import compute_ot_loss_for_policy as aligned
 from gpu_ot.lerobot.attach import CoTraining
 
-aligned = compute_ot_loss_for_policy
 STATE, CAMERA = "observation.state", "observation.images.front"
 
 

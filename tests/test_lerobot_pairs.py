@@ -450,14 +450,7 @@ def test_source_frames_are_aligned_ones_and_jitter_stays_in_its_window_and_episo
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 35  # chi-square, 11 degrees of freedom: 1e-4 lies at 37
 
 
-def test_frames_of_a_run_are_uniform():
-    pairs = pair_episodes([np.zeros((50, 1))], [np.zeros((1, 1))])  # one target frame meets every source frame
-    data = LeRobotOTPairDataset(Fake([50]), Fake([1]), pairs, sampled(window_size=0))
-    counts = np.bincount([data.draw(n).source for n in range(5000)], minlength=50)
-    assert ((counts - 100) ** 2 / 100).sum() < 95  # 49 degrees of freedom: 1e-4 lies at 96
-
-
-def test_without_a_window_the_whole_episode_is_drawn():
+def test_without_a_window_the_whole_episode_is_drawn_and_frames_of_a_run_are_uniform():
     data = paired(sampled(no_window=True))
     drawn = [data.draw(n) for n in range(4000)]
     for episode in {d.source_episode for d in drawn}:
@@ -465,6 +458,10 @@ def test_without_a_window_the_whole_episode_is_drawn():
         many = sum(d.source_episode == episode for d in drawn)
         if many > 1000:
             assert frames == set(range(data.source.side.lengths[episode]))
+    pairs = pair_episodes([np.zeros((50, 1))], [np.zeros((1, 1))])  # one target frame meets every source frame
+    data = LeRobotOTPairDataset(Fake([50]), Fake([1]), pairs, sampled(window_size=0))
+    counts = np.bincount([data.draw(n).source for n in range(5000)], minlength=50)
+    assert ((counts - 100) ** 2 / 100).sum() < 95  # 49 degrees of freedom: 1e-4 lies at 96
 
 
 @pytest.mark.parametrize("sharpness, cutoff", [(10.0, 0.01), (0.3, 3.0), (1.0, None), (0.0, None)])
@@ -544,12 +541,10 @@ def test_a_resumed_loader_goes_on_with_the_very_next_batch(workers):
     assert second.state_dict() == whole.state_dict()
 
 
-def test_a_state_of_other_draws_is_refused():
+def test_a_state_of_other_draws_is_refused_and_torchs_random_numbers_are_left_alone():
     loader = DrawLoader(paired(), 4)
     refused(r"seed, sampling options, .*--restart-pairs", loader.load_state_dict, DrawLoader(paired(sampled(seed=5)), 4).state_dict())
 
-
-def test_drawing_leaves_torchs_random_numbers_alone():
     before = torch.get_rng_state()
     next(DrawLoader(paired(image_transforms=lambda image: image + torch.rand(())), 4))
     assert torch.equal(before, torch.get_rng_state())
@@ -615,9 +610,6 @@ def test_frames_are_decoded_once_while_they_fit():
     for k in (1, 1, 1):
         bare.item(k)
     assert len(bare.source.dataset.reads) == 3
-
-
-def test_the_cache_holds_no_more_than_its_bytes_and_drops_the_oldest():
     cache, reads = FrameCache(3000), []
 
     def read(k):
