@@ -22,16 +22,23 @@ from gpu_ot.errors import ProblemError
 from gpu_ot.lerobot import OTConfig
 from gpu_ot.lerobot import dtw as dtw_module
 from gpu_ot.lerobot.dataset import LeRobotOTPairDataset
-from gpu_ot.lerobot.draws import DrawLoader
+from gpu_ot.lerobot.draws import DrawLoader, MixedDataset, Part, co_training
 from gpu_ot.lerobot.dtw import dtw
 from gpu_ot.lerobot.episodes import Recording, Side, digest, read_recording
 from gpu_ot.lerobot.frames import FrameCache
-from gpu_ot.lerobot.mixture import MixedDataset, Part, co_training
 from gpu_ot.lerobot.pairfile import read_pairs
 from gpu_ot.lerobot.pairing import pair_episodes
 from gpu_ot.lerobot.pairs import ARRAYS, PairOptions
 
 COSTS = ("euclidean", "l1", "linf")
+STATE, TOP = "observation.state", "observation.images.top"
+
+
+def refused(said, call, *args, **options):
+    """Refused by a ProblemError that matches `said`, or holds each of its words."""
+    with pytest.raises(ProblemError, match=said if isinstance(said, str) else None) as problem:
+        call(*args, **options)
+    assert isinstance(said, str) or all(word in str(problem.value) for word in said), problem.value
 
 
 # The definition
@@ -89,51 +96,39 @@ def test_machine_code_agrees_to_the_last_bit_ties_included(n, m, d, levels, cost
     assert found.total == peer[0] and (found.first == peer[1]).all() and (found.last == peer[2]).all()
 
 
-def test_among_equal_paths_both_steps_come_before_one():
+def test_equal_paths_speeds_and_the_order_of_the_arguments():
+    """Steps of both come before steps of one, a copy at another speed is at distance 0, and either argument may come first."""
     found = dtw(np.zeros((3, 1)), np.zeros((5, 1)))
     assert found.path.tolist() == [[0, 0], [0, 1], [0, 2], [1, 3], [2, 4]]
-
-
-def test_a_copy_at_another_speed_is_at_distance_0():
-    x = walk(30, 4, 0)
+    x, y = walk(30, 4, 0), walk(41, 4, 1)
     assert dtw(x, x).total == 0
     assert dtw(x, x).path.tolist() == [[i, i] for i in range(30)]
     pace = np.repeat(np.arange(30), np.random.default_rng(0).integers(1, 4, 30))
     found = dtw(x, x[pace])
     assert found.total == 0
-    np.testing.assert_array_equal(found.first, pace)
-    np.testing.assert_array_equal(found.last, pace)
+    np.testing.assert_array_equal([found.first, found.last], [pace, pace])
+    for band in (None, 3):
+        assert dtw(x, y, band=band).total == pytest.approx(dtw(y, x, band=band).total, rel=1e-12)
 
 
-@pytest.mark.parametrize("band", [None, 3])
-def test_the_order_of_the_arguments_does_not_matter(band):
-    x, y = walk(20, 2, 0), walk(31, 2, 1)
-    assert dtw(x, y, band=band).total == pytest.approx(dtw(y, x, band=band).total, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    "call, words",
-    [
-        (lambda: dtw(np.zeros((3, 2)), np.zeros((3, 1))), ["features", "2 and 1"]),
-        (lambda: dtw(np.zeros((0, 2)), np.zeros((3, 2))), ["x has shape (0, 2)"]),
-        (lambda: dtw(np.array([[np.nan]]), np.zeros((3, 1))), ["x holds NaN", "1 of its 1"]),
-        (lambda: dtw(np.zeros(3), np.zeros(3), band=0.5), ["band", "0.5"]),
-        (lambda: dtw(np.zeros(3), np.zeros(3), cost="cosine"), ["cosine", "'l1'"]),
-        (lambda: dtw("abc", np.zeros(3)), ["x must be an array of numbers", "str"]),
-        (lambda: PairOptions(stride=0), ["stride", "0"]),
-        (lambda: PairOptions(dim_slice=(3, 3)), ["dim_slice", "[3, 3]"]),
-        (lambda: PairOptions(norm="path"), ["norm", "'arc'"]),
-        (lambda: pair_episodes([], [np.zeros(3)]), ["source has no episodes"]),
-        (lambda: pair_episodes([np.zeros((3, 2))], [np.zeros((3, 4))]), ["2 and 4 features", "dim_slice"]),
-        (lambda: pair_episodes([np.zeros((3, 4))], [np.zeros((3, 4))], PairOptions(dim_slice=(2, 5))), ["[2, 5)", "source", "4 features"]),
-        (lambda: pair_episodes([np.zeros(3), np.full(2, np.inf)], [np.ones(3)]), ["source episode 1", "2 of its 2"]),
-        (lambda: pair_episodes([np.zeros(3)], [np.ones(3)], PairOptions(norm="arc")), ["arc", "stand still", "steps"]),
-    ],
-)
+@pytest.mark.parametrize("call, words", [
+    (lambda: dtw(np.zeros((3, 2)), np.zeros((3, 1))), ["features", "2 and 1"]),
+    (lambda: dtw(np.zeros((0, 2)), np.zeros((3, 2))), ["x has shape (0, 2)"]),
+    (lambda: dtw(np.array([[np.nan]]), np.zeros((3, 1))), ["x holds NaN", "1 of its 1"]),
+    (lambda: dtw(np.zeros(3), np.zeros(3), band=0.5), ["band", "0.5"]),
+    (lambda: dtw(np.zeros(3), np.zeros(3), cost="cosine"), ["cosine", "'l1'"]),
+    (lambda: dtw("abc", np.zeros(3)), ["x must be an array of numbers", "str"]),
+    (lambda: PairOptions(stride=0), ["stride", "0"]),
+    (lambda: PairOptions(dim_slice=(3, 3)), ["dim_slice", "[3, 3]"]),
+    (lambda: PairOptions(norm="path"), ["norm", "'arc'"]),
+    (lambda: pair_episodes([], [np.zeros(3)]), ["source has no episodes"]),
+    (lambda: pair_episodes([np.zeros((3, 2))], [np.zeros((3, 4))]), ["2 and 4 features", "dim_slice"]),
+    (lambda: pair_episodes([np.zeros((3, 4))], [np.zeros((3, 4))], PairOptions(dim_slice=(2, 5))), ["[2, 5)", "source", "4 features"]),
+    (lambda: pair_episodes([np.zeros(3), np.full(2, np.inf)], [np.ones(3)]), ["source episode 1", "2 of its 2"]),
+    (lambda: pair_episodes([np.zeros(3)], [np.ones(3)], PairOptions(norm="arc")), ["arc", "stand still", "steps"]),
+])  # fmt: skip
 def test_refusals_name_the_argument_and_what_was_found(call, words):
-    with pytest.raises(ProblemError) as refused:
-        call()
-    assert all(word in str(refused.value) for word in words), refused.value
+    refused(words, call)
 
 
 # Episodes
@@ -208,7 +203,7 @@ def test_progress_is_told_and_threads_change_nothing():
 def recording(episodes, name="here", fps=10.0, numbers=None):
     labels = np.concatenate(episodes)
     numbers = np.arange(len(episodes)) if numbers is None else np.array(numbers)
-    return Recording(Side(name, fps, numbers, np.array([len(z) for z in episodes]), digest(labels)), ("observation.state",), labels)
+    return Recording(Side(name, fps, numbers, np.array([len(z) for z in episodes]), digest(labels)), (STATE,), labels)
 
 
 def test_a_file_gives_back_what_was_written(tmp_path):
@@ -217,74 +212,55 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     again = read_pairs(pairs.write(tmp_path / "new" / "pairs.npz"))
     assert again.options == pairs.options
     assert set(again.source_episode.tolist()) <= {2, 5, 9}
-    for name in ("target_episode", "source_episode", "total", "steps", "distance", "offsets", "first", "count"):
+    for name in ARRAYS:
         np.testing.assert_array_equal(getattr(again, name), getattr(pairs, name))
     again.check(recording(source, numbers=[2, 5, 9], name="moved"), recording(target))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["pairs.npz"]
     header = json.loads(str(np.load(tmp_path / "new" / "pairs.npz", allow_pickle=False)["header"]))
     assert (header["format"], header["version"], header["index_base"]) == ("gpu_ot pairs", 1, 0)
-    assert header["source"]["fps"] == 10 and header["options"]["keys"] == ["observation.state"]
+    assert header["source"]["fps"] == 10 and header["options"]["keys"] == [STATE]
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda s: recording([*s[:2], s[2][:-1]]), ["episode 2 has 32 frames instead of 33"]),
-        (lambda s: recording([*s, s[0]]), ["4 episodes instead of 3", "3 among them"]),
-        (lambda s: recording(s, fps=20.0), ["20 frames a second instead of 10"]),
-        (lambda s: recording([s[0] + 1e-6, *s[1:]]), ["labels have other values"]),
-    ],
-)
+@pytest.mark.parametrize("change, words", [
+    (lambda s: recording([*s[:2], s[2][:-1]]), ["episode 2 has 32 frames instead of 33"]),
+    (lambda s: recording([*s, s[0]]), ["4 episodes instead of 3", "3 among them"]),
+    (lambda s: recording(s, fps=20.0), ["20 frames a second instead of 10"]),
+    (lambda s: recording([s[0] + 1e-6, *s[1:]]), ["labels have other values"]),
+])  # fmt: skip
 def test_other_data_are_noticed(change, words):
     source, target = sets()
     pairs = pair_episodes(recording(source, name="me/sim"), recording(target))
-    with pytest.raises(ProblemError) as refused:
-        pairs.check(source=change(source))
-    assert all(word in str(refused.value) for word in ["source", "me/sim", "gpu-ot pair", *words]), refused.value
+    pairs.check(source=recording([source[0], source[2]], numbers=[0, 2]))  # a part of the episodes is enough
+    refused(["source", "me/sim", "gpu-ot pair", *words], pairs.check, source=change(source))
 
 
-def test_a_part_of_the_episodes_is_enough():
-    source, target = sets()
-    pairs = pair_episodes(recording(source), recording(target))
-    pairs.check(source=recording([source[0], source[2]], numbers=[0, 2]))
+def rewritten(path, **changes):
+    """Pairs of `sets` in a file, some of its arrays made by functions of what they were, and keys of its header replaced."""
+    arrays = dict(np.load(pair_episodes(*sets()).write(path)))
+    arrays |= {name: change(arrays[name]) for name, change in changes.items() if name != "header"}
+    header = json.dumps(json.loads(str(arrays["header"])) | changes.get("header", {}))
+    np.savez(path, **arrays | {"header": np.array(header)})
+    return path
 
 
-DAMAGE = {
-    "first": lambda a: a + 1000,
-    "count": lambda a: a * 0,
-    "source_episode": lambda a: a + 50,
-    "offsets": lambda a: a[:-1],
-    "distance": lambda a: a * np.nan,
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_file_is_refused(tmp_path, name):
-    path = pair_episodes(*sets()).write(tmp_path / "pairs.npz")
-    arrays = dict(np.load(path))
-    np.savez(path, **arrays | {name: DAMAGE[name](arrays[name].astype(float if name == "distance" else np.int64))})
-    with pytest.raises(ProblemError, match=r"(?i)pairs.npz: .*pair again"):
-        read_pairs(path)
+@pytest.mark.parametrize("name, change", [
+    ("first", lambda a: a.astype(np.int64) + 1000), ("count", lambda a: a * 0), ("source_episode", lambda a: a.astype(np.int64) + 50),
+    ("offsets", lambda a: a[:-1]), ("distance", lambda a: a * np.nan),
+])  # fmt: skip
+def test_a_damaged_file_is_refused(tmp_path, name, change):
+    refused(r"(?i)pairs.npz: .*pair again", read_pairs, rewritten(tmp_path / "pairs.npz", **{name: change}))
 
 
 def test_what_is_no_pair_file_is_refused(tmp_path):
-    with pytest.raises(ProblemError, match="gpu-ot pair --src"):
-        read_pairs(tmp_path / "none.npz")
+    refused("gpu-ot pair --src", read_pairs, tmp_path / "none.npz")
     (tmp_path / "text.npz").write_text("hello")
-    with pytest.raises(ProblemError, match="is no pair file"):
-        read_pairs(tmp_path / "text.npz")
+    refused("is no pair file", read_pairs, tmp_path / "text.npz")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    with pytest.raises(ProblemError, match="something else"):
-        read_pairs(tmp_path / "other.npz")
+    refused("something else", read_pairs, tmp_path / "other.npz")
     np.savez(tmp_path / "objects.npz", header=np.array([{}], dtype=object))
     with pytest.raises(ProblemError, match="is no pair file"):  # nothing is unpickled
         read_pairs(tmp_path / "objects.npz")
-    path = pair_episodes(*sets()).write(tmp_path / "new.npz")
-    arrays = dict(np.load(path))
-    header = json.loads(str(arrays["header"])) | {"version": 99}
-    np.savez(path, **arrays | {"header": np.array(json.dumps(header))})
-    with pytest.raises(ProblemError, match="format 99"):
-        read_pairs(path)
+    refused("format 99", read_pairs, rewritten(tmp_path / "new.npz", header={"version": 99}))
 
 
 def test_whatever_is_damaged_is_refused_or_changes_nothing(tmp_path):
@@ -312,15 +288,8 @@ def test_whatever_is_damaged_is_refused_or_changes_nothing(tmp_path):
     {"options": [1]}, {"target": {"name": "a", "fps": 10, "digest": 7, "exact": 1}}, ("distance", "<U3"), ("first", float), ("steps", bool),
 ])  # fmt: skip
 def test_wrong_types_inside_are_refused(tmp_path, change):
-    path = pair_episodes(*sets()).write(tmp_path / "pairs.npz")
-    arrays = dict(np.load(path))
-    if isinstance(change, dict):
-        change = "header", np.array(json.dumps(json.loads(str(arrays["header"])) | change))
-    else:
-        change = change[0], arrays[change[0]].astype(change[1])
-    np.savez(path, **arrays | dict([change]))
-    with pytest.raises(ProblemError, match=r"pairs.npz.*gpu-ot pair"):
-        read_pairs(path)
+    changes = {"header": change} if isinstance(change, dict) else {change[0]: lambda array: array.astype(change[1])}
+    refused(r"pairs.npz.*gpu-ot pair", read_pairs, rewritten(tmp_path / "pairs.npz", **changes))
 
 
 def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -351,30 +320,24 @@ def test_the_forks_file_is_read(tmp_path):
     again = read_pairs(pairs.write(tmp_path / "pairs.npz"))
     assert again.frames_of(2, 3).tolist() == [5, 7, 9] and not again.source.exact
     again.check(Side("longer", 10.0, np.arange(20), np.full(20, 50)), None)
-    with pytest.raises(ProblemError, match="episode 11 has 9 frames instead of at least 10"):
-        again.check(Side("shorter", 10.0, np.arange(20), np.full(20, 9)), None)
+    refused("episode 11 has 9 frames instead of at least 10", again.check, Side("shorter", 10.0, np.arange(20), np.full(20, 9)), None)
 
 
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        ({}, ["target demo"]),
-        ([1], ["target demo", "list"]),
-        ({"demo_1": [{"demo_name": "demo_2", "pairing": {}}]}, ["raw_dtw_dist", "demo_1"]),
-        ({"left": [{"demo_name": "demo_2", "raw_dtw_dist": 1, "pairing": {"0": [1]}}]}, ["left", "demo_12"]),
-        ({"demo_1": [{"demo_name": "demo_2", "raw_dtw_dist": 1, "pairing": {}}]}, ["pairs no frame"]),
-        ({"demo_1": [{"demo_name": "demo_0", "raw_dtw_dist": 1, "pairing": {"0": [1]}}]}, ["demo_0", "base_index_src"]),
-        ({"demo_1": [{"demo_name": "demo_1", "raw_dtw_dist": 1, "pairing": {"0": [-3]}}]}, ["-3"]),
-        ({"demo_1": [{"demo_name": "demo_1", "raw_dtw_dist": 1, "pairing": {"0": [0.5]}}]}, ["whole numbers"]),
-        ({"demo_1": [{"demo_name": "demo_1", "raw_dtw_dist": "far", "pairing": {"0": [1]}}]}, ["or a distance"]),
-        ({"demo_1": 3}, ["gpu-ot pair"]),
-    ],
-)
+@pytest.mark.parametrize("content, words", [
+    ({}, ["target demo"]),
+    ([1], ["target demo", "list"]),
+    ({"demo_1": [{"demo_name": "demo_2", "pairing": {}}]}, ["raw_dtw_dist", "demo_1"]),
+    ({"left": [{"demo_name": "demo_2", "raw_dtw_dist": 1, "pairing": {"0": [1]}}]}, ["left", "demo_12"]),
+    ({"demo_1": [{"demo_name": "demo_2", "raw_dtw_dist": 1, "pairing": {}}]}, ["pairs no frame"]),
+    ({"demo_1": [{"demo_name": "demo_0", "raw_dtw_dist": 1, "pairing": {"0": [1]}}]}, ["demo_0", "base_index_src"]),
+    ({"demo_1": [{"demo_name": "demo_1", "raw_dtw_dist": 1, "pairing": {"0": [-3]}}]}, ["-3"]),
+    ({"demo_1": [{"demo_name": "demo_1", "raw_dtw_dist": 1, "pairing": {"0": [0.5]}}]}, ["whole numbers"]),
+    ({"demo_1": [{"demo_name": "demo_1", "raw_dtw_dist": "far", "pairing": {"0": [1]}}]}, ["or a distance"]),
+    ({"demo_1": 3}, ["gpu-ot pair"]),
+])  # fmt: skip
 def test_a_bad_json_is_refused(tmp_path, content, words):
     (path := tmp_path / "pairs.json").write_text(json.dumps(content))
-    with pytest.raises(ProblemError) as refused:
-        read_pairs(path, base_index_src=1)
-    assert all(word in str(refused.value) for word in [str(path), *words]), refused.value
+    refused([str(path), *words], read_pairs, path, base_index_src=1)
 
 
 # Draws
@@ -389,8 +352,8 @@ class Fake:
         self.episode = np.repeat(list(numbers), lengths)
         self.frame = np.concatenate([np.arange(n) for n in lengths])
         self.hf_dataset = {"episode_index": self.episode}
-        features = {"observation.state": {"shape": (2,)}, "observation.images.top": {"shape": (3, 2, 2)}, "action": {"shape": (1,)}}
-        self.meta = SimpleNamespace(fps=10, camera_keys=["observation.images.top"], features=features | {k: {"shape": (1,)} for k in extra})
+        features = {STATE: {"shape": (2,)}, TOP: {"shape": (3, 2, 2)}, "action": {"shape": (1,)}}
+        self.meta = SimpleNamespace(fps=10, camera_keys=[TOP], features=features | {k: {"shape": (1,)} for k in extra})
         self.extra = extra
 
     def __len__(self):
@@ -402,8 +365,8 @@ class Fake:
         image = torch.full((3, 2, 2), int(self.frame[index]), dtype=torch.uint8)
         image = image if self.image == torch.uint8 else image.float() / 255
         return {
-            "observation.state": torch.tensor([float(self.episode[index]), float(self.frame[index])]),
-            "observation.images.top": self.image_transforms(image) if self.image_transforms else image,
+            STATE: torch.tensor([float(self.episode[index]), float(self.frame[index])]),
+            TOP: self.image_transforms(image) if self.image_transforms else image,
             "action": torch.zeros(1),
             "action_is_pad": torch.zeros(1, dtype=torch.bool),
             "task": f"task of {self.repo_id}",
@@ -440,10 +403,10 @@ def test_items_are_the_frames_that_were_drawn():
         assert set(item) == {"src", "tgt"}
         for side, role, episode in (("src", "source", drawn.source_episode), ("tgt", "target", drawn.target_episode)):
             assert set(item[side]) == {"obs", "actions"} and torch.equal(item[side]["actions"], torch.zeros(1))
-            row, frames, state = getattr(drawn, role), getattr(data, role), item[side]["obs"]["observation.state"]
+            row, frames, state = getattr(drawn, role), getattr(data, role), item[side]["obs"][STATE]
             assert state[0] == episode == frames.dataset.episode[row]
             assert state[1] == frames.dataset.frame[row]
-            assert torch.equal(item[side]["obs"]["observation.images.top"], torch.full((3, 2, 2), int(state[1])) / 255)
+            assert torch.equal(item[side]["obs"][TOP], torch.full((3, 2, 2), int(state[1])) / 255)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -464,8 +427,7 @@ def test_a_plain_loader_ends_after_an_epoch_and_the_next_draws_anew(workers):
         data[len(data)]
     some = paired(episodes=[0, 2])
     assert len(some) == 28 + 30 and {some.draw(n).target_episode for n in range(200)} == {0, 2}
-    with pytest.raises(ProblemError, match="no episode 7"):
-        paired(episodes=[7])
+    refused("no episode 7", paired, episodes=[7])
 
 
 def test_source_frames_are_aligned_ones_and_jitter_stays_in_its_window_and_episode():
@@ -488,14 +450,7 @@ def test_source_frames_are_aligned_ones_and_jitter_stays_in_its_window_and_episo
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 35  # chi-square, 11 degrees of freedom: 1e-4 lies at 37
 
 
-def test_frames_of_a_run_are_uniform():
-    source, target = [np.zeros((50, 1))], [np.zeros((1, 1))]  # one target frame meets every source frame
-    data = LeRobotOTPairDataset(Fake([50]), Fake([1]), pair_episodes(source, target), sampled(window_size=0))
-    counts = np.bincount([data.draw(n).source for n in range(5000)], minlength=50)
-    assert ((counts - 100) ** 2 / 100).sum() < 95  # 49 degrees of freedom: 1e-4 lies at 96
-
-
-def test_without_a_window_the_whole_episode_is_drawn():
+def test_without_a_window_the_whole_episode_is_drawn_and_frames_of_a_run_are_uniform():
     data = paired(sampled(no_window=True))
     drawn = [data.draw(n) for n in range(4000)]
     for episode in {d.source_episode for d in drawn}:
@@ -503,6 +458,10 @@ def test_without_a_window_the_whole_episode_is_drawn():
         many = sum(d.source_episode == episode for d in drawn)
         if many > 1000:
             assert frames == set(range(data.source.side.lengths[episode]))
+    pairs = pair_episodes([np.zeros((50, 1))], [np.zeros((1, 1))])  # one target frame meets every source frame
+    data = LeRobotOTPairDataset(Fake([50]), Fake([1]), pairs, sampled(window_size=0))
+    counts = np.bincount([data.draw(n).source for n in range(5000)], minlength=50)
+    assert ((counts - 100) ** 2 / 100).sum() < 95  # 49 degrees of freedom: 1e-4 lies at 96
 
 
 @pytest.mark.parametrize("sharpness, cutoff", [(10.0, 0.01), (0.3, 3.0), (1.0, None), (0.0, None)])
@@ -522,14 +481,12 @@ def test_episodes_are_drawn_by_their_weights(sharpness, cutoff):
             assert abs((found == data.pairs.source_episode[k]).mean() - p) <= 4.5 * math.sqrt(p * (1 - p) / len(found)) + 1e-9
 
 
-def test_weights_that_underflow_keep_their_ratios():
+def test_weights_that_underflow_keep_their_ratios_and_only_the_nearest_are_drawn_where_asked():
     far = np.array([500.0, 500.1, 600.0])
     for cutoff in (0.01, None):
         np.testing.assert_allclose(sampled(sharpness=10, cutoff=cutoff).probabilities(far), [1 / (1 + math.exp(-1)), 1 / (1 + math.e), 0])
     assert sampled(sharpness=1e6).probabilities(np.array([0.0, 0.005, 1.0])).tolist() == [0.5, 0.5, 0]
 
-
-def test_only_the_nearest_are_drawn_where_asked():
     data = paired(sampled(sharpness=0, topk_src_episodes=1))
     nearest = {t: data.pairs.source_episode[data.pairs.of(t)[0]] for t in range(3)}
     assert all(d.source_episode == nearest[d.target_episode] for d in map(data.draw, range(300)))
@@ -548,7 +505,7 @@ def test_a_draw_depends_on_its_number_and_the_seed_alone():
 
 def flat(batch):
     """(source episode, its frame, target episode, its frame) of each row."""
-    return [(*map(int, row),) for row in torch.cat([batch[side]["obs"]["observation.state"] for side in ("src", "tgt")], 1)]
+    return [(*map(int, row),) for row in torch.cat([batch[side]["obs"][STATE] for side in ("src", "tgt")], 1)]
 
 
 def test_ranks_share_the_draws_of_one_and_never_draw_the_same():
@@ -565,8 +522,7 @@ def test_ranks_come_from_the_launcher(monkeypatch):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert flat(next(DrawLoader(paired(), 3))) == expected
-    with pytest.raises(ProblemError, match="rank = 3"):
-        DrawLoader(paired(), 3, rank=3)
+    refused("rank = 3", DrawLoader, paired(), 3, rank=3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -585,13 +541,10 @@ def test_a_resumed_loader_goes_on_with_the_very_next_batch(workers):
     assert second.state_dict() == whole.state_dict()
 
 
-def test_a_state_of_other_draws_is_refused():
+def test_a_state_of_other_draws_is_refused_and_torchs_random_numbers_are_left_alone():
     loader = DrawLoader(paired(), 4)
-    with pytest.raises(ProblemError, match=r"seed, sampling options, .*--restart-pairs"):
-        loader.load_state_dict(DrawLoader(paired(sampled(seed=5)), 4).state_dict())
+    refused(r"seed, sampling options, .*--restart-pairs", loader.load_state_dict, DrawLoader(paired(sampled(seed=5)), 4).state_dict())
 
-
-def test_drawing_leaves_torchs_random_numbers_alone():
     before = torch.get_rng_state()
     next(DrawLoader(paired(image_transforms=lambda image: image + torch.rand(())), 4))
     assert torch.equal(before, torch.get_rng_state())
@@ -605,12 +558,12 @@ def test_one_transform_serves_both_sides_and_follows_the_draw(dtype):
 
     data, again = (LeRobotOTPairDataset(*fakes(image=dtype), image_transforms=noise) for _ in range(2))
     for n in (3, 11, 3):
-        a, b = ([data.item(n)[side]["obs"]["observation.images.top"] for side in ("src", "tgt")] for data in (data, again))
+        a, b = ([data.item(n)[side]["obs"][TOP] for side in ("src", "tgt")] for data in (data, again))
         assert all(map(torch.equal, a, b)) and not torch.equal(*a)
     assert len(data.source.cache) == 4
     drawn = data.draw(3)
-    kept = data.target.cache.get((id(data.target), drawn.target), dict)["observation.images.top"]
-    assert torch.equal(kept, data.target.dataset[drawn.target]["observation.images.top"])
+    kept = data.target.cache.get((id(data.target), drawn.target), dict)[TOP]
+    assert torch.equal(kept, data.target.dataset[drawn.target][TOP])
 
 
 @pytest.mark.parametrize("image", [torch.uint8, torch.float32])
@@ -626,9 +579,7 @@ def test_transforms_of_the_datasets_are_applied_after_the_cache(image):
     data = LeRobotOTPairDataset(source, target, pairs, sampled(window_size=0))
     for _ in range(2):
         for side in data.item(5).values():
-            assert torch.equal(
-                side["obs"]["observation.images.top"], torch.full((3, 2, 2), int(side["obs"]["observation.state"][1])) / 255 + 1
-            )
+            assert torch.equal(side["obs"][TOP], torch.full((3, 2, 2), int(side["obs"][STATE][1])) / 255 + 1)
     assert len(seen) == 4 and max(seen) <= 1
     assert target.image_transforms is brighter, "the dataset that was given is left as it is"
     assert len(source.reads) == 1
@@ -659,9 +610,6 @@ def test_frames_are_decoded_once_while_they_fit():
     for k in (1, 1, 1):
         bare.item(k)
     assert len(bare.source.dataset.reads) == 3
-
-
-def test_the_cache_holds_no_more_than_its_bytes_and_drops_the_oldest():
     cache, reads = FrameCache(3000), []
 
     def read(k):
@@ -681,20 +629,16 @@ def test_a_part_of_the_episodes_serves_those():
     assert {d.source_episode for d in map(data.draw, range(200))} == {0, 2}
     assert all(some.episode[d.source] == d.source_episode for d in map(data.draw, range(200)))
     kept = pair_episodes(*sets(), PairOptions(topk=1))
-    with pytest.raises(ProblemError, match="target episode 0 is paired with 1 episodes, none of which"):
-        LeRobotOTPairDataset(some, target, kept)
+    refused("target episode 0 is paired with 1 episodes, none of which", LeRobotOTPairDataset, some, target, kept)
 
 
 def test_datasets_that_were_not_paired_are_refused():
     source, target, pairs = fakes()
-    with pytest.raises(ProblemError, match="source dataset other is not the one"):
-        LeRobotOTPairDataset(Fake([40, 55, 34], "other"), target, pairs)
-    with pytest.raises(ProblemError, match="episode_index"):
-        LeRobotOTPairDataset(SimpleNamespace(), target, pairs)
+    refused("source dataset other is not the one", LeRobotOTPairDataset, Fake([40, 55, 34], "other"), target, pairs)
+    refused("episode_index", LeRobotOTPairDataset, SimpleNamespace(), target, pairs)
     shuffled = copy.copy(source)
     shuffled.hf_dataset = {"episode_index": np.roll(source.episode, 5)}
-    with pytest.raises(ProblemError, match="not together"):
-        LeRobotOTPairDataset(shuffled, target, pairs)
+    refused("not together", LeRobotOTPairDataset, shuffled, target, pairs)
 
 
 # The batch to imitate
@@ -733,14 +677,14 @@ def test_the_mixture_resumes_and_splits_among_ranks():
         return DrawLoader(co_training(*fakes(), MIX, seed=3), 8, **options)
 
     whole = loader(rank=0, world=1)
-    states = torch.cat([next(whole)["observation.state"] for _ in range(6)])
+    states = torch.cat([next(whole)[STATE] for _ in range(6)])
     ranks = [loader(rank=r, world=2) for r in (0, 1)]
-    halves = [torch.cat([next(each)["observation.state"] for _ in range(3)]) for each in ranks]
+    halves = [torch.cat([next(each)[STATE] for _ in range(3)]) for each in ranks]
     assert torch.equal(torch.stack(halves, 1).flatten(0, 1), states)
     assert not torch.equal(*halves)
     resumed = loader(rank=0, world=1)
     resumed.load_state_dict(ranks[0].state_dict())
-    assert torch.equal(next(resumed)["observation.state"], next(whole)["observation.state"])
+    assert torch.equal(next(resumed)[STATE], next(whole)[STATE])
 
 
 def test_ends_of_episodes_are_left_out_where_a_policy_asks_for_it():
@@ -750,8 +694,7 @@ def test_ends_of_episodes_are_left_out_where_a_policy_asks_for_it():
         part, row = mixed.draw(n)
         data, side = mixed.parts[part].dataset, mixed.frames[part].side
         assert data.frame[row] < side.lengths[data.episode[row]] - 4
-    with pytest.raises(ProblemError, match="no frames to give"):
-        MixedDataset([Part("short", source, 1.0, [2], 33)])
+    refused("no frames to give", MixedDataset, [Part("short", source, 1.0, [2], 33)])
 
 
 def test_columns_that_only_some_have_are_dropped_and_other_shapes_refused():
@@ -759,14 +702,11 @@ def test_columns_that_only_some_have_are_dropped_and_other_shapes_refused():
     parts = [Part("sim", source, 0.5), Part("real", target, 0.5)]
     mixed = MixedDataset(parts)
     assert set(mixed.item(0)) == set(target[0]) and {mixed.draw(n)[0] for n in range(20)} == {0, 1}
-    target.meta.features["observation.images.top"] = {"shape": (3, 8, 8)}
-    with pytest.raises(ProblemError, match=r'"observation.images.top" has the shapes \(3, 2, 2\) in sim, \(3, 8, 8\) in real'):
-        MixedDataset(parts)
+    target.meta.features[TOP] = {"shape": (3, 8, 8)}
+    refused(rf'"{TOP}" has the shapes \(3, 2, 2\) in sim, \(3, 8, 8\) in real', MixedDataset, parts)
     MixedDataset(parts, image_transforms=lambda image: image)
-    with pytest.raises(ProblemError, match="positive sum"):
-        MixedDataset([Part("sim", source, 0.0)])
-    with pytest.raises(ProblemError, match="sim has a share of 1 and no frames"):
-        MixedDataset([Part("sim", source, 1.0, [7])])
+    refused("positive sum", MixedDataset, [Part("sim", source, 0.0)])
+    refused("sim has a share of 1 and no frames", MixedDataset, [Part("sim", source, 1.0, [7])])
 
 
 # The command, and the real package
@@ -783,30 +723,25 @@ def write_dataset(folder, episodes, version="v3.0", **info):
     tables = []
     for k, z in enumerate(episodes):
         frames = dict(episode_index=[k] * len(z), frame_index=list(range(len(z))))
-        tables.append(pa.table({"observation.state": z.tolist(), "gripper": z[:, 0].tolist(), "task": ["pick"] * len(z)} | frames))
-    if version == "v2.1":
-        for k, table in enumerate(tables):
-            pq.write_table(table, folder / "data" / "chunk-000" / f"episode_{k:06d}.parquet")
-    else:
-        pq.write_table(pa.concat_tables(tables[:1]), folder / "data" / "chunk-000" / "file-000.parquet")
-        pq.write_table(pa.concat_tables(tables[1:]), folder / "data" / "chunk-000" / "file-001.parquet")
+        tables.append(pa.table({STATE: z.tolist(), "gripper": z[:, 0].tolist(), "task": ["pick"] * len(z)} | frames))
+    files = [(f"episode_{k:06d}", [table]) for k, table in enumerate(tables)]
+    for name, held in files if version == "v2.1" else (("file-000", tables[:1]), ("file-001", tables[1:])):
+        pq.write_table(pa.concat_tables(held), folder / "data" / "chunk-000" / f"{name}.parquet")
     return folder
 
 
 def test_without_pyarrow_the_way_out_is_said(tmp_path, monkeypatch):
-    (tmp_path / "meta").mkdir()
-    (tmp_path / "data").mkdir()
-    (tmp_path / "meta" / "info.json").write_text("{}")
-    (tmp_path / "data" / "file.parquet").touch()
+    for name in ("meta/info.json", "data/file.parquet"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ProblemError, match=r"pip install gpu_ot\[lerobot\]"):
-        read_recording(tmp_path)
+    refused(r"pip install gpu_ot\[lerobot\]", read_recording, tmp_path)
 
 
 @pytest.mark.parametrize("version", ["v3.0", "v2.1"])
 def test_labels_are_read_from_either_format(tmp_path, version):
     source, _ = sets()
-    found = read_recording(write_dataset(tmp_path / "a", source, version), ["observation.state", "gripper"])
+    found = read_recording(write_dataset(tmp_path / "a", source, version), [STATE, "gripper"])
     for z, expected in zip(found.episodes(), source, strict=True):
         np.testing.assert_array_equal(z, np.column_stack((expected, expected[:, 0])))
     assert found.side.fps == 10 and found.side.lengths.tolist() == [40, 55, 33]
@@ -820,23 +755,18 @@ def test_labels_are_read_from_either_format(tmp_path, version):
 ])  # fmt: skip
 def test_datasets_that_cannot_be_read_say_why(tmp_path, info, key, words):
     folder = write_dataset(tmp_path / "a", sets()[0], **info)
-    with pytest.raises(ProblemError) as refused:
-        read_recording(folder, [key])
-    assert all(word in str(refused.value) for word in words), refused.value
+    refused(words, read_recording, folder, [key])
 
 
 def test_frames_that_are_not_numbers_or_missing_are_named(tmp_path):
     source, _ = sets()
     source[1][3, 2] = np.nan
-    with pytest.raises(ProblemError, match="NaN or infinity in 1 frames, first in episode 1"):
-        read_recording(write_dataset(tmp_path / "a", source))
-    with pytest.raises(ProblemError, match=r"no meta/info\.json"):
-        read_recording(tmp_path)
+    refused("NaN or infinity in 1 frames, first in episode 1", read_recording, write_dataset(tmp_path / "a", source))
+    refused(r"no meta/info\.json", read_recording, tmp_path)
     pq = pytest.importorskip("pyarrow.parquet")
     file = tmp_path / "a" / "data" / "chunk-000" / "file-000.parquet"
     pq.write_table(pq.read_table(file).slice(1), file)
-    with pytest.raises(ProblemError, match=r"episode 0 of .* missing or twice around frame 1"):
-        read_recording(tmp_path / "a")
+    refused(r"episode 0 of .* missing or twice around frame 1", read_recording, tmp_path / "a")
 
 
 def test_the_command_pairs_two_folders(tmp_path, capsys):
@@ -882,15 +812,15 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
 
 def create(LeRobotDataset, name, root, episodes):
     features = {
-        "observation.state": {"dtype": "float32", "shape": (3,), "names": ["x", "y", "z"]},
+        STATE: {"dtype": "float32", "shape": (3,), "names": ["x", "y", "z"]},
         "action": {"dtype": "float32", "shape": (1,), "names": ["u"]},
-        "observation.images.top": {"dtype": "image", "shape": (16, 16, 3), "names": ["height", "width", "channel"]},
+        TOP: {"dtype": "image", "shape": (16, 16, 3), "names": ["height", "width", "channel"]},
     }
     data = LeRobotDataset.create(name, fps=10, features=features, root=root, use_videos=False)
     for z in episodes:
         for t, state in enumerate(z.astype(np.float32)):
             image = np.full((16, 16, 3), t, np.uint8)
-            data.add_frame({"observation.state": state, "action": state[:1], "observation.images.top": image, "task": "pick"})
+            data.add_frame({STATE: state, "action": state[:1], TOP: image, "task": "pick"})
         data.save_episode()
     data.finalize()
     return LeRobotDataset(name, root=root)
@@ -912,9 +842,9 @@ def test_real_datasets_are_paired_and_drawn(real):
     out = folder / "pairs.npz"
     assert cli.main(["pair", "--src", str(source.root), "--tgt", str(target.root), "--out", str(out)]) == 0
     arguments = ["pairs", "show", str(out), "--src", str(source.root), "--tgt", str(target.root), "--out", str(folder / "pairs.png")]
-    assert cli.main([*arguments, "--camera", "observation.images.top"]) == 0 and (folder / "pairs.png").stat().st_size > 5000
+    assert cli.main([*arguments, "--camera", TOP]) == 0 and (folder / "pairs.png").stat().st_size > 5000
     assert cli.main([*arguments, "--camera", "observation.images.wrist"]) == 2
-    states = source.hf_dataset.with_format("numpy")["observation.state"][:]
+    states = source.hf_dataset.with_format("numpy")[STATE][:]
     np.testing.assert_array_equal(read_recording(source.root).labels, states)
 
     data = LeRobotOTPairDataset(source, target, out)
@@ -924,8 +854,8 @@ def test_real_datasets_are_paired_and_drawn(real):
         batch, expected = next(spawned), next(here)
         for one, other in ((batch[side]["obs"], expected[side]["obs"]) for side in ("src", "tgt")):
             assert torch.equal(one["index"], other["index"])
-            assert torch.equal(one["observation.images.top"], other["observation.images.top"])
-            assert torch.allclose(other["observation.images.top"].mean((1, 2, 3)), other["frame_index"].float() / 255)
+            assert torch.equal(one[TOP], other[TOP])
+            assert torch.allclose(other[TOP].mean((1, 2, 3)), other["frame_index"].float() / 255)
             assert other["task"] == ["pick"] * 4
 
 
@@ -936,20 +866,15 @@ def test_real_datasets_by_repo_id_in_part_with_history_and_transforms(real, monk
     (folder / "home" / "me").mkdir(parents=True)
     (folder / "home" / "me" / "sim").symlink_to(source.root)
     pairs = pair_episodes(read_recording("me/sim"), read_recording(target.root))
-    some = lerobot(
-        "me/sim",
-        root=source.root,
-        episodes=[0, 2],
-        delta_timestamps={"action": [0, 0.1, 0.2]},
-        image_transforms=lambda image: image * 0 - 1,
-    )
+    options = dict(delta_timestamps={"action": [0, 0.1, 0.2]}, image_transforms=lambda image: image * 0 - 1)
+    some = lerobot("me/sim", root=source.root, episodes=[0, 2], **options)
     data = LeRobotOTPairDataset(some, target, pairs)
     for n in range(20):
         item, drawn = data.item(n), data.draw(n)
         assert item["src"]["obs"]["episode_index"] == drawn.source_episode and drawn.source_episode in (0, 2)
         assert item["src"]["actions"].shape == item["src"]["obs"]["action_is_pad"].shape == (3,)
-        assert all((side["obs"]["observation.images.top"] == -1).all() for side in item.values())
-    assert (some[0]["observation.images.top"] == -1).all(), "the dataset that was given keeps its transforms"
+        assert all((side["obs"][TOP] == -1).all() for side in item.values())
+    assert (some[0][TOP] == -1).all(), "the dataset that was given keeps its transforms"
 
     with pytest.raises(ProblemError, match="labels have other values"):
         LeRobotOTPairDataset(source, create(lerobot, "me/real", folder / "again", [z[:20] + 1 for z in sets()[1]]), pairs)
@@ -960,4 +885,4 @@ def test_a_real_mixture_collates(real):
     _, source, target, _ = real
     pairs = pair_episodes(read_recording(source.root), read_recording(target.root), PairOptions(topk=1))
     batch = next(DrawLoader(co_training(source, target, pairs, MIX), 16, num_workers=2))
-    assert batch["observation.images.top"].shape == (16, 3, 16, 16) and batch["observation.state"].shape == (16, 3)
+    assert batch[TOP].shape == (16, 3, 16, 16) and batch[STATE].shape == (16, 3)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+Having = types.SimpleNamespace
 ROOT = Path(__file__).parents[1]
 FRAMES, SIM, REAL = 16, 5, 3
 CAMERAS = ("observation.images.front", "observation.images.side")
@@ -74,13 +75,13 @@ def test_a_source_with_names_of_its_own(monkeypatch, tmp_path):
     from gpu_ot.lerobot import train as launcher
 
     opened = {}
-    datasets = types.SimpleNamespace(
+    datasets = Having(
         LeRobotDataset=lambda name, **options: opened.update(options),
-        LeRobotDatasetMetadata=lambda name, root: types.SimpleNamespace(features={"observation.images.cam": {}, STATE: {}}),
+        LeRobotDatasetMetadata=lambda name, root: Having(features={"observation.images.cam": {}, STATE: {}}),
     )
     monkeypatch.setitem(sys.modules, "lerobot.datasets.lerobot_dataset", datasets)
-    monkeypatch.setitem(sys.modules, "lerobot.datasets.factory", types.SimpleNamespace(resolve_delta_timestamps=lambda policy, meta: None))
-    pairs = types.SimpleNamespace(target=types.SimpleNamespace(episodes=np.arange(3)))
+    monkeypatch.setitem(sys.modules, "lerobot.datasets.factory", Having(resolve_delta_timestamps=lambda policy, meta: None))
+    pairs = Having(target=Having(episodes=np.arange(3)))
     monkeypatch.setattr(launcher, "read_pairs", lambda path, **bases: pairs)
     monkeypatch.setattr(launcher, "LeRobotOTPairDataset", lambda *data, **options: None)
     loss = features("observation.images.cam")
@@ -89,15 +90,11 @@ def test_a_source_with_names_of_its_own(monkeypatch, tmp_path):
     before = given.to_dict()
 
     launch = launcher._Launch(given, types.ModuleType("script"))
-    target = types.SimpleNamespace(image_transforms=None, meta=types.SimpleNamespace(features={"observation.images.front": {}, STATE: {}}))
-    script = types.SimpleNamespace(
-        resume=False,
-        policy=types.SimpleNamespace(pretrained_path="hub"),
-        tolerance_s=1e-4,
-        dataset=types.SimpleNamespace(video_backend="pyav"),
-        seed=1,
+    target = Having(image_transforms=None, meta=Having(features={"observation.images.front": {}, STATE: {}}))
+    script = Having(
+        resume=False, policy=Having(pretrained_path="hub"), tolerance_s=1e-4, dataset=Having(video_backend="pyav"), seed=1,
         rename_map={"observation.state": "observation.joints"},
-    )
+    )  # fmt: skip
     launch._dataset(lambda cfg: target, script)
     assert opened["video_backend"] == "pyav"
     first = launch.cfg.loss_config.features[0]
@@ -107,7 +104,7 @@ def test_a_source_with_names_of_its_own(monkeypatch, tmp_path):
     named = {key: launch._renamed(key) for key in ("observation.images.cam_is_pad", "observation.images.cam", "observation.state", "task")}
     assert list(named.values()) == ["observation.images.front_is_pad", "observation.images.front", "observation.state", "task"]
 
-    launch.training = types.SimpleNamespace(state_dict=lambda: {"step": 3})
+    launch.training = Having(state_dict=lambda: {"step": 3})
     launch._save(lambda **options: None, checkpoint_dir=tmp_path)
     assert OTConfig.from_file(tmp_path / "training_state" / "ot_config.json").to_dict() == before
 
@@ -161,7 +158,7 @@ def run(home: Path, *command: str, ok: bool = True) -> str:
     environment = os.environ | {
         "HF_HOME": str(home / "hf"), "HF_LEROBOT_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"
     }  # fmt: skip
-    done = subprocess.run([str(program), *command[1:]], cwd=home, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([str(program), *command[1:]], cwd=home, env=environment, capture_output=True, text=True, timeout=1800)
     assert (done.returncode == 0) == ok, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
@@ -232,12 +229,11 @@ def test_check_tells_what_would_be_aligned_and_trains_nothing(home):
     cfg = write(home, "check.json", loss_config=features("observation.images.*", cost_scale="none"))
     said = train(home, cfg, "checked", *ACT, command=("gpu-ot", "check", "--ot.reg=0.2"))
     assert not (home / "checked").exists() and "step:" not in said
-    for role, episodes in (("source me/sim", SIM), ("target real", REAL)):
-        assert f"{role.replace('me/', '')}: {episodes} episodes, {episodes * FRAMES} frames, 10 a second" in said
+    for role, episodes in (("source sim", SIM), ("target real", REAL)):
+        assert f"{role}: {episodes} episodes, {episodes * FRAMES} frames, 10 a second" in said
     assert re.search(r"observation.images.side +video +3x64x64", said)
-    assert re.search(
-        r"image/side +observation.images.side +observation.images.side +embed 0.1 +act's encoder of observation.images.side", said
-    )
+    side = "observation.images.side"
+    assert re.search(rf"image/side +{side} +{side} +embed 0.1 +act's encoder of {side}", said)
     assert re.search(r"state +observation.state .*label 0.5 +nothing: a label", said)
     assert f"{REAL} target episodes, each with {SIM} of {SIM} source episodes" in said
     costs = {name: float(value) for name, value in re.findall(r"^  (image/front|image/side|state) +(\S+) +\S+% ", said, re.M)}
@@ -288,9 +284,10 @@ def test_what_the_readme_prints_runs(home):
 @pytest.mark.lerobot
 def test_diffusion_aligns_its_whole_observation(home):
     cfg = write(home, "diffusion.json", grad_norms_every=5, loss_config=features("observation"))
-    said = train(home, cfg, "diffusion", *DIFFUSION)
+    # Predicting the movement itself is learnt in a few steps, and means of five steps tell, though each step has noise of its own.
+    said = train(home, cfg, "diffusion", *DIFFUSION, "--policy.prediction_type=sample", "--policy.optimizer_lr=1e-3", "--log_freq=1")
     losses = behaved(said)
-    assert len(losses) == 4 and all(map(math.isfinite, losses)) and min(losses) < losses[0]  # each is of noise of its own
+    assert len(losses) == 20 and all(map(math.isfinite, losses)) and sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert min(reported(said, "ot_grad_norm")) > 0 and min(reported(said, "ot_cost/image")) > 0
 
 
@@ -425,7 +422,7 @@ def shrunk(kind, monkeypatch):
         config = transformers.SmolVLMConfig(text_config=text, vision_config=dict(image_size=32, patch_size=8, **tiny), scale_factor=2)
         monkeypatch.setattr(expert.AutoConfig, "from_pretrained", lambda name: config)
         names = ("fake_image_token_id", "global_image_token_id")
-        processor = types.SimpleNamespace(tokenizer=types.SimpleNamespace(**dict.fromkeys(names, 1)))
+        processor = Having(tokenizer=Having(**dict.fromkeys(names, 1)))
         monkeypatch.setattr(expert.AutoProcessor, "from_pretrained", lambda name: processor)
         return built(kind, resize_imgs_with_padding=(32, 32), num_vlm_layers=1, train_expert_only=False, freeze_vision_encoder=False)
     if kind == "xvla":

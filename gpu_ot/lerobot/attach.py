@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
-import importlib
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ..errors import ProblemError
 from .config import OTConfig, OTLossConfig
 from .encoders import Observation, unwrapped
-from .features import flat, only, terms
+from .features import flat, only, terms, weighted
 from .loss import CostScale, alarm, align, floats, refuse_nan, wide
+from .settings import needed
 
 #: A batch of each side, row by row in pairs: (source, target), or {"src": ..., "tgt": ...} as LeRobotOTPairDataset gives it.
 Pair = Any
@@ -35,9 +36,9 @@ Batches = Iterable[Pair] | Callable[[int], Iterable[Pair]]
 class CoTraining:
     """What a policy carries while it is aligned: where pairs come from, how far it has got, and what it reports.
 
-    pairs       batches (source, target); an iterable, begun anew when it ends, or a function of the step to go on from.
+    pairs       batches (source, target): an iterable, begun anew when it ends, or a function of the step to go on from.
     preprocess  applied to each side of a batch; when left out, tensors are only moved to the policy's device.
-    log_every   steps between metrics: they are copied to the host, reported and checked on those alone; 0 for none.
+    log_every   steps between metrics, which are copied to the host, reported and checked on those alone; 0 for none.
     out_dir     where pictures of the plan go, for cfg.plan_every.
     main        whether this process reports.
     held_out    a batch that is never aligned, or what makes it, for cfg.retrieval_every.
@@ -55,12 +56,12 @@ class CoTraining:
     ) -> None:
         if not cfg.loss_config.features:
             raise ProblemError("loss_config has no features: name at least one, with src_key and a weight.")
+        if main and cfg.plan_every and out_dir is None:
+            raise ProblemError("plan_every draws pictures and there is nowhere to put them: pass out_dir, or plan_every: 0.")
         if main and cfg.plan_every:  # now, not after hours
-            if out_dir is None:
-                raise ProblemError("plan_every draws pictures and there is nowhere to put them: pass out_dir, or plan_every: 0.")
-            _needs("matplotlib.figure", "plan_every draws pictures, which needs matplotlib: pip install matplotlib, or plan_every: 0.")
+            needed("matplotlib.figure", "plan_every draws pictures, which needs matplotlib: pip install matplotlib, or plan_every: 0.")
         if main and cfg.tensorboard_dir is not None:
-            _needs("torch.utils.tensorboard", "tensorboard_dir needs TensorBoard: pip install tensorboard, or leave it out.")
+            needed("torch.utils.tensorboard", "tensorboard_dir needs TensorBoard: pip install tensorboard, or leave it out.")
         if main and cfg.retrieval_every and held_out is None:
             raise ProblemError("retrieval_every needs pairs that are not trained on: pass held_out, or retrieval_every: 0.")
         if cfg.retrieval_every and not any(spec.embeds for spec in cfg.loss_config.features):
@@ -70,8 +71,7 @@ class CoTraining:
         self.cfg, self.preprocess, self.log_every, self.main = cfg, preprocess, log_every, main
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.pairs, self.held_out = pairs, held_out
-        self.step = 0
-        self.scale = CostScale(shared=True)
+        self.step, self.scale = 0, CostScale(shared=True)
         self.last: dict[str, float] = {}  # the metrics last reported
         self._batches: Iterator[Pair] | None = None
         self._pending: list[tuple[list[str], Tensor, Any]] = []
@@ -96,18 +96,17 @@ class CoTraining:
 
     def _added(self, policy: nn.Module, loss: Tensor, weight: float) -> tuple[Tensor, dict[str, float]]:
         """The sum, and what is to be reported at this step."""
-        cfg, step, told = self.cfg, self.step + 1, {}
-        due = self.log_every > 0 and step % self.log_every == 0
+        cfg, step = self.cfg, self.step + 1
+        due, norms, plan = (n > 0 and step % n == 0 for n in (self.log_every, cfg.grad_norms_every, cfg.plan_every))
         self._batches = self._batches or self._endless()
-        source, target = self.seen(policy, next(self._batches))
-        aligned = align(policy, source, target, cfg.loss_config, scale=self.scale, gather=cfg.gather, metrics=due)
+        found = terms(policy, *self.seen(policy, next(self._batches)), cfg.loss_config)
+        aligned = align(found, cfg.loss_config, self.scale, gather=cfg.gather, metrics=due)
         self._watch(*aligned.finite)
-        weighted = weight * aligned.loss
-        norms = cfg.grad_norms_every > 0 and step % cfg.grad_norms_every == 0
+        weighted, told = weight * aligned.loss, {}
         if due or norms:
             told = floats({"bc_loss": loss.detach().mean(), **aligned.metrics, "ot_loss_weighted": weighted.detach()})
             told |= {"lambda_ot": weight} | (_gradients(policy, loss, weighted) if norms else {})
-        if self.main and self.out_dir is not None and cfg.plan_every and step % cfg.plan_every == 0:
+        if plan and self.main and self.out_dir is not None:
             _picture(aligned.plan(), self.out_dir / "ot_plans" / f"{step:06d}.png", step)
         return loss + weighted.to(loss.dtype), told
 
@@ -115,11 +114,10 @@ class CoTraining:
         """Both sides as the policy is given its batches: normalised, on its device, and no more than the features ask for."""
         device = next(policy.parameters()).device
         sides = []
-        for side, batch in zip("st", (pair["src"], pair["tgt"]) if isinstance(pair, Mapping) else pair, strict=True):
+        for name, batch in zip(("src", "tgt"), (pair["src"], pair["tgt"]) if isinstance(pair, Mapping) else pair, strict=True):
             batch = flat(batch)
             seen = batch if self.preprocess is None else self.preprocess(dict(batch))
-            specs = self.cfg.loss_config.features
-            named = [str(spec.src_key if side == "s" else spec.tgt_key) for spec in specs]
+            named = [str(getattr(spec, f"{name}_key")) for spec in self.cfg.loss_config.features]
             if lost := [key for key in named if key in batch and key not in seen]:
                 raise ProblemError(
                     f'"{lost[0]}" does not come out of the preprocessor, which keeps "action" and what begins with "observation.". Give '
@@ -141,14 +139,13 @@ class CoTraining:
             refuse_nan(*self._pending.pop(0)[:2])
 
     def _endless(self) -> Iterator[Pair]:
-        first = start = self.step
-        while True:
-            found = iter(self.pairs(start) if callable(self.pairs) else self.pairs)
+        start = self.step
+        for again in itertools.count():
             before = start
-            for pair in found:
+            for pair in self.pairs(start) if callable(self.pairs) else self.pairs:
                 start += 1
                 yield pair
-            if first < before == start:
+            if before == start and again:
                 raise ProblemError(
                     "the pairs have come to an end and do not begin anew, as a generator does not: pass what can be iterated again, such "
                     "as a list or a DataLoader, or a function of the step that makes the generator."
@@ -204,13 +201,12 @@ class _Aligned:
 def attach_ot(policy: nn.Module, pairs: Batches, cfg: OTConfig, preprocess: Preprocess | None = None, **options: Any) -> CoTraining:
     """Adds lambda_ot times the alignment to what `policy.forward(batch)` returns while it trains: (loss, info), or the loss alone.
 
-    A policy inside torch.compile or DistributedDataParallel is reached through it. Arguments and `options` as CoTraining.
+    A policy inside torch.compile or DistributedDataParallel is reached through it. Arguments and `options` as CoTraining. Raises
+    ProblemError for a policy that has one attached.
 
     >>> training = attach_ot(policy, pair_loader, OTConfig.from_file("ot.yaml"), preprocess=preprocessor)
     >>> loss, info = policy.forward(batch)  # info holds the metrics on every 100th step
     >>> torch.save(training.state_dict(), "ot.pt")
-
-    Raises ProblemError for a policy that has one attached.
     """
     policy = unwrapped(policy)
     if isinstance(policy, _Aligned):
@@ -240,14 +236,10 @@ def retrieval(policy: nn.Module, source: Mapping[str, Any], target: Mapping[str,
     try:
         policy.eval()
         with torch.no_grad():
-            found = terms(policy, source, target, specs)
+            x, y = weighted(term[1:] for term in terms(policy, source, target, dataclasses.replace(cfg, features=specs)))
     finally:
         for part in training:
             part.training = True
-    x, y = (
-        torch.cat([term.weight**0.5 * z for term, z in zip(found, side, strict=True)], -1)
-        for side in zip(*(t[2:] for t in found), strict=True)
-    )
     nearest = torch.cdist(y.double(), x.double()).argmin(1)
     return {"ot_retrieval_top1": float((nearest == torch.arange(len(y), device=y.device)).double().mean())}
 
@@ -256,13 +248,10 @@ def _gradients(policy: nn.Module, bc: Tensor, ot: Tensor) -> dict[str, float]:
     """Norms of both gradients over the parameters that the alignment reaches, where they pull against each other."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     pulls = torch.autograd.grad(ot, parameters, retain_graph=True, allow_unused=True)
-    reached = [(p, g) for p, g in zip(parameters, pulls, strict=True) if g is not None]
-    other = torch.autograd.grad(bc.mean(), [p for p, _ in reached], retain_graph=True, allow_unused=True)
-    norms = [
-        torch.stack([torch.linalg.vector_norm(wide(g)) for g in found] or [torch.zeros(())]).norm()
-        for found in ([g for _, g in reached], [g for g in other if g is not None])
-    ]
-    ours, theirs = torch.stack([z.to(bc.device) for z in norms]).tolist()
+    reached = [p for p, g in zip(parameters, pulls, strict=True) if g is not None]
+    other = torch.autograd.grad(bc.mean(), reached, retain_graph=True, allow_unused=True)
+    each = [[torch.linalg.vector_norm(wide(g)) for g in found if g is not None] or [torch.zeros(())] for found in (pulls, other)]
+    ours, theirs = torch.stack([torch.stack(norms).norm().to(bc.device) for norms in each]).tolist()
     return {"ot_grad_norm": ours, "bc_grad_norm": theirs, "ot_grad_ratio": ours / theirs if theirs > 0 else float("inf")}
 
 
@@ -281,10 +270,3 @@ def _picture(plan: Tensor, path: Path, step: int) -> None:
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
         wandb.log({"train/ot_plan": wandb.Image(str(path))}, step=step)
-
-
-def _needs(module: str, why: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise ProblemError(why) from None

@@ -9,15 +9,15 @@ import numpy as np
 from torch.utils.data import default_collate
 
 from .encoders import served_by, unwrapped
-from .loss import align, floats
+from .features import terms
+from .loss import CostScale, align, floats
 
 if TYPE_CHECKING:
     from .train import _Launch
 
 
 def report(launch: _Launch) -> None:
-    """Prints the keys of both datasets, each feature with what embeds it, the pairs, and for one batch the cost of each term, the mass that
-    moves and its part on the diagonal; then numbers to begin with."""
+    """Prints both datasets' keys, what embeds each feature, the pairs, one batch's costs and masses, and numbers to begin with."""
     cfg, policy, pairs, named = launch.cfg, unwrapped(launch.policy), launch.pairs, {new: old for old, new in launch.rename.items()}
     for role, data in (("source", launch.source), ("target", launch.target)):
         keys = [(key, feature["dtype"], "x".join(map(str, feature["shape"]))) for key, feature in data.meta.features.items()]
@@ -36,10 +36,10 @@ def report(launch: _Launch) -> None:
     size = cfg.pairs_of(launch.train_cfg.batch_size)
     assert launch.training is not None
     batch = launch.training.seen(policy, launch.sides(default_collate([launch.aligned.item(n) for n in range(size)])))
-    m = floats(align(policy, *batch, cfg.loss_config).metrics)
+    m = floats(align(terms(policy, *batch, cfg.loss_config), cfg.loss_config, CostScale()).metrics)
     rows = [("term", "mean cost", "share of the cost", "share of the loss")]
     for name in (key.removeprefix("ot_cost/") for key in m if key.startswith("ot_cost/")):
-        share = m[f"ot_moved/{name}"] / m["ot_loss"] if m["ot_loss"] > 0 else 0.0
+        share = m[f"ot_moved/{name}"] / (m["ot_loss"] or 1.0)
         rows.append((name, f"{m[f'ot_cost/{name}']:.4g}", f"{m[f'ot_share/{name}']:.1%}", f"{share:.1%}"))
     _table(f"a batch of {size} pairs", rows)
     for name in ("ot_loss", "ot_pi_sum", "ot_pi_diag", "ot_diag_ratio", "ot_plan_entropy"):

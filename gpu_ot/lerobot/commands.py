@@ -38,9 +38,8 @@ def _pair(args: argparse.Namespace) -> None:
     from .episodes import read_recording
     from .pairing import pair_episodes
 
-    options = PairOptions(
-        args.keys, args.tgt_keys, args.slice, args.center, args.zscore, args.stride, args.band, args.topk, args.cost, args.norm
-    )
+    names = ("tgt_keys", "slice", "center", "zscore", "stride", "band", "topk", "cost", "norm")
+    options = PairOptions(args.keys, *(getattr(args, name) for name in names))
     path = writable(args.out)
     source, target = read_recording(args.src, options.keys), read_recording(args.tgt, options.target_keys or options.keys)
     if importlib.util.find_spec("numba") is None:
@@ -85,8 +84,7 @@ def check(parser: argparse.ArgumentParser) -> None:
         "All that a training does before its first step, and none of the training: the keys of both datasets, what each feature stands "
         "for and which part of the policy embeds it, the pairs, a batch, the cost of each term, and numbers to begin with."
     )
-    _training(parser)
-    parser.set_defaults(then="check")
+    _training(parser, check=True)
 
 
 def train(parser: argparse.ArgumentParser) -> None:
@@ -95,19 +93,18 @@ def train(parser: argparse.ArgumentParser) -> None:
         "What it saves loads in LeRobot without this package. For several processes: torchrun ... -m gpu_ot.lerobot.train."
     )
     _training(parser)
-    parser.add_argument(
-        "--restart-pairs", action="store_true", help="when resuming: begin the sequence of pairs anew, as other data ask for"
-    )
+    said = "when resuming: begin the sequence of pairs anew, as other data ask for"
+    parser.add_argument("--restart-pairs", action="store_true", help=said)
 
 
-def _training(parser: argparse.ArgumentParser) -> None:
+def _training(parser: argparse.ArgumentParser, check: bool = False) -> None:
     parser.usage = "%(prog)s [--ot-config FILE] [--ot.KEY=VALUE ...] -- what lerobot-train takes"
     parser.add_argument("--ot-config", default=None, help="JSON or YAML; when resuming, the checkpoint's own where this is left out")
     parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENTS", help="what lerobot-train takes; --ot.reg=0.05 sets a single value")
-    parser.set_defaults(run=_train, then=None, restart_pairs=False, passes_on="--ot.")
+    parser.set_defaults(run=_train, check=check, restart_pairs=False, passes_on="--ot.")
 
 
 def _train(args: argparse.Namespace) -> None:
     from .train import run
 
-    run(args.ot_config, [*args.others, *args.arguments], restart_pairs=args.restart_pairs, check=args.then == "check")
+    run(args.ot_config, [*args.others, *args.arguments], restart_pairs=args.restart_pairs, check=args.check)

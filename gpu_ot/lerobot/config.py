@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ProblemError, unknown
-from .settings import Settings, bounded, call, made, number
+from ..errors import ProblemError
+from .settings import Settings, bounded, call, choice, made, number
 
-TIMES = ("first", "last", "flatten")
-EMBED_COSTS = ("sqeuclidean", "cosine")
 #: By name; soft_diagonal and band take a number.
 REFERENCES = ("product", "diagonal", "soft_diagonal", "band")
 SCALES = ("std", "mean", "median", "max")
@@ -26,11 +24,7 @@ COST_SCALES = ("none", "mean", "median", "quantile")
 
 @dataclass
 class OTTermConfig(Settings):
-    """One term of the cost: M = sum of weight * M_term.
-
-    name    what it is called in logs; unique.
-    weight  >= 0.
-    """
+    """One term of the cost M = sum of weight * M_term: `name`, unique, is what it is called in logs; weight >= 0."""
 
     name: str
     weight: float = bounded(1.0, least=0)
@@ -43,14 +37,12 @@ class OTFeatureSpec(Settings):
         M_term = weight_embed |z_s - z_t|^2 + weight_label |l_s - l_t|^2
 
     src_key, tgt_key   keys of the observation, tgt_key that of the source when left out. "observation.images.*" is every camera that no
-                       other feature names, each a term of its own with these weights; "observation" is the whole observation, for
-                       policies that embed it at once (Diffusion, TDMPC, and those whose encode_feature_for_ot("observation", x) takes
-                       a dict).
+                       other feature names, each a term of its own; "observation" is the whole observation, for policies that embed it
+                       at once (Diffusion, TDMPC, and those whose encode_feature_for_ot("observation", x) takes a dict).
     dim_slice          [start, stop], or a slice without a step, along the last axis: of what is embedded and of the label alike.
-    use_learned_embed  whether the policy's encoder is used; weight_embed counts only then.
+    use_learned_embed  whether the policy's encoder is used; weight_embed, of the embedding's distance, counts only then.
     embed_name         read and not used, as in the fork.
-    weight_embed       of the embedding's distance.
-    weight_label       of the label's, which carries no gradient.
+    weight_label       of the label's distance.
     term_name          in logs; src_key when left out. Of two terms with one name the second becomes name_2.
     term_weight        of the whole term.
     embed_path         a dotted path in the policy, "model.backbone", of what embeds this feature; found by itself for known policies, and
@@ -71,8 +63,8 @@ class OTFeatureSpec(Settings):
     term_name: str | None = None
     term_weight: float = bounded(1.0, least=0)
     embed_path: str | None = None
-    embed_cost: str = "sqeuclidean"
-    time: str | None = None
+    embed_cost: str = choice("sqeuclidean", ("sqeuclidean", "cosine"))
+    time: str | None = choice(None, ("first", "last", "flatten"))
     detach_label: bool | None = None
 
     def __post_init__(self) -> None:
@@ -80,10 +72,6 @@ class OTFeatureSpec(Settings):
         if self.tgt_key is None:
             self.tgt_key = self.src_key
         self.dim_slice = _ends(self.dim_slice, self.src_key)
-        if self.embed_cost not in EMBED_COSTS:
-            raise unknown("embed_cost", self.embed_cost, EMBED_COSTS)
-        if self.time is not None and self.time not in TIMES:
-            raise unknown("time", self.time, TIMES)
 
     @property
     def name(self) -> str:
@@ -140,27 +128,23 @@ class TransportConfig(Settings):
 
     def __post_init__(self, reg_m: Any, tau1: Any, tau2: Any) -> None:
         super().__post_init__()
-        if isinstance(self.reg, (list, tuple)):
-            if len(self.reg) != 2 or self.reg[0] not in SCALES:
-                raise ProblemError(f'reg must be a number or ["mean", 0.05], with one of {", ".join(SCALES)}; found {self.reg!r}.')
-            self.reg = [self.reg[0], number("reg", self.reg[1], above=0)]
-        else:
-            self.reg = number("reg", self.reg, above=0)
-        both = tuple(reg_m) if isinstance(reg_m, (list, tuple)) else (reg_m, reg_m)
-        if len(both) != 2:
+        relative, value = self.reg if isinstance(self.reg, (list, tuple)) and len(self.reg) == 2 else (None, self.reg)
+        if isinstance(self.reg, (list, tuple)) and relative not in SCALES:
+            raise ProblemError(f'reg must be a number or ["mean", 0.05], with one of {", ".join(SCALES)}; found {self.reg!r}.')
+        value = number("reg", value, above=0)
+        self.reg = value if relative is None else [relative, value]
+        if len(both := tuple(reg_m) if isinstance(reg_m, (list, tuple)) else (reg_m, reg_m)) != 2:
             raise ProblemError(f"reg_m must be a number or [tau_src, tau_tgt], found {reg_m!r}.")
         for name, other, given, of_both in (("tau_src", "tau1", tau1, both[0]), ("tau_tgt", "tau2", tau2, both[1])):
             said = {n: z for n, z in ((name, getattr(self, name)), (other, given), ("reg_m", of_both)) if z is not None}
             if len(said) > 1:
-                raise ProblemError(
-                    f"{' and '.join(said)} are names of one number, found {' and '.join(map(str, said.values()))}. Keep one."
-                )
+                found = " and ".join(map(str, said.values()))
+                raise ProblemError(f"{' and '.join(said)} are names of one number, found {found}. Keep one.")
             setattr(self, name, next((_tau(n, z) for n, z in said.items()), None))
         named, _ = call(self.reference, "reference", REFERENCES)
-        if self.heuristic:
-            if named not in ("product", "diagonal"):
-                raise ProblemError(f'heuristic: true means reference: diagonal, but reference is "{self.reference}". Leave one out.')
-            self.reference = "diagonal"
+        if self.heuristic and named not in ("product", "diagonal"):
+            raise ProblemError(f'heuristic: true means reference: diagonal, but reference is "{self.reference}". Leave one out.')
+        self.reference = "diagonal" if self.heuristic else self.reference
         if call(self.cost_scale, "cost_scale", COST_SCALES)[0] != "none" and isinstance(self.reg, list):
             raise ProblemError("reg is relative to the costs already: leave cost_scale out, or give reg as a number.")
         if self.momentum >= 1:
@@ -174,7 +158,7 @@ class TransportConfig(Settings):
 
 @dataclass
 class OTCostConfig(TransportConfig, _Terms):
-    """Costs that the caller has computed: `terms`, a list of OTTermConfig, names and weighs them. The rest as in TransportConfig."""
+    """Costs that the caller has computed, named and weighed by `terms`, a list of OTTermConfig. The rest as in TransportConfig."""
 
     def __post_init__(self, reg_m: Any, tau1: Any, tau2: Any) -> None:
         super().__post_init__(reg_m, tau1, tau2)
@@ -186,10 +170,10 @@ class OTCostConfig(TransportConfig, _Terms):
 
 @dataclass
 class OTLossConfig(TransportConfig, _Features):
-    """Features of a policy's observations, `features`, a list of OTFeatureSpec; `detach_label`, whether labels carry no gradient. The
-    rest as in TransportConfig."""
+    """`features`, a list of OTFeatureSpec; `detach_label`, whether labels carry no gradient. The rest as in TransportConfig."""
 
     detach_label: bool = True
+    INSIDE = "ot", "loss_config"
 
     def __post_init__(self, reg_m: Any, tau1: Any, tau2: Any) -> None:
         super().__post_init__(reg_m, tau1, tau2)
@@ -200,13 +184,6 @@ class OTLossConfig(TransportConfig, _Features):
                     f'the feature "{spec.name}" counts for nothing: weight_label is 0 and it is not embedded '
                     "(use_learned_embed: true, weight_embed > 0). Give it a weight or leave it out."
                 )
-
-    @classmethod
-    def _found_in(cls, given: Any) -> Any:
-        for key in ("ot", "loss_config"):  # of a whole training
-            if isinstance(given, Mapping) and key in given and "features" not in given:
-                given = given[key]
-        return given
 
 
 @dataclass
@@ -275,19 +252,17 @@ class OTConfig(Settings):
     grad_norms_every: int = bounded(0, least=0, whole=True)
     tensorboard_dir: str | None = None
     loss_config: OTLossConfig = field(default_factory=OTLossConfig)
+    INSIDE = ("ot",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.loss_config, OTLossConfig):
             self.loss_config = OTLossConfig.from_dict(self.loss_config)
-        keys = [self.obs_keys] if isinstance(self.obs_keys, str) else self.obs_keys
-        if keys is not None and not (isinstance(keys, Sequence) and all(isinstance(key, str) for key in keys)):
-            raise ProblemError(f"obs_keys must be a list of keys, found {keys!r}.")
-        self.obs_keys = None if keys is None else list(keys)
-
-    @classmethod
-    def _found_in(cls, given: Any) -> Any:
-        return given["ot"] if isinstance(given, Mapping) and isinstance(given.get("ot"), Mapping) else given
+        self.obs_keys = [self.obs_keys] if isinstance(self.obs_keys, str) else self.obs_keys
+        if self.obs_keys is not None:
+            if not isinstance(self.obs_keys, Sequence) or not all(isinstance(key, str) for key in self.obs_keys):
+                raise ProblemError(f"obs_keys must be a list of keys, found {self.obs_keys!r}.")
+            self.obs_keys = list(self.obs_keys)
 
     @classmethod
     def _place(cls, key: str) -> list[str]:
@@ -320,8 +295,7 @@ def _ends(given: Any, key: str) -> list[int | None] | None:
         given = [given.start, given.stop]
     elif isinstance(given, Mapping):  # the fork has {"start": 0, "stop": 8}, too
         given = [given.get("start"), given.get("stop")]
-    fits = isinstance(given, (list, tuple)) and len(given) == 2
-    if not fits or not all(z is None or (isinstance(z, int) and not isinstance(z, bool)) for z in given):
+    if not isinstance(given, (list, tuple)) or len(given) != 2 or not all(z is None or type(z) is int for z in given):
         raise ProblemError(f"dim_slice of {key} must be [start, stop], two whole numbers or null, found {given!r}.")
     return list(given)
 

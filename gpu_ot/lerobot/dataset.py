@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +40,13 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
     order of their own. `DrawLoader` iterates over those, divides them among ranks, and can be resumed.
 
     src_dataset, tgt_dataset  two LeRobotDatasets, or whatever serves as a `FrameDataset`; they may hold a part of the episodes.
-    pairs                     `Pairs`, or the file. Checked against the datasets, their labels included where they are on disk (`verify`).
-    sampling                  how source frames are drawn: window_size, no_window, sharpness, cutoff, topk_src_episodes and seed of this
-                              OTConfig; by default within 10 frames, and from episodes at distances around 0.01 or below.
-    episodes                  use these target episodes alone; None for all.
-    image_transforms          applied to the cameras of both sides, after uint8 has become float in [0, 1]; by default those that the
-                              target (or the source) dataset came with. Random ones follow the draw.
-    cache_bytes               of decoded frames, before transforms, in each worker. Items share memory with it: do not write into them.
+    pairs             `Pairs`, or the file. Checked against the datasets, their labels included where they are on disk (`verify`).
+    sampling          window_size, no_window, sharpness, cutoff, topk_src_episodes and seed of this OTConfig; by default source frames are
+                      drawn within 10 frames, from episodes at distances around 0.01 or below.
+    episodes          use these target episodes alone; None for all.
+    image_transforms  of the cameras of both sides, after uint8 has become float in [0, 1]; by default those that the target (or the
+                      source) dataset came with. Random ones follow the draw.
+    cache_bytes       of decoded frames, before transforms, in each worker. Items share memory with it: do not write into them.
 
     Raises ProblemError when datasets and pairs do not fit together, saying how.
     """
@@ -76,12 +76,12 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
 
         self.pairs = pairs
         self._place = {episode: k for k, episode in enumerate(self.source.side.episodes.tolist())}
-        chosen = self.target.side.episodes.tolist() if episodes is None else [int(episode) for episode in episodes]
-        self.rows = self.target.rows(chosen)
-        if strange := set(chosen) - set(self.target.side.episodes.tolist()):
+        there = self.target.side.episodes.tolist()
+        chosen = there if episodes is None else [int(episode) for episode in episodes]
+        if strange := set(chosen) - set(there):
             raise ProblemError(f"the target dataset has no episode {min(strange)}.")
+        self.rows = self.target.rows(chosen)
         self._partners = {episode: self._partners_of(episode) for episode in chosen}
-        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def _partners_of(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
         """(pairs, cumulated probabilities) of one target episode, among the source episodes that are there."""
@@ -109,7 +109,7 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
     def draw(self, n: int) -> Draw:
         """The rows of draw n, without decoding anything."""
         epoch, position = divmod(draw_number(n), len(self))
-        return self._drawn(int(self.rows[self._order(epoch)[position]]), position, epoch)
+        return self._drawn(int(self.rows[_order(self.seed, epoch, len(self))[position]]), position, epoch)
 
     def _drawn(self, row: int, *counter: int) -> Draw:
         at = int(np.searchsorted(self.target.starts, row, "right")) - 1
@@ -118,26 +118,16 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
         partners, cumulated = self._partners[episode]
         pair = int(partners[min(np.searchsorted(cumulated, rng.random() * cumulated[-1], "right"), len(partners) - 1)])
         source_episode = int(self.pairs.source_episode[pair])
-        place = self._place[source_episode]
-        length = int(self.source.side.lengths[place])
+        length = int(self.source.side.lengths[place := self._place[source_episode]])
         if self.sampling.no_window:
             found = int(rng.integers(length))
         else:
             # A file that lists fewer frames than the episode has, as old ones may, is continued by its last row.
-            rows = int(self.pairs.offsets[pair + 1] - self.pairs.offsets[pair])
+            rows, w = int(self.pairs.offsets[pair + 1] - self.pairs.offsets[pair]), self.sampling.window_size
             aligned = self.pairs.frames_of(pair, min(frame, rows - 1))
-            found = int(aligned[rng.integers(len(aligned))])
-            if w := self.sampling.window_size:
-                found += int(rng.integers(-w, w))
+            found = int(aligned[rng.integers(len(aligned))]) + (int(rng.integers(-w, w)) if w else 0)
             found = min(max(found, 0), length - 1)
         return Draw(int(self.source.starts[place]) + found, row, source_episode, episode, float(self.pairs.distance[pair]))
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders[epoch] = generator(self.seed, ORDER, 0, epoch).permutation(len(self))
-            while len(self._orders) > 2:  # draws near an epoch's end alternate between two
-                self._orders.popitem(last=False)
-        return self._orders[epoch]
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         if not 0 <= n < len(self):
@@ -152,25 +142,19 @@ class LeRobotOTPairDataset(Dataset[dict[str, Any]]):
     def _item(self, drawn: Draw, counter: int) -> dict[str, Any]:
         sides = {}
         for k, (name, frames, row) in enumerate((("src", self.source, drawn.source), ("tgt", self.target, drawn.target))):
-            frame = frames.frame(row, (self.seed, counter, k))
-            sides[name] = {"obs": {key: z for key, z in frame.items() if key != "action"}} | (
-                {"actions": frame["action"]} if "action" in frame else {}
-            )
+            obs = frames.frame(row, (self.seed, counter, k))
+            sides[name] = {"actions": obs.pop("action")} if "action" in obs else {}
+            sides[name] = {"obs": obs, **sides[name]}
         return sides
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_orders": OrderedDict()}
+
+@lru_cache(maxsize=4)  # draws near an epoch's end alternate between two
+def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return generator(seed, ORDER, 0, epoch).permutation(rows)
 
 
 def _same_labels(pairs: Pairs, *sides: Frames) -> None:
-    for frames, ours, keys in zip(sides, (pairs.source, pairs.target), _keys(pairs), strict=True):
+    for frames, ours, keys in zip(sides, (pairs.source, pairs.target), pairs.keys, strict=True):
         root = getattr(frames.dataset, "root", None)
         if ours.digest and keys and root is not None and (Path(root) / "meta" / "info.json").is_file():
-            there = read_recording(root, keys, partial=True)
-            pairs.check(**{frames.role: there})
-
-
-def _keys(pairs: Pairs) -> tuple[Sequence[str], Sequence[str]]:
-    if pairs.options is None:
-        return (), ()
-    return pairs.options.keys, pairs.options.target_keys or pairs.options.keys
+            pairs.check(**{frames.role: read_recording(root, keys, partial=True)})

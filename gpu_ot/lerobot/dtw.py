@@ -26,8 +26,7 @@ class Alignment:
     """A path, as the run of x's frames that each frame of y meets.
 
     total        the sum of local costs along the path.
-    first, last  (m,) int32: frame j of y meets frames first[j] to last[j] of x, both included. Runs of neighbours touch or follow on
-                 each other, so they hold the whole path.
+    first, last  (m,) int32: frame j of y meets frames first[j] to last[j] of x, both included; these hold the whole path.
     """
 
     total: float
@@ -54,8 +53,7 @@ def dtw(x: np.ndarray, y: np.ndarray, *, cost: str = "euclidean", band: float | 
     band  Sakoe-Chiba: how far the path may stray from the straight line between the corners, in frames of the shorter sequence (at
           least 1, so that a path exists); None for anywhere. x against y and y against x admit the same cells.
 
-    O(nm) time and nm bytes, without Python's lock where it is compiled. Raises ProblemError for shapes that do not fit and values that are
-    not finite.
+    O(nm) time and nm bytes, without Python's lock where it is compiled. Raises ProblemError for shapes that do not fit, and for NaN.
     """
     x, y = checked(x, "x"), checked(y, "y")
     if cost not in COSTS:
@@ -92,9 +90,7 @@ def _align_one(x, yt, kind, reach):  # compiled by numba; it also runs as it sta
         for i in range(n):
             lo[i] = max(0, math.ceil((i * (m - 1) - reach * long) / (n - 1)))
             hi[i] = min(m - 1, math.floor((i * (m - 1) + reach * long) / (n - 1)))
-    width = 0
-    for i in range(n):
-        width = max(width, hi[i] - lo[i] + 1)
+    width = (hi - lo).max() + 1
 
     step = np.empty((n, width), np.uint8)
     before, row, local = np.full(m + 1, np.inf), np.full(m + 1, np.inf), np.empty(m)  # rows start at column -1

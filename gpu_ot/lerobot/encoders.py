@@ -6,6 +6,7 @@ known of LeRobot's policies. Nothing here needs LeRobot: policies are recognised
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,9 +34,8 @@ def embed(policy: nn.Module, key: str, x: Tensor, observation: Observation, path
     Sequences are embedded frame by frame and laid side by side. Raises ProblemError where nothing is known that embeds this feature, and
     for an embedding without a gradient.
     """
-    z, source = None, ""
-    if hook := getattr(policy, "encode_feature_for_ot", None):
-        z, source = hook(key, dict(observation) if key == WHOLE else x), "the policy's encode_feature_for_ot"
+    hook, source = getattr(policy, "encode_feature_for_ot", None), "the policy's encode_feature_for_ot"
+    z = hook(key, dict(observation) if key == WHOLE else x) if hook else None
     if z is None:
         encoder, source = _found(policy, key, path)
         z = encoder(policy, key, x, observation)
@@ -53,21 +53,18 @@ def embed(policy: nn.Module, key: str, x: Tensor, observation: Observation, path
 
 def served_by(policy: nn.Module, key: str, path: str | None = None) -> str:
     """What embeds this feature, in words. Raises ProblemError where nothing does."""
-    own = "the policy's encode_feature_for_ot" if hasattr(policy, "encode_feature_for_ot") else ""
-    try:
-        return ", or ".join(filter(None, (own, _found(policy, key, path)[1])))
-    except ProblemError:
-        if not own:
-            raise
-        return own
+    if not hasattr(policy, "encode_feature_for_ot"):
+        return _found(policy, key, path)[1]
+    with contextlib.suppress(ProblemError):
+        return f"the policy's encode_feature_for_ot, or {_found(policy, key, path)[1]}"
+    return "the policy's encode_feature_for_ot"
 
 
 def unwrapped(policy: nn.Module) -> nn.Module:
     """The policy inside torch.compile, DistributedDataParallel and their like."""
     while True:
-        inner = getattr(policy, "_orig_mod", None)
-        if inner is None and type(policy).__module__.startswith(("torch.", "accelerate.", "deepspeed.")):
-            inner = getattr(policy, "module", None)
+        wraps = type(policy).__module__.startswith(("torch.", "accelerate.", "deepspeed."))
+        inner = getattr(policy, "_orig_mod", None) or (getattr(policy, "module", None) if wraps else None)
         if not isinstance(inner, nn.Module):
             return policy
         policy = inner
@@ -75,15 +72,15 @@ def unwrapped(policy: nn.Module) -> nn.Module:
 
 def _found(policy: nn.Module, key: str, path: str | None) -> tuple[Encoder, str]:
     """The encoder of this feature beside the policy's own method, and what to call it."""
-    return (_by_path(policy, path), f'"{path}"') if path is not None else (_known(policy, key), f"{_name(policy)}'s encoder of {key}")
+    return (_known(policy, key), f"{_name(policy)}'s encoder of {key}") if path is None else (_by_path(policy, path), f'"{path}"')
 
 
 def _by_path(policy: nn.Module, path: str) -> Encoder:
     part: object = policy
     for name in path.split("."):
         if not hasattr(part, name):
-            offered = [name for name, _ in part.named_children()] if isinstance(part, nn.Module) else []
-            raise ProblemError(f'embed_path "{path}": {type(part).__name__} has no "{name}"; its parts are {", ".join(offered) or "none"}.')
+            offered = ", ".join(name for name, _ in part.named_children()) if isinstance(part, nn.Module) else ""
+            raise ProblemError(f'embed_path "{path}": {type(part).__name__} has no "{name}"; its parts are {offered or "none"}.')
         part = getattr(part, name)
     if not callable(part):
         raise ProblemError(f'embed_path "{path}" is no module but {type(part).__name__}.')
@@ -91,10 +88,9 @@ def _by_path(policy: nn.Module, path: str) -> Encoder:
 
 
 def _known(policy: nn.Module, key: str) -> Encoder:
-    kind = next((name for name in KNOWN if name == _name(policy)), None)
-    if kind is None:
+    if (kind := _name(policy)) not in KNOWN:
         raise ProblemError(
-            f'how {_name(policy)} embeds an observation is not known, "{key}" here. Give the policy a method encode_feature_for_ot(key, x) '
+            f'how {kind} embeds an observation is not known, "{key}" here. Give the policy a method encode_feature_for_ot(key, x) '
             f"that returns a tensor, name the part of it that embeds with embed_path, or use one of {', '.join(KNOWN)}."
         )
     for matches, encoder in KNOWN[kind]:
@@ -165,9 +161,7 @@ def _diffusion_whole(policy: Any, key: str, x: Tensor, observation: Observation)
 
 def _diffusion_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
     encoder = policy.diffusion.rgb_encoder
-    if isinstance(encoder, nn.ModuleList):
-        encoder = encoder[list(policy.config.image_features).index(key)]
-    return _frames(encoder, x, True)
+    return _frames(encoder[list(policy.config.image_features).index(key)] if isinstance(encoder, nn.ModuleList) else encoder, x, True)
 
 
 def _tdmpc_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Tensor:
@@ -206,7 +200,6 @@ def _dit_image(policy: Any, key: str, x: Tensor, observation: Observation) -> Te
 
 
 _PALIGEMMA = _tokens("_preprocess_images", "paligemma_with_expert.embed_image")
-
 
 #: Policy -> what it embeds, and how.
 KNOWN: dict[str, tuple[tuple[str, Encoder], ...]] = {

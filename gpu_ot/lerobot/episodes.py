@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import ProblemError
+from .settings import needed
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
     """Which recordings were meant: enough to notice that they are not the ones given later.
 
-    name      the repo id or folder it was read from; for people, two copies may differ in it.
+    name      the repo id or folder it was read from, which two copies may differ in.
     fps       frames a second, None where unknown.
     episodes  (E,) int64 numbers of the episodes, increasing.
     lengths   (E,) int64 frames of each.
@@ -33,10 +34,6 @@ class Side:
     lengths: np.ndarray
     digest: str | None = None
     exact: bool = True
-
-    @property
-    def frames(self) -> int:
-        return int(self.lengths.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,17 +53,16 @@ def digest(labels: np.ndarray) -> str:
 
 
 def folder_of(dataset: str | Path) -> Path:
-    """The folder of a dataset given by its folder or repo id.
+    """The folder of a dataset given by its folder, or by its repo id: where LeRobot keeps it ($HF_LEROBOT_HOME), or downloads it to.
 
-    A repo id is looked for where LeRobot keeps it ($HF_LEROBOT_HOME), then asked of lerobot, which downloads it. Raises ProblemError
-    with the way to get it.
+    Raises ProblemError with the way to get it.
     """
     if (folder := Path(dataset).expanduser()).is_dir():
         if (folder / "meta" / "info.json").is_file():
             return folder
         raise ProblemError(f"{folder} is no LeRobotDataset: it has no meta/info.json. Name the folder that holds meta/ and data/.")
-    cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "lerobot"
-    home = Path(os.environ.get("HF_LEROBOT_HOME") or cache).expanduser() / str(dataset)
+    cache = os.environ.get("HF_LEROBOT_HOME") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "lerobot"
+    home = Path(cache).expanduser() / str(dataset)
     if (home / "meta" / "info.json").is_file():
         return home
     try:
@@ -93,12 +89,10 @@ def read_recording(dataset: str | Path, keys: Sequence[str] = ("observation.stat
     files = sorted((folder / "data").rglob("*.parquet"))
     if not files:
         raise ProblemError(f"{folder} holds no data/**/*.parquet. Download the dataset again; videos are not needed for pairing.")
-    parts = [_columns(file, keys) for file in files]
-    episode, frame = (np.concatenate([part[k] for part in parts]) for k in (0, 1))
-    widths = {part[2].shape[1] for part in parts}
-    if len(widths) > 1:
+    episodes, frames, parts = zip(*(_columns(file, keys) for file in files), strict=True)
+    if len(widths := {part.shape[1] for part in parts}) > 1:
         raise ProblemError(f"{', '.join(keys)} has {' and '.join(map(str, sorted(widths)))} features in different files of {folder}.")
-    labels = np.concatenate([part[2] for part in parts])
+    episode, frame, labels = map(np.concatenate, (episodes, frames, parts))
 
     order = np.lexsort((frame, episode))
     episode, frame, labels = episode[order], frame[order], labels[order]
@@ -114,20 +108,21 @@ def read_recording(dataset: str | Path, keys: Sequence[str] = ("observation.stat
                 f"{folder} promises {name} = {info[name]} in meta/info.json, and its parquet files hold {found}. The recording was not "
                 "closed (call finalize()), or the download is not complete."
             )
-    if bad := int((~np.isfinite(labels)).any(1).sum()):
-        first = int(episode[~np.isfinite(labels).all(1)][0])
-        raise ProblemError(f"{', '.join(keys)} holds NaN or infinity in {bad} frames, first in episode {first}. Repair or drop it first.")
+    if (bad := ~np.isfinite(labels).all(1)).any():
+        said = f"{', '.join(keys)} holds NaN or infinity in {bad.sum()} frames, first in episode {episode[bad][0]}"
+        raise ProblemError(f"{said}. Repair or drop it first.")
     side = Side(str(dataset), float(info["fps"]) if info.get("fps") else None, numbers, lengths, digest(labels))
     return Recording(side, tuple(keys), labels)
 
 
 def _info(folder: Path) -> dict[str, Any]:
+    path = folder / "meta" / "info.json"
     try:
-        info = json.loads((folder / "meta" / "info.json").read_text(encoding="utf-8"))
+        info = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
-        raise ProblemError(f"{folder / 'meta' / 'info.json'} cannot be read: {problem}.") from None
+        raise ProblemError(f"{path} cannot be read: {problem}.") from None
     if not isinstance(info, dict):
-        raise ProblemError(f"{folder / 'meta' / 'info.json'} holds no description of a dataset.")
+        raise ProblemError(f"{path} holds no description of a dataset.")
     version = str(info.get("codebase_version", "v3.0")).lstrip("v")
     if not version.startswith(("2.1", "3.")):
         raise ProblemError(f"{folder} has LeRobot's format v{version}; v2.1 and v3.x are read. Convert it with lerobot's own script.")
@@ -136,11 +131,8 @@ def _info(folder: Path) -> dict[str, Any]:
 
 def _columns(file: Path, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(episode, frame, labels (rows, d)) of one file."""
-    try:
-        import pyarrow as pa  # pyright: ignore[reportMissingImports]
-        import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ProblemError("reading a LeRobotDataset needs pyarrow, which is not installed: pip install gpu_ot[lerobot]") from None
+    said = "reading a LeRobotDataset needs pyarrow, which is not installed: pip install gpu_ot[lerobot]"
+    pa, pq = needed("pyarrow", said), needed("pyarrow.parquet", said)
     try:
         there = pq.read_schema(file)
         if missing := [key for key in keys if key not in there.names]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ProblemError
-from .config import OTFeatureSpec
-from .encoders import IMAGES, WHOLE, Observation, embed
+from .config import OTFeatureSpec, OTLossConfig
+from .encoders import IMAGES, WHOLE, Observation, embed, unwrapped
 
 
 class Term(NamedTuple):
@@ -25,19 +25,24 @@ class Term(NamedTuple):
     y: Tensor
 
 
-def terms(
-    policy: nn.Module, source: Mapping[str, Any], target: Mapping[str, Any], specs: Iterable[OTFeatureSpec], detach_label: bool = True
-) -> list[Term]:
+def weighted(parts: Iterable[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(n, d) and (m, d): points whose squared distance is the sum of weight * |x_i - y_j|^2."""
+    x, y = zip(*((weight**0.5 * x, weight**0.5 * y) for weight, x, y in parts), strict=True)
+    return torch.cat(x, -1), torch.cat(y, -1)
+
+
+def terms(policy: nn.Module, source: Mapping[str, Any], target: Mapping[str, Any], cfg: OTLossConfig) -> list[Term]:
     """The terms of the cost: embeddings with the gradient to the policy, labels without, float32 or wider.
 
     Both sides of an embedding go through one call of the encoder, so that its batch statistics are those of both. Raises ProblemError for
     a key that is missing, a slice outside a feature, features of two widths, and rows that are not as many in all features of a side.
     """
+    policy = unwrapped(policy)
     # Which of a sequence of observations is now: most policies see the past, TDMPC the future as well.
     offsets = list(getattr(getattr(policy, "config", None), "observation_delta_indices", None) or [])
     now = offsets.index(0) if 0 in offsets else -1
     src, tgt = tensors(source), tensors(target)
-    specs = expanded(specs, src, tgt)
+    specs = expanded(cfg.features, src, tgt)
     for side, obs, keys in (("source", src, [s.src_key for s in specs]), ("target", tgt, [str(s.tgt_key) for s in specs])):
         rows = {key: len(z) for key, z in obs.items() if key in keys or (WHOLE in keys and key.startswith(WHOLE))}
         if len(set(rows.values())) > 1:
@@ -46,7 +51,7 @@ def terms(
             )
     if not specs:
         raise ProblemError("loss_config has no features: name at least one, with src_key and a weight.")
-    return [_term(policy, src, tgt, spec, now, detach_label if spec.detach_label is None else spec.detach_label) for spec in specs]
+    return [_term(policy, src, tgt, spec, now, cfg.detach_label if spec.detach_label is None else spec.detach_label) for spec in specs]
 
 
 def expanded(specs: Iterable[OTFeatureSpec], source: Iterable[str], target: Iterable[str]) -> list[OTFeatureSpec]:
@@ -56,17 +61,17 @@ def expanded(specs: Iterable[OTFeatureSpec], source: Iterable[str], target: Iter
     taken = {(spec.src_key, spec.tgt_key) for spec in specs}
     out: list[OTFeatureSpec] = []
     for spec in specs:
-        assert spec.tgt_key is not None
-        src, tgt = _wildcard(spec.src_key, source), _wildcard(spec.tgt_key, target)
+        sides = ("source", spec.src_key, source), ("target", str(spec.tgt_key), target)
+        src, tgt = (_wildcard(key, keys) for _, key, keys in sides)
         if src is None and tgt is None:
-            for key, keys, side in ((spec.src_key, source, "source"), (spec.tgt_key, target, "target")):
+            for side, key, keys in sides:
                 if key != WHOLE and key not in keys:
                     raise ProblemError(f'the {side} has no "{key}"; it has {", ".join(sorted(keys)) or "nothing"}.')
             out.append(spec)
             continue
         if src is None or tgt is None:
             raise ProblemError(f'"{spec.src_key}" and "{spec.tgt_key}": a wildcard needs one on the other side.')
-        for key, found, keys, side in ((spec.src_key, src, source, "source"), (spec.tgt_key, tgt, target, "target")):
+        for (side, key, keys), found in zip(sides, (src, tgt), strict=True):
             if not found:
                 raise ProblemError(f'"{key}" stands for nothing in the {side}, which has {", ".join(sorted(keys)) or "nothing"}.')
         if set(src) != set(tgt):
@@ -79,11 +84,12 @@ def expanded(specs: Iterable[OTFeatureSpec], source: Iterable[str], target: Iter
                 taken.add(pair)
                 name = None if spec.term_name is None else f"{spec.term_name}/{part}" if part else spec.term_name
                 out.append(dataclasses.replace(spec, src_key=pair[0], tgt_key=pair[1], term_name=name))
-    names: list[str] = []
-    for spec in out:
-        again = (spec.name if k == 1 else f"{spec.name}_{k}" for k in itertools.count(1))
-        names.append(next(name for name in again if name not in names))
-    return [spec if spec.name == name else dataclasses.replace(spec, term_name=name) for spec, name in zip(out, names, strict=True)]
+    names: set[str] = set()
+    for k, spec in enumerate(out):
+        name = next(name for j in itertools.count(1) if (name := spec.name if j == 1 else f"{spec.name}_{j}") not in names)
+        names.add(name)
+        out[k] = spec if spec.name == name else dataclasses.replace(spec, term_name=name)
+    return out
 
 
 def _wildcard(key: str, keys: list[str]) -> dict[str, str] | None:
@@ -110,22 +116,22 @@ def tensors(side: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _term(policy: nn.Module, source: Observation, target: Observation, spec: OTFeatureSpec, now: int, detach: bool) -> Term:
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[float, Tensor, Tensor]] = []
     if spec.embeds:
         z = _embedded(policy, source, target, spec)
         n = len(next(z for k, z in source.items() if k == spec.src_key or (spec.src_key == WHOLE and k.startswith(WHOLE))))
         if spec.embed_cost == "cosine":  # 1 - cos is half the squared distance of what has length 1
             z = nn.functional.normalize(z, dim=-1) * 0.5**0.5
-        parts.append((spec.weight_embed**0.5 * z[:n], spec.weight_embed**0.5 * z[n:]))
+        parts.append((spec.weight_embed, z[:n], z[n:]))
     if spec.weight_label > 0:
         if spec.src_key == WHOLE:
             raise ProblemError(f'"{WHOLE}" is no label: set weight_label: 0, and add a feature for each label.')
-        labels = [_label(obs, str(key), spec, now, detach) for obs, key in ((source, spec.src_key), (target, spec.tgt_key))]
-        parts.append((spec.weight_label**0.5 * labels[0], spec.weight_label**0.5 * labels[1]))
-    for x, y in parts:
+        x, y = (_label(obs, str(key), spec, now, detach) for obs, key in ((source, spec.src_key), (target, spec.tgt_key)))
+        parts.append((spec.weight_label, x, y))
+    for _, x, y in parts:
         if x.shape[1:] != y.shape[1:]:
             raise ProblemError(f'"{spec.name}" has {x.shape[-1]} numbers in the source and {y.shape[-1]} in the target: they must agree.')
-    x, y = (torch.cat(side, -1) for side in zip(*parts, strict=True))
+    x, y = weighted(parts)
     return Term(spec.name, spec.term_weight, x, y)
 
 
@@ -160,13 +166,11 @@ def _label(observation: Observation, key: str, spec: OTFeatureSpec, now: int, de
     x = _wide(_sliced(x.detach() if detach else x, spec, key))
     if x.ndim != 3:
         return x.flatten(1)
-    steps = torch.arange(x.shape[1], device=x.device)
-    padded = observation.get(f"{key}_is_pad")
-    if padded is not None:
+    if (padded := observation.get(f"{key}_is_pad")) is not None:
         # Padding is before the episode or after it, so that the nearest real frame is the first or the last of them.
         real = (~padded).int()
-        first, last = real.argmax(1), x.shape[1] - 1 - real.flip(1).argmax(1)
-        steps = steps.clamp(first.unsqueeze(1), last.unsqueeze(1))
+        first, last = real.argmax(1, keepdim=True), x.shape[1] - 1 - real.flip(1).argmax(1, keepdim=True)
+        steps = torch.arange(x.shape[1], device=x.device).clamp(first, last)
         x = x.take_along_dim(steps.unsqueeze(-1), 1)
     if spec.time is None:
         return x[:, 0 if key.startswith("action") else now if now < x.shape[1] else -1]
@@ -182,10 +186,9 @@ def _sliced(x: Tensor, spec: OTFeatureSpec, key: str) -> Tensor:
         raise ProblemError(
             f'dim_slice of "{spec.name}" cuts vectors, and "{key}" holds images of shape {tuple(x.shape[1:])}: leave it out.'
         )
-    start, stop = spec.dim_slice
     if not fits(spec.dim_slice, width := x.shape[-1]):
         raise ProblemError(f'dim_slice {spec.dim_slice} of "{spec.name}" is outside "{key}", which has {width} numbers.')
-    return x[..., start:stop]
+    return x[..., slice(*spec.dim_slice)]
 
 
 def fits(ends: list[int | None], width: int) -> bool:
@@ -207,10 +210,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def only(observation: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of an observation among `keys`, wildcards included, and what says which of their frames are padding."""
-    found = tensors(observation)
-    names = list(found)
-    wanted: set[str] = set()
+    found, wanted = tensors(observation), set[str]()
     for key in keys:
-        stood = _wildcard(key, names)
-        wanted |= {k for k in names if k.startswith("observation")} if key == WHOLE else {key} if stood is None else set(stood.values())
+        stood = _wildcard(key, list(found))
+        wanted |= {k for k in found if k.startswith(WHOLE)} if key == WHOLE else {key} if stood is None else set(stood.values())
     return {key: z for key, z in found.items() if key in wanted or key.removesuffix("_is_pad") in wanted}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,6 @@ from .episodes import Side
 
 #: The second word of the generators' key: what is drawn.
 ORDER, PARTNER, MIXTURE, AUGMENTATION = range(1, 5)
-
 
 #: What serves as a dataset: len(), items, and `hf_dataset["episode_index"]` with the episode of every row, each episode's rows together and
 #: in order of time, as a LeRobotDataset has them. Used where they are there: `meta.fps`, `meta.camera_keys`, `meta.features`, `root`,
@@ -74,27 +71,16 @@ class FrameCache:
         return {"limit": self.limit, "held": 0, "_kept": OrderedDict()}
 
 
-@dataclass(eq=False)
 class Frames:
     """A dataset's frames, decoded once while they fit, scaled and transformed."""
 
-    dataset: FrameDataset
-    role: str
-    transforms: Callable[[Tensor], Tensor] | None
-    cache: FrameCache
-    side: Side = dataclasses.field(init=False)
-    starts: np.ndarray = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        self.side, self.starts = episodes_of(self.dataset, self.role)
-        self.dataset = without_transforms(self.dataset)
+    def __init__(self, dataset: FrameDataset, role: str, transforms: Callable[[Tensor], Tensor] | None, cache: FrameCache) -> None:
+        self.side, self.starts = episodes_of(dataset, role)
+        self.dataset, self.role, self.transforms, self.cache = without_transforms(dataset), role, transforms, cache
         meta = getattr(self.dataset, "meta", None)
         cameras = getattr(meta, "camera_keys", None)
         self.cameras = None if cameras is None else frozenset(cameras) - set(getattr(meta, "depth_keys", ()))
         self.features: dict[str, Any] | None = getattr(meta, "features", None)
-
-    def __len__(self) -> int:
-        return self.side.frames
 
     def rows(self, episodes: Sequence[int] | None = None, drop_last: int = 0) -> np.ndarray:
         """The rows of some episodes, all by default, without the last `drop_last` of each."""
@@ -111,9 +97,9 @@ class Frames:
             # A transform may work in place, and the cache holds what it would work on.
             item[key] = image.float() / 255 if image.dtype == torch.uint8 else image.clone() if self.transforms else image
         if self.transforms and images:
-            seed = int(generator(draw[0], AUGMENTATION, draw[1], draw[2]).integers(2**63))
             before = torch.get_rng_state()
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reset the accelerator's
+            seed = generator(draw[0], AUGMENTATION, *draw[1:]).integers(2**63)
+            torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would also reset the accelerator's
             try:
                 for key in images:
                     item[key] = self.transforms(item[key])
@@ -122,9 +108,8 @@ class Frames:
         return item
 
     def _is_image(self, key: str, value: Any) -> bool:
-        if not isinstance(value, Tensor) or value.ndim < 3:
-            return False
-        return key in self.cameras if self.cameras is not None else key.startswith("observation.image")
+        named = key.startswith("observation.image") if self.cameras is None else key in self.cameras
+        return named and isinstance(value, Tensor) and value.ndim >= 3
 
 
 def episodes_of(dataset: FrameDataset, role: str) -> tuple[Side, np.ndarray]:
@@ -144,10 +129,10 @@ def episodes_of(dataset: FrameDataset, role: str) -> tuple[Side, np.ndarray]:
     numbers, lengths = column[starts], np.diff(starts, append=len(column))
     if len(set(numbers.tolist())) < len(numbers):
         raise ProblemError(f"the rows of an episode of the {role} dataset are not together. Sort the dataset by episode and time.")
-    name = str(getattr(dataset, "repo_id", None) or getattr(dataset, "root", None) or type(dataset).__name__)
-    fps = getattr(getattr(dataset, "meta", None), "fps", None)
     if (np.diff(numbers) <= 0).any():
         raise ProblemError(f"the episodes of the {role} dataset are not in increasing order. Sort the dataset by episode and time.")
+    name = str(getattr(dataset, "repo_id", None) or getattr(dataset, "root", None) or type(dataset).__name__)
+    fps = getattr(getattr(dataset, "meta", None), "fps", None)
     return Side(name, float(fps) if fps else None, numbers, lengths), starts
 
 

@@ -23,18 +23,18 @@ from ..solution.solution import Solution
 from ..solve import solve
 from ..solver.status import CONVERGED, STALLED
 from .config import COST_SCALES, REFERENCES, OTCostConfig, OTLossConfig, TransportConfig, call
-from .encoders import unwrapped
-from .features import Term, terms
+from .features import Term, terms, weighted
 
 #: Below this share of the mass the plan has collapsed: the loss is off.
 COLLAPSED = 1e-3
 #: Metrics are 0-d tensors where the loss is: copying them to the host is the caller's, see `floats`.
 Metrics = dict[str, Tensor]
+#: Term -> costs (n, m).
+Costs = Mapping[str, Tensor]
 
 
 class Aligned(NamedTuple):
-    """The loss, its metrics, the plan (n, m), detached, for whoever wants to see it, and the term's names with whether all numbers of each
-    are finite, a tensor where the loss is: see `refuse_nan`."""
+    """The loss, its metrics, the plan (n, m), detached, and the terms' names with a tensor of whether each is finite: see `refuse_nan`."""
 
     loss: Tensor
     metrics: Metrics
@@ -52,19 +52,19 @@ class CostScale:
         self.value: Tensor | None = None
         self.shared = shared
 
-    def of(self, cost: Cost, cfg: TransportConfig) -> Tensor | None:
-        """0-d, after this batch; None for "none"."""
+    def of(self, cost: Cost, cfg: TransportConfig) -> Tensor:
+        """0-d, after this batch; 1 for "none"."""
         kind, q = call(cfg.cost_scale, "cost_scale", COST_SCALES)
         if kind == "none":
-            return None
+            return torch.ones((), device=next(iter(cost.inputs.values())).device)
         if q is None:
             now = cost.scale(kind)
         else:
             sample = wide(cost.sample(1024)).flatten()
             now = sample.kthvalue(max(1, math.ceil(q * len(sample)))).values
-        if self.shared and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self.shared and (world := _world()) > 1:
             torch.distributed.all_reduce(now)
-            now = now / torch.distributed.get_world_size()
+            now = now / world
         if not now > 0:
             raise ProblemError(f"cost_scale: {cfg.cost_scale} of this batch's costs is {float(now):g}: all of its pairs coincide.")
         self.value = now if self.value is None else cfg.momentum * self.value.to(now.dtype).to(now) + (1 - cfg.momentum) * now
@@ -94,44 +94,31 @@ def compute_ot_loss_for_policy(
     src_obs, tgt_obs  feature -> tensor or array; a side {"obs": {...}, "actions": ...} of LeRobotOTPairDataset as well.
     scale      a CostScale that lives through the training, for cfg.cost_scale.
     reference  a measure (n, m) of one's own in place of cfg.reference; rows and columns without any get no mass.
-    gather     one problem over the batches of all ranks of torch.distributed; the gradient is scaled so that the mean over ranks, which
-               DDP takes, is the gradient of that loss.
+    gather     one problem over the batches of all ranks; the gradient is scaled so that the mean over ranks, as DDP takes it, is right.
     metrics    False: an empty dict, and the passes that they take saved.
 
     Metrics: ot_loss; ot_pi_sum, the mass that moves; for n = m ot_pi_diag and ot_diag_ratio, the part of it on pairs (i, i); ot_iters,
     ot_marginal_error, ot_plan_entropy (0 a matching, 1 a⊗b); of each term ot_cost/<term>, its mean over all pairs without term_weight,
     ot_share/<term>, its share of the mean of M, and ot_moved/<term>, its part of ot_loss.
 
-    Raises ProblemError for a key, slice or embedding that does not fit, reference: diagonal of n != m, and NaN in a feature; with
-    reference: diagonal that is only looked for along with metrics, since its closed form never waits for the device: `attach_ot` looks
-    for it a step later.
+    Raises ProblemError for a key, slice or embedding that does not fit, reference: diagonal of n != m, and NaN in a feature: with
+    reference: diagonal only along with metrics, since its closed form never waits for the device (`attach_ot` looks a step later).
     """
-    aligned = align(policy, src_obs, tgt_obs, cfg, scale=scale, reference=reference, gather=gather, metrics=metrics)
-    return aligned.loss, aligned.metrics
+    return align(terms(policy, src_obs, tgt_obs, cfg), cfg, scale or CostScale(), reference, gather, metrics)[:2]
 
 
 def align(
-    policy: nn.Module,
-    src_obs: Mapping[str, Any],
-    tgt_obs: Mapping[str, Any],
-    cfg: OTLossConfig,
-    *,
-    scale: CostScale | None = None,
-    reference: Tensor | None = None,
-    gather: bool = False,
-    metrics: bool = True,
+    found: list[Term], cfg: OTLossConfig, scale: CostScale, reference: Tensor | None = None, gather: bool = False, metrics: bool = True
 ) -> Aligned:
-    """`compute_ot_loss_for_policy`, with the plan."""
-    found = terms(unwrapped(policy), src_obs, tgt_obs, cfg.features, cfg.detach_label)
+    """`compute_ot_loss_for_policy` of terms, with the plan."""
     with torch.autocast(found[0].x.device.type, enabled=False):
-        ranks = 1
-        if gather and torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = torch.distributed.get_world_size()
+        ranks = _world() if gather else 1
+        if ranks > 1:
             _same_sizes(found[0])
             found = [term._replace(x=_everyone(term.x), y=_everyone(term.y)) for term in found]
         finite = [term.name for term in found], torch.stack([term.x.isfinite().all() & term.y.isfinite().all() for term in found])
         try:
-            loss, told, plan = _of_terms(found, cfg, scale or CostScale(), reference, metrics)
+            loss, told, plan = _of_terms(found, cfg, scale, reference, metrics)
         except ProblemError:
             refuse_nan(*finite)
             raise
@@ -140,18 +127,12 @@ def align(
 
 def refuse_nan(names: list[str], finite: Tensor) -> None:
     """Raises ProblemError for the first term that is not finite. Waits for the device."""
-    for name, fine in zip(names, finite.tolist(), strict=True):
-        if not fine:
-            raise ProblemError(f'the term "{name}" holds NaN or infinity: look at its features and their normalisation.')
+    if bad := [name for name, fine in zip(names, finite.tolist(), strict=True) if not fine]:
+        raise ProblemError(f'the term "{bad[0]}" holds NaN or infinity: look at its features and their normalisation.')
 
 
 def compute_ot_loss_from_terms(
-    term_costs: Mapping[str, Tensor],
-    cfg: OTCostConfig,
-    *,
-    scale: CostScale | None = None,
-    reference: Tensor | None = None,
-    metrics: bool = True,
+    term_costs: Costs, cfg: OTCostConfig, *, scale: CostScale | None = None, reference: Tensor | None = None, metrics: bool = True
 ) -> tuple[Tensor, Metrics]:
     """(loss, metrics) for costs (n, m) of the caller's, by the names that cfg.terms weigh. As `compute_ot_loss_for_policy` otherwise.
 
@@ -159,9 +140,8 @@ def compute_ot_loss_from_terms(
     """
     if not cfg.terms:
         raise ProblemError("cfg.terms is empty: name at least one of the costs, and its weight.")
-    for term in cfg.terms:
-        if term.name not in term_costs:
-            raise ProblemError(f'term_costs has no "{term.name}"; it has {", ".join(term_costs) or "nothing"}.')
+    if missing := [term.name for term in cfg.terms if term.name not in term_costs]:
+        raise ProblemError(f'term_costs has no "{missing[0]}"; it has {", ".join(term_costs) or "nothing"}.')
     wide = {term.name: C if (C := term_costs[term.name]).dtype == torch.float64 else C.float() for term in cfg.terms}
     first = wide[cfg.terms[0].name]
     for name, C in wide.items():
@@ -169,15 +149,13 @@ def compute_ot_loss_from_terms(
             raise errors.wrong_shape(f'the cost "{name}"', C.shape, f"(n, m), all terms alike; the first is {errors.shape(first.shape)}")
     with torch.autocast(first.device.type, enabled=False):
         M = torch.stack([term.weight * wide[term.name] for term in cfg.terms]).sum(0)
-        size = (scale or CostScale()).of(Matrix(M.detach()), cfg)
-        units = torch.ones((), device=M.device) if size is None else size.to(M)
-        loss, plan, solution = _transport(Matrix(M / units), cfg, reference, lambda: (M / units).diagonal())
+        units = (scale or CostScale()).of(Matrix(M.detach()), cfg).to(M)
+        M = M / units
+        loss, plan, solution = _transport(Matrix(M), cfg, reference, M.diagonal)
         if not metrics:
             return loss, {}
-        P = plan.to_dense().to(M)
-        parts = [
-            (term.name, term.weight, wide[term.name].detach().mean(), (P * wide[term.name].detach()).sum() / units) for term in cfg.terms
-        ]
+        P, costs = plan.to_dense().to(M), [wide[term.name].detach() for term in cfg.terms]
+        parts = [(term.name, term.weight, C.mean(), (P * C).sum() / units) for term, C in zip(cfg.terms, costs, strict=True)]
         return loss, _metrics(loss, plan, solution, parts)
 
 
@@ -193,13 +171,12 @@ def alarm(metrics: Mapping[str, float], cfg: TransportConfig) -> str | None:
     mass = metrics.get("ot_pi_sum", 1.0)
     if mass >= COLLAPSED:
         return None
-    shares = {name.removeprefix("ot_share/"): share for name, share in metrics.items() if name.startswith("ot_share/")}
-    heaviest = max(shares, key=lambda name: shares[name], default="")
-    taus = sum(cfg.taus)
+    shares = {name.removeprefix("ot_share/"): share for name, share in metrics.items() if name.startswith("ot_share/")} or {"": 1.0}
+    heaviest = max(shares, key=lambda name: shares[name])
     return (
-        f"ot_pi_sum is {mass:.2g}: almost no mass moves, so the OT loss is off. Moving costs far more than tau_src + tau_tgt = {taus:g}, "
-        f'what letting go of it costs; "{heaviest}" makes {shares.get(heaviest, 1.0):.0%} of the cost. Raise both taus towards the typical '
-        f"cost, lower the weights (that of {heaviest} first), or set cost_scale: mean."
+        f"ot_pi_sum is {mass:.2g}: almost no mass moves, so the OT loss is off. Moving costs far more than tau_src + tau_tgt = "
+        f'{sum(cfg.taus):g}, what letting go of it costs; "{heaviest}" makes {shares[heaviest]:.0%} of the cost. Raise both taus towards '
+        f"the typical cost, lower the weights (that of {heaviest} first), or set cost_scale: mean."
     )
 
 
@@ -222,10 +199,8 @@ class _OneToOne:
 def _of_terms(
     found: list[Term], cfg: TransportConfig, scale: CostScale, reference: Tensor | None, metrics: bool
 ) -> tuple[Tensor, Metrics, Callable[[], Tensor]]:
-    x = torch.cat([term.weight**0.5 * term.x for term in found], -1)
-    y = torch.cat([term.weight**0.5 * term.y for term in found], -1)
-    size = scale.of(SqEuclidean(x.detach(), y.detach()), cfg)
-    units = torch.ones((), device=x.device, dtype=x.dtype) if size is None else size.to(x)
+    x, y = weighted(term[1:] for term in found)
+    units = scale.of(SqEuclidean(x.detach(), y.detach()), cfg).to(x)
     x, y = x / units.sqrt(), y / units.sqrt()
     loss, plan, solution = _transport(SqEuclidean(x, y), cfg, reference, lambda: (x - y).square().sum(-1))
     if not metrics:
@@ -263,11 +238,8 @@ def _transport(cost: Cost, cfg: TransportConfig, r: Tensor | None, paired: Calla
         raise ProblemError(f"reference must hold finite numbers >= 0 of shape {errors.shape(cost.shape)}, found {errors.shape(r.shape)}.")
     if r is None and number is not None:
         ones = wide(next(iter(cost.inputs.values())).new_ones(n, n))
-        r = (
-            (1 - number) * torch.eye(n).to(ones) / n + number * ones / n**2
-            if named == "soft_diagonal"
-            else ones.triu(-int(number)).tril(int(number))
-        )
+        rows = torch.eye(n).to(ones) / n
+        r = (1 - number) * rows + number * ones / n**2 if named == "soft_diagonal" else ones.triu(-int(number)).tril(int(number))
         r = r / r.sum()
     if r is not None:
         cost = Matrix(cost.dense())  # it is n by m as r is
@@ -288,9 +260,8 @@ def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> S
         a, b = (wide(r.sum(axis) > 0) / r.shape[1 - axis] for axis in (1, 0))  # mass without a partner stays away
         for w, penalty, side in ((a, penalties[0], "row"), (b, penalties[1], "column")):
             if penalty.balanced and bool((w == 0).any()):
-                raise ProblemError(
-                    f"a {side} of the reference is 0 throughout, and its mass must move: give both taus, or let it go somewhere."
-                )
+                why = "is 0 throughout, and its mass must move: give both taus, or let it go somewhere"
+                raise ProblemError(f"a {side} of the reference {why}.")
     solution = solve(Problem(cost, eps, a, b, penalties), backend=cfg.backend, tol=cfg.tol, max_iter=cfg.max_iter)
     if solution.status not in (CONVERGED, STALLED):
         warnings.warn(f"OT loss, {solution.n_iter} iterations, {solution.status}", RuntimeWarning, stacklevel=4)
@@ -304,11 +275,9 @@ def _metrics(loss: Tensor, plan: Any, solution: Solution | None, parts: list[tup
     if plan.shape[0] == plan.shape[1]:
         on = wide(plan.diagonal()).sum()
         out |= {"ot_pi_diag": on, "ot_diag_ratio": torch.where(mass > 0, on / mass, 0.0)}
-    zero = torch.zeros_like(mass)
-    if (s := solution) is None:  # the closed form is exact and one-to-one
-        out |= {"ot_iters": zero, "ot_marginal_error": zero, "ot_plan_entropy": zero}
-    else:
-        out |= {"ot_iters": zero + s.n_iter, "ot_marginal_error": s.errors[-1].to(mass), "ot_plan_entropy": s.normalized_entropy.to(mass)}
+    zero = torch.zeros_like(mass)  # where there is a closed form: it is exact and one-to-one
+    found = (zero, zero, zero) if (s := solution) is None else (zero + s.n_iter, s.errors[-1].to(mass), s.normalized_entropy.to(mass))
+    out |= dict(zip(("ot_iters", "ot_marginal_error", "ot_plan_entropy"), found, strict=True))
     total = torch.stack([weight * mean.to(mass) for _, weight, mean, _ in parts]).sum()
     for name, weight, mean, cost in parts:
         out[f"ot_cost/{name}"] = mean
@@ -322,10 +291,15 @@ def wide(z: Tensor) -> Tensor:
     return z.to(vector_dtype(z.device))
 
 
+def _world() -> int:
+    """The ranks of torch.distributed, 1 without it."""
+    return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+
+
 def _same_sizes(term: Term) -> None:
     """A gather of unequal batches ends the process with no word why."""
     mine = torch.tensor([len(term.x), len(term.y)], device=term.x.device)
-    every = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    every = [torch.empty_like(mine) for _ in range(_world())]
     torch.distributed.all_gather(every, mine)
     if len(set(sizes := [tuple(z.tolist()) for z in every])) > 1:
         raise ProblemError(
@@ -336,7 +310,7 @@ def _same_sizes(term: Term) -> None:
 
 def _everyone(z: Tensor) -> Tensor:
     """The rows of all ranks, in their order; those of the others are constants."""
-    parts = [torch.empty_like(z) for _ in range(torch.distributed.get_world_size())]
+    parts = [torch.empty_like(z) for _ in range(_world())]
     torch.distributed.all_gather(parts, z.detach().contiguous())
     parts[torch.distributed.get_rank()] = z
     return torch.cat(parts)

@@ -87,42 +87,32 @@ def _read_json(given: Any, path: Path, norm: str, base_src: int, base_tgt: int) 
             runs = {t: s for t, s in sorted(runs.items()) if len(s)}
             if not runs:
                 raise ProblemError(f"{path}: {match['demo_name']} is matched with {name} and pairs no frame. Drop that match.")
-            steps = sum(map(len, runs.values()))
-            total = float(match["raw_dtw_dist"])
+            steps, total = sum(map(len, runs.values())), float(match["raw_dtw_dist"])
             distance = total / steps if norm == "steps" else total
             rows.append((_number(name, base_tgt, path), distance, _number(match["demo_name"], base_src, path), total, steps, runs))
     if not rows:
         raise ProblemError(f"{path} matches nothing.")
     rows.sort(key=lambda row: row[:3])
 
-    reach: dict[int, int] = {}
-    for episode, *_, runs in rows:
-        reach[episode] = max(reach.get(episode, 0), max(runs) + 1)
-    frames, firsts, counts, offset = [], [], [], 0
-    for episode, *_, runs in rows:
-        listed = np.array(list(runs))
-        if listed[0] < 0:
-            raise ProblemError(f"{path}: target episode {episode + base_tgt} has a frame {listed[0]}; frames count from 0.")
-        sizes = np.array([len(s) for s in runs.values()])
+    ends: tuple[dict[int, int], dict[int, int]] = {}, {}
+    for t, _, s, _, _, runs in rows:
+        if min(runs) < 0:
+            raise ProblemError(f"{path}: target episode {t + base_tgt} has a frame {min(runs)}; frames count from 0.")
+        for known, episode, last in ((ends[0], s, max(int(frames.max()) for frames in runs.values())), (ends[1], t, max(runs))):
+            known[episode] = max(known.get(episode, 1), last + 1)
+    source, target = (
+        Side(f"{path}, {role}", None, np.array(sorted(known)), np.array([known[k] for k in sorted(known)]), exact=False)
+        for role, known in zip(("source", "target"), ends, strict=True)
+    )
+    found, every, offset = [], [], 0
+    for t, distance, s, total, steps, runs in rows:
+        listed, sizes = np.array(list(runs)), np.array([len(frames) for frames in runs.values()])
         # A file made with a stride lists some frames only: the others take the nearest listed one's.
-        at = np.arange(reach[episode])
-        right = np.searchsorted(listed, at).clip(max=len(listed) - 1)
-        left = (right - 1).clip(min=0)
-        nearest = np.where(np.abs(listed[left] - at) <= np.abs(listed[right] - at), left, right)
-        firsts.append(offset + (np.cumsum(sizes) - sizes)[nearest])
-        counts.append(sizes[nearest])
-        frames += runs.values()
-        offset += int(sizes.sum())
-
-    target = Side(f"{path}, target", None, np.array(sorted(reach)), np.array([reach[k] for k in sorted(reach)]), exact=False)
-    ends: dict[int, int] = {}
-    for _, _, episode, _, _, runs in rows:
-        ends[episode] = max(ends.get(episode, 1), max(int(s.max()) for s in runs.values()) + 1)
-    source = Side(f"{path}, source", None, np.array(sorted(ends)), np.array([ends[k] for k in sorted(ends)]), exact=False)
-    t, distances, s, totals, steps = (np.array(column) for column in list(zip(*rows, strict=True))[:5])
-    offsets = np.concatenate(([0], np.cumsum([len(each) for each in firsts])))
-    every = np.concatenate(frames)
-    return Pairs(source, target, None, t, s, totals, steps, distances, offsets, np.concatenate(firsts), np.concatenate(counts), every)
+        nearest = np.searchsorted((listed[1:] + listed[:-1]) / 2, np.arange(ends[1][t]))
+        found.append((t, s, total, steps, distance, offset + (np.cumsum(sizes) - sizes)[nearest], sizes[nearest]))
+        every += runs.values()
+        offset += steps
+    return Pairs.of_rows(source, target, None, found, np.concatenate(every))
 
 
 def _number(name: Any, base: int, path: Path) -> int:

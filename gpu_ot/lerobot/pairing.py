@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -13,65 +15,55 @@ from .dtw import Alignment, checked, dtw
 from .episodes import Recording, Side
 from .pairs import PairOptions, Pairs
 
+#: A recording of `read_recording`, or labels (frames, d) of each episode, numbered from 0.
+Episodes = Recording | Sequence[np.ndarray]
+#: Told (pairs done, pairs in all).
+Progress = Callable[[int, int], None]
+
 
 def pair_episodes(
-    source: Recording | Sequence[np.ndarray],
-    target: Recording | Sequence[np.ndarray],
-    options: PairOptions | None = None,
-    *,
-    workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    source: Episodes, target: Episodes, options: PairOptions | None = None, *, workers: int | None = None, progress: Progress | None = None
 ) -> Pairs:
     """DTW of every target episode with every source episode, in threads: the compiled kernel needs no lock.
 
-    source, target  recordings of `read_recording`, or lists of arrays (frames, d), numbered from 0.
-    workers         threads; by default one a processor.
-    progress        called with (pairs done, pairs in all), from this thread.
-
+    `workers` threads, by default one a processor; `progress` is told from this thread.
     Raises ProblemError naming the episode that cannot be compared.
     """
     options = options or PairOptions()
-    from_side, to_side = _side(source, "source"), _side(target, "target")
-    xs, ys = _prepare(_arrays(source), _arrays(target), options)
+    (from_side, xs), (to_side, ys) = _episodes(source, "source"), _episodes(target, "target")
+    xs, ys = _prepare(xs, ys, options)
     band = None if options.band is None else max(1.0, options.band / options.stride)
-    kept_x, kept_y = ([_kept(len(z), options.stride) for z in zs] for zs in (xs, ys))
+    kept_x, kept_y = ([np.unique([*range(0, len(z), options.stride), len(z) - 1]) for z in zs] for zs in (xs, ys))  # episodes end together
     short_x, short_y = ([z[k] for z, k in zip(zs, ks, strict=True)] for zs, ks in ((xs, kept_x), (ys, kept_y)))
     arcs = [[_arc(z, options.cost) for z in zs] if options.norm == "arc" else [] for zs in (xs, ys)]
-
-    tasks = [(j, i) for j in range(len(ys)) for i in range(len(xs))]
 
     def work(task: tuple[int, int]) -> Alignment:
         return dtw(short_x[task[1]], short_y[task[0]], cost=options.cost, band=band)
 
     dtw(short_x[0], short_y[0][:1], cost=options.cost)  # compiled once, before threads wait for it
-    rows: list[tuple[int, int, float, int, float, np.ndarray, np.ndarray]] = []
+    tasks = list(itertools.product(range(len(ys)), range(len(xs))))
+    rows: list[tuple[Any, ...]] = []
     gathered: list[tuple[float, int, Alignment]] = []
     with ThreadPoolExecutor(workers or _processors()) as pool:
         for done, ((j, i), alignment) in enumerate(zip(tasks, pool.map(work, tasks), strict=True), 1):
             gathered.append((_normalised(alignment, options, i, j, arcs), i, alignment))
             if i + 1 == len(xs):
-                gathered.sort(key=lambda each: each[:2])
-                for distance, k, a in gathered[: options.topk]:
-                    first, last = _unstride(a, kept_x[k], kept_y[j], len(ys[j]))
-                    rows.append((j, k, a.total, a.steps, distance, first, last - first + 1))
+                for distance, k, a in sorted(gathered, key=lambda each: each[:2])[: options.topk]:
+                    # All frames of y meet the frames of x on straight lines between those that were compared.
+                    at = np.arange(len(ys[j]))
+                    first, last = (np.rint(np.interp(at, kept_y[j], kept_x[k][z])).astype(np.int32) for z in (a.first, a.last))
+                    episodes = int(to_side.episodes[j]), int(from_side.episodes[k])
+                    rows.append((*episodes, a.total, a.steps, distance, first, last - first + 1))
                 gathered = []
             if progress is not None and (done % len(xs) == 0 or done % 32 == 0):
                 progress(done, len(tasks))
-    t, s, totals, steps, distances, firsts, counts = zip(*rows, strict=True)
-    offsets = np.concatenate(([0], np.cumsum([len(each) for each in firsts])))
-    columns = [to_side.episodes[list(t)], from_side.episodes[list(s)], *(np.array(each) for each in (totals, steps, distances))]
-    columns += [offsets, np.concatenate(firsts), np.concatenate(counts)]
-    return Pairs(from_side, to_side, options, *columns)
+    return Pairs.of_rows(from_side, to_side, options, rows)
 
 
-def _side(given: Recording | Sequence[np.ndarray], role: str) -> Side:
+def _episodes(given: Episodes, role: str) -> tuple[Side, Sequence[np.ndarray]]:
     if isinstance(given, Recording):
-        return given.side
-    return Side(role, None, np.arange(len(given)), np.array([len(each) for each in given], dtype=np.int64))
-
-
-def _arrays(given: Recording | Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-    return given.episodes() if isinstance(given, Recording) else given
+        return given.side, given.episodes()
+    return Side(role, None, np.arange(len(given)), np.array([len(each) for each in given], dtype=np.int64)), given
 
 
 def _prepare(source: Sequence[np.ndarray], target: Sequence[np.ndarray], options: PairOptions) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -101,18 +93,6 @@ def _prepare(source: Sequence[np.ndarray], target: Sequence[np.ndarray], options
     return sides[0], sides[1]
 
 
-def _kept(n: int, stride: int) -> np.ndarray:
-    """Every `stride`-th frame, and the last: episodes end together."""
-    kept = np.arange(0, n, stride)
-    return kept if kept[-1] == n - 1 else np.append(kept, n - 1)
-
-
-def _unstride(a: Alignment, kept_x: np.ndarray, kept_y: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """(first, last) frame of x for all m frames of y, on straight lines between those that were compared."""
-    runs = [np.rint(np.interp(np.arange(m), kept_y, kept_x[each])).astype(np.int32) for each in (a.first, a.last)]
-    return runs[0], runs[1]
-
-
 def _arc(z: np.ndarray, cost: str) -> float:
     """Length of a trajectory, its steps measured like the distance between trajectories."""
     gap = np.abs(np.diff(z, axis=0))
@@ -120,10 +100,8 @@ def _arc(z: np.ndarray, cost: str) -> float:
 
 
 def _normalised(a: Alignment, options: PairOptions, i: int, j: int, arcs: list[list[float]]) -> float:
-    if options.norm == "none" or a.total == 0:
-        return a.total
-    if options.norm == "steps":
-        return a.total / a.steps
+    if options.norm != "arc" or a.total == 0:
+        return a.total / (a.steps if options.norm == "steps" else 1)
     if (arc := (arcs[0][i] + arcs[1][j]) / 2) == 0:
         raise ProblemError(
             f'norm = "arc" is undefined where nothing moves: source episode {i} and target episode {j} stand still. Take "steps".'

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ProblemError, unknown
+from ..errors import ProblemError
 from .dtw import COSTS
 from .episodes import Recording, Side
-from .settings import Settings, bounded
+from .settings import Settings, bounded, choice
 
-NORMS = ("steps", "arc", "none")
 FORMAT = "gpu_ot pairs"
 VERSION = 1
 ARRAYS = ("target_episode", "source_episode", "total", "steps", "distance", "offsets", "first", "count")
@@ -26,8 +27,7 @@ ARRAYS = ("target_episode", "source_episode", "total", "steps", "distance", "off
 class PairOptions(Settings):
     """How episodes are compared.
 
-    keys         label columns, side by side: the proprioception that both robots share.
-    target_keys  their names in the target where they differ.
+    keys         label columns, side by side: the proprioception that both robots share; target_keys their names in the target.
     dim_slice    [a, b): which of the concatenated features.
     center       subtract each episode's mean, so that two workspaces may be offset.
     zscore       divide by the standard deviation over all frames of both sets, after subtracting the mean (a constant feature is 0).
@@ -47,21 +47,16 @@ class PairOptions(Settings):
     stride: int = bounded(1, least=1, whole=True)
     band: float | None = bounded(None, least=1)
     topk: int | None = bounded(None, least=1, whole=True)
-    cost: str = "euclidean"
-    norm: str = "steps"
+    cost: str = choice("euclidean", COSTS)
+    norm: str = choice("steps", ("steps", "arc", "none"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("keys", "target_keys"):  # JSON has lists, and one key is easily given without one
             if (given := getattr(self, name)) is not None:
-                given = (given,) if isinstance(given, str) else tuple(given)
+                setattr(self, name, given := (given,) if isinstance(given, str) else tuple(given))
                 if not given or not all(isinstance(key, str) for key in given):
                     raise ProblemError(f'{name} is empty or holds no keys: name at least one label, such as "observation.state".')
-                setattr(self, name, given)
-        if self.cost not in COSTS:
-            raise unknown("cost", self.cost, tuple(COSTS))
-        if self.norm not in NORMS:
-            raise unknown("norm", self.norm, NORMS)
         if self.dim_slice is not None:
             ends = list(self.dim_slice)
             if len(ends) != 2 or not all(type(z) is int for z in ends) or not 0 <= ends[0] < ends[1]:
@@ -101,6 +96,20 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.target_episode)
 
+    @property
+    def keys(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The label columns of source and target; none where the file does not say."""
+        return ((), ()) if self.options is None else (self.options.keys, self.options.target_keys or self.options.keys)
+
+    @classmethod
+    def of_rows(cls, source: Side, target: Side, options: PairOptions | None, rows: Iterable[Sequence[Any]], *frames: np.ndarray) -> Pairs:
+        """From rows (target episode, source episode, total, steps, distance, first, count), the last two arrays."""
+        *numbers, first, count = zip(*rows, strict=True)
+        offsets = np.concatenate(([0], np.cumsum([len(each) for each in first])))
+        columns: list[Any] = [np.array(column) for column in numbers]
+        columns += [offsets, np.concatenate(first), np.concatenate(count), *frames]
+        return cls(source, target, options, *columns)
+
     def of(self, target_episode: int) -> range:
         """The pairs of one target episode, the nearest first."""
         low, high = np.searchsorted(self.target_episode, [target_episode, target_episode + 1])
@@ -113,11 +122,8 @@ class Pairs:
         return run if self.frames is None else self.frames[run]
 
     def check(self, source: Side | Recording | None = None, target: Side | Recording | None = None) -> None:
-        """Raises ProblemError saying what differs if these recordings are not the ones that were paired.
-
-        Names may differ, since folders move; frames a second, episodes, their lengths and the labels may not. A side that holds only
-        some of the episodes is good for those.
-        """
+        """Raises ProblemError saying what differs if these recordings are not the ones that were paired: frames a second, episodes, their
+        lengths or the labels. Names may differ, since folders move; a side with only some of the episodes is good for those."""
         for role, ours, given in (("source", self.source, source), ("target", self.target, target)):
             if given is not None:
                 _compare(role, ours, given.side if isinstance(given, Recording) else given)
@@ -139,22 +145,13 @@ class Pairs:
         options = dataclasses.asdict(self.options) if self.options else None
         header: dict[str, Any] = {"format": FORMAT, "version": VERSION, "index_base": 0, "options": options}
         header |= {role: {name: getattr(side, name) for name in ("name", "fps", "digest", "exact")} for role, side in sides}
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
-        if self.frames is not None:
-            arrays["frames"] = self.frames
-        for role, side in sides:
-            arrays |= {f"{role}_episodes": side.episodes, f"{role}_lengths": side.lengths}
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {name: getattr(self, name) for name in (*ARRAYS, "frames") if getattr(self, name) is not None}
+        arrays |= {f"{role}_{name}": getattr(side, name) for role, side in sides for name in ("episodes", "lengths")}
+        with _beside(path) as partial:
             with partial.open("wb") as file:
                 small: dict[str, Any] = {name: _narrow(each) for name, each in arrays.items()}
                 np.savez_compressed(file, header=np.array(json.dumps(header)), **small)
             partial.replace(path)
-        except OSError as problem:
-            raise _unwritable(path, problem) from None
-        finally:  # also of what was interrupted
-            partial.unlink(missing_ok=True)
         return path
 
 
@@ -163,18 +160,22 @@ def writable(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix == ".json":
         raise ProblemError(f"{path} would hold arrays; name it .npz. JSON is only read.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        probe.touch()
-        probe.unlink()
-    except OSError as problem:
-        raise _unwritable(path, problem) from None
+    with _beside(path) as partial:
+        partial.touch()
     return path
 
 
-def _unwritable(path: Path, problem: OSError) -> ProblemError:
-    return ProblemError(f"{path} cannot be written ({problem.strerror}). Name a file in a folder of yours with --out.")
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A file beside `path`, gone in the end, whatever happens. Raises ProblemError where none can be written."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+    except OSError as problem:
+        raise ProblemError(f"{path} cannot be written ({problem.strerror}). Name a file in a folder of yours with --out.") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _validate(pairs: Pairs) -> None:
@@ -182,19 +183,17 @@ def _validate(pairs: Pairs) -> None:
     p, rows = len(pairs.target_episode), len(pairs.first)
     if p == 0:
         raise ProblemError("there are no pairs.")
-    sizes = {len(getattr(pairs, name)) for name in ("source_episode", "total", "steps", "distance")}
-    if sizes != {p} or len(pairs.offsets) != p + 1 or len(pairs.count) != rows or pairs.offsets[0] != 0 or pairs.offsets[-1] != rows:
+    sizes = {len(getattr(pairs, name)) for name in ("source_episode", "total", "steps", "distance")} | {len(pairs.offsets) - 1}
+    if sizes != {p} or len(pairs.count) != rows or pairs.offsets[0] != 0 or pairs.offsets[-1] != rows:
         raise ProblemError("the arrays do not have the lengths that belong together; the file is damaged. Pair again.")
     lengths = []
     for role, side, episodes in (("source", pairs.source, pairs.source_episode), ("target", pairs.target, pairs.target_episode)):
         if len(side.episodes) != len(side.lengths) or (np.diff(side.episodes.astype(np.int64)) <= 0).any() or (side.lengths < 1).any():
             raise ProblemError(f"the {role} episodes must be numbered in increasing order and have frames. Pair again.")
-        at = np.searchsorted(side.episodes, episodes).clip(max=max(len(side.episodes) - 1, 0))
-        if len(side.episodes) == 0 or (side.episodes[at] != episodes).any():
+        if strange := sorted(set(np.asarray(episodes).tolist()) - set(np.asarray(side.episodes).tolist())):
             known = f"from {side.episodes[0]} to {side.episodes[-1]}" if len(side.episodes) else "none"
-            strange = sorted(set(np.asarray(episodes).tolist()) - set(np.asarray(side.episodes).tolist()))
             raise ProblemError(f"{role} episode {strange[0]} is paired and does not exist: there are {known}. Pair again.")
-        lengths.append(side.lengths[at].astype(np.int64))
+        lengths.append(side.lengths[np.searchsorted(side.episodes, episodes)].astype(np.int64))
     owned = np.diff(pairs.offsets.astype(np.int64))
     if (owned != lengths[1]).any():
         k = int((owned != lengths[1]).argmax())
@@ -246,6 +245,5 @@ def _compare(role: str, ours: Side, given: Side) -> None:
 
 def _narrow(array: np.ndarray) -> np.ndarray:
     """The smallest unsigned type that holds these numbers of episodes, frames and rows."""
-    if array.dtype.kind not in "iu" or array.size == 0:
-        return array
-    return array.astype(np.min_scalar_type(int(array.max()))) if array.min() >= 0 else array
+    counts = array.dtype.kind in "iu" and array.size > 0 and array.min() >= 0
+    return array.astype(np.min_scalar_type(int(array.max()))) if counts else array

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import inspect
 import json
 import math
@@ -11,28 +12,39 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Any, ClassVar, TypeVar
 
 from ..errors import ProblemError, unknown
 
 _S = TypeVar("_S", bound="Settings")
 
 
-def bounded(default: Any, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf, whole: bool = False) -> Any:
-    """A field that holds a number within these bounds; None as well where that is its default."""
-    return field(default=default, metadata={"least": least, "above": above, "most": most, "whole": whole})
+def bounded(default: Any, **bounds: Any) -> Any:
+    """A field that holds a number within these bounds of `number`; None as well where that is its default."""
+    return field(default=default, metadata={"whole": False} | bounds)
+
+
+def choice(default: str | None, known: Iterable[str]) -> Any:
+    """A field that holds one of these words; None as well where that is its default."""
+    return field(default=default, metadata={"known": tuple(known)})
 
 
 @dataclass
 class Settings:
     """Reading, writing and refusing, once for all of them: fields of truth values, text and `bounded` numbers are checked."""
 
+    INSIDE: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             given = getattr(self, f.name)
             if given is None and "None" in str(f.type):
                 continue
-            if f.metadata:
+            if "known" in f.metadata:
+                if given not in f.metadata["known"]:
+                    raise unknown(f.name, given, f.metadata["known"])
+            elif f.metadata:
                 setattr(self, f.name, number(f.name, given, **f.metadata))
             elif str(f.type).startswith("bool") and not isinstance(given, bool):
                 raise ProblemError(f"{f.name} must be true or false, found {given!r}.")
@@ -66,7 +78,9 @@ class Settings:
 
     @classmethod
     def _found_in(cls, given: Any) -> Any:
-        """The part of a file that is meant."""
+        """The part of a file that is meant: under the keys of INSIDE where they are, as in the file of a whole training."""
+        for key in cls.INSIDE:
+            given = given[key] if isinstance(given, Mapping) and isinstance(given.get(key), Mapping) else given
         return given
 
     @classmethod
@@ -84,6 +98,14 @@ def made(kind: type[_S], given: Any, name: str) -> list[_S]:
     if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
         raise ProblemError(f"{name} must be a list, each with the keys of {kind.__name__}; found {given!r:.80}.")
     return [each if isinstance(each, kind) else kind.from_dict(each) for each in given]
+
+
+def needed(module: str, why: str) -> ModuleType:
+    """A module that is not always installed. Raises ProblemError with `why`; {} in it becomes the name of what is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        raise ProblemError(why.format(missing.name)) from None
 
 
 def read(path: str | Path) -> Any:
@@ -113,10 +135,7 @@ def _distinct(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 def _yaml(text: str) -> Any:
-    try:
-        import yaml  # pyright: ignore[reportMissingModuleSource]
-    except ModuleNotFoundError:
-        raise ProblemError("reading YAML needs PyYAML: pip install pyyaml, or write the same keys as JSON.") from None
+    yaml = needed("yaml", "reading YAML needs PyYAML: pip install pyyaml, or write the same keys as JSON.")
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -131,8 +150,7 @@ def _yaml(text: str) -> Any:
 
 
 def overridden(given: Any, overrides: Iterable[str], place: Callable[[str], list[str]]) -> Any:
-    """Keys and values with those of "--ot.reg=0.05" in place; "--ot.features.0.weight_embed=1" goes down by names and numbers. Values are
-    read as JSON, and are text where they are not. `place` is where a first key belongs."""
+    """Keys and values with those of "--ot.features.0.weight_embed=1" in place, read as JSON, else as text; `place` is of a first key."""
     for each in overrides:
         match = re.fullmatch(r"--ot\.([\w.]+)=(.*)", each, re.DOTALL)
         if match is None or not isinstance(given, Mapping):
@@ -185,9 +203,9 @@ def call(text: str, name: str, known: tuple[str, ...]) -> tuple[str, float | Non
     if match is None or match[1] not in known:
         raise unknown(name, text, known)
     word, inside = match[1], match[2]
+    if word not in _INSIDE and inside is not None:
+        raise ProblemError(f'{name}: "{word}" takes no number, found "{text}".')
     if word not in _INSIDE:
-        if inside is not None:
-            raise ProblemError(f'{name}: "{word}" takes no number, found "{text}".')
         return word, None
     if inside is None:
         raise ProblemError(f'{name}: "{word}" takes a number, as in "{word}({3 if word == "band" else 0.1})"; found "{text}".')

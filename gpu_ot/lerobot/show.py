@@ -10,6 +10,7 @@ from ..errors import ProblemError
 from .episodes import folder_of, read_recording
 from .pairfile import read_pairs
 from .pairs import writable
+from .settings import needed
 
 #: Frames of a camera that a strip shows.
 SHOWN = 8
@@ -21,13 +22,9 @@ def show(file: str | Path, src: str, tgt: str, out: str | Path, episode: int | N
 
     Raises ProblemError for datasets that were not paired, an episode that has no pair, and a camera without LeRobot to decode it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ProblemError("drawing pairs needs matplotlib: pip install matplotlib.") from None
+    Figure = needed("matplotlib.figure", "drawing pairs needs matplotlib: pip install matplotlib.").Figure
     pairs = read_pairs(file)
-    keys = ((), ()) if pairs.options is None else (pairs.options.keys, pairs.options.target_keys or pairs.options.keys)
-    sides = [read_recording(name, of or ["observation.state"]) for name, of in zip((src, tgt), keys, strict=True)]
+    sides = [read_recording(name, keys or ["observation.state"]) for name, keys in zip((src, tgt), pairs.keys, strict=True)]
     pairs.check(*sides)
     if episode is None:
         episode = int(pairs.target_episode[pairs.distance.argmin()])
@@ -41,14 +38,14 @@ def show(file: str | Path, src: str, tgt: str, out: str | Path, episode: int | N
 
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     grid = figure.add_gridspec(2, 3, width_ratios=(1, 4, 5), height_ratios=(4, 1))
-    ends = rows, int(sides[0].side.lengths[np.searchsorted(sides[0].side.episodes, partner)])
+    episodes = [of.episodes()[np.searchsorted(of.side.episodes, number)] for of, number in zip(sides, (partner, episode), strict=True)]
     ax = figure.add_subplot(grid[0, 1])
     ax.plot(*zip(*path, strict=True), color="tab:red", lw=1.5)
-    ax.set(xlim=(-0.5, ends[0] - 0.5), ylim=(-0.5, ends[1] - 0.5), xticks=[], yticks=[], title=f"distance {pairs.distance[k]:.4g}")
-    placed = (sides[0], src, partner, grid[0, 0], "source"), (sides[1], tgt, episode, grid[1, 1], "target")
-    for recording, name, number, place, role in placed:
+    ends = {"xlim": (-0.5, rows - 0.5), "ylim": (-0.5, len(episodes[0]) - 0.5)}
+    ax.set(**ends, xticks=[], yticks=[], title=f"distance {pairs.distance[k]:.4g}")
+    placed = (src, partner, grid[0, 0], "source"), (tgt, episode, grid[1, 1], "target")
+    for z, (name, number, place, role) in zip(episodes, placed, strict=True):
         upright = role == "source"
-        z = recording.episodes()[int(np.searchsorted(recording.side.episodes, number))]
         z = (z - z.min(0)) / np.ptp(z, 0).clip(1e-12)
         parts = _pictures(name, number, len(z), camera) if camera else [row[None] if upright else row[:, None] for row in z]
         strip = np.concatenate(parts[::-1], 0) if upright else np.concatenate(parts, 1)
@@ -74,11 +71,8 @@ def show(file: str | Path, src: str, tgt: str, out: str | Path, episode: int | N
 
 def _pictures(dataset: str, episode: int, frames: int, camera: str) -> list[np.ndarray]:
     """(height, width, 3) of a few frames from the first to the last."""
-    try:
-        from lerobot.datasets.lerobot_dataset import LeRobotDataset  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError:
-        raise ProblemError("--camera decodes frames, which needs LeRobot; without it the labels are shown.") from None
-    found = LeRobotDataset(dataset, root=folder_of(dataset), episodes=[episode])
+    lerobot = needed("lerobot.datasets.lerobot_dataset", "--camera decodes frames, which needs LeRobot; without it the labels are shown.")
+    found = lerobot.LeRobotDataset(dataset, root=folder_of(dataset), episodes=[episode])
     if camera not in found.meta.camera_keys:
         raise ProblemError(f'{dataset} has no camera "{camera}"; it has {", ".join(found.meta.camera_keys) or "none"}.')
     rows = np.linspace(0, frames - 1, min(SHOWN, frames)).round().astype(int)

@@ -3,7 +3,7 @@
     gpu-ot train --ot-config ot.yaml -- --dataset.repo_id=real --policy.type=act ...
     torchrun --nproc_per_node=2 -m gpu_ot.lerobot.train --ot-config ot.yaml -- ...
 
-The script is asked for at six of its own names: its dataset (to add the source), its policy (to attach to), its processors (pairs are
+Functions of the script are wrapped by name: its dataset (to add the source), its policy (to attach to), its processors (pairs are
 normalised as batches are), its endless loader (the BC mix), and its saving and loading (the place in the sequence of pairs).
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import json
 import logging
 import runpy
@@ -31,11 +30,12 @@ from .attach import CoTraining, Pair, attach_ot
 from .check import report
 from .config import OTConfig, OTFeatureSpec
 from .dataset import LeRobotOTPairDataset
-from .draws import Drawable, DrawLoader, ranks, same_law
+from .draws import Drawable, DrawLoader, co_training, ranks, same_law
 from .encoders import WHOLE
 from .features import expanded, fits, flat
-from .mixture import co_training
+from .frames import transforms_of
 from .pairfile import read_pairs
+from .settings import needed
 
 CONFIG, STATE = "ot_config.json", "ot_state.json"
 #: Held-out pairs among which partners are looked for.
@@ -51,20 +51,16 @@ def run(ot_config: str | Path | None, arguments: Sequence[str], *, restart_pairs
 
     ot_config      a JSON or YAML file; when left out, that of the checkpoint which `arguments` resume from.
     arguments      those that begin with "--ot." set single values of the configuration.
-    restart_pairs  begin the draws anew where a resumed run would go on with them.
+    restart_pairs  begin the draws anew where a resumed run would go on with them: what decides which pairs are drawn, the datasets, the
+                   pair file, the options of sampling and the seed, may change with it alone; lambda_ot and the loss without it, too.
     check          print what would be aligned and return before the first step.
-
-    A resumed run may change what pairs cost and count for: lambda_ot, the loss, its features. What decides which pairs are drawn, the
-    datasets, the pair file, the options of sampling and the seed, may change with `restart_pairs` alone.
 
     Raises ProblemError where LeRobot is not installed, for a configuration that does not fit the datasets, and what LeRobot raises.
     """
     overrides = [each for each in arguments if each.startswith("--ot.")]
     cfg = None if ot_config is None else OTConfig.from_file(ot_config, overrides)
-    try:
-        script = importlib.import_module("lerobot.scripts.lerobot_train")
-    except ModuleNotFoundError as missing:
-        raise ProblemError(f"training needs LeRobot, and {missing.name} is not installed: pip install lerobot (0.4.4 or newer).") from None
+    said = "training needs LeRobot, and {} is not installed: pip install lerobot (0.4.4 or newer)."
+    script = needed("lerobot.scripts.lerobot_train", said)
     before = sys.argv
     sys.argv = ["lerobot-train", *(each for each in arguments if each not in overrides), *(["--wandb.enable=false"] if check else [])]
     try:
@@ -106,11 +102,8 @@ class _Launch:
                 f"this LeRobot's training script has no {', '.join(missing)}: use 0.4.4 to 0.6, or attach_ot in a loop of yours."
             )
 
-        def wrapped(name: str) -> Callable[..., Any]:
-            return lambda *args, **kwargs: ours[name](originals[name], *args, **kwargs)
-
-        for name in originals:
-            setattr(self.script, name, wrapped(name))
+        for name, original in originals.items():
+            setattr(self.script, name, functools.partial(ours[name], original))
         try:
             yield
         finally:
@@ -122,12 +115,10 @@ class _Launch:
         self.train_cfg, self.target = cfg, made[0] if isinstance(made, tuple) else made
         if cfg.resume:
             folder = Path(cfg.checkpoint_path) / "training_state"
-            if (folder / STATE).exists():
-                self.resumed = json.loads((folder / STATE).read_text())
+            self.resumed = json.loads((folder / STATE).read_text()) if (folder / STATE).exists() else {}
             if (folder / CONFIG).exists():
-                saved = OTConfig.from_file(folder / CONFIG)
                 self.given = self.given or OTConfig.from_file(folder / CONFIG, self.overrides)
-                old, new = _leaves(saved.to_dict()), _leaves(self.given.to_dict())
+                old, new = (_leaves(each.to_dict()) for each in (OTConfig.from_file(folder / CONFIG), self.given))
                 if changed := [f"{key} {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]:
                     logging.info("resumed with other settings than before: %s", ", ".join(changed))
             if self.restart:
@@ -156,32 +147,23 @@ class _Launch:
         like_the_target = {key: getattr(given, key) for key in ("video_backend", "depth_output_unit") if hasattr(given, key)}
         if hasattr(target, "_return_uint8"):  # 0.6: a quarter of the memory for decoded frames
             like_the_target["return_uint8"] = target._return_uint8
-        self.source = LeRobotDataset(
-            name,
-            root=cfg.src_root,
-            delta_timestamps=resolve_delta_timestamps(self.train_cfg.policy, meta),
-            image_transforms=getattr(target, "image_transforms", None),
-            tolerance_s=self.train_cfg.tolerance_s,
-            **like_the_target,
-        )
+        like_the_target |= {"image_transforms": transforms_of(target), "tolerance_s": self.train_cfg.tolerance_s}
+        history = resolve_delta_timestamps(self.train_cfg.policy, meta)
+        self.source = LeRobotDataset(name, root=cfg.src_root, delta_timestamps=history, **like_the_target)
         pairs = self.pairs = read_pairs(cfg.pair_info_path, base_index_src=cfg.base_index_src, base_index_tgt=cfg.base_index_tgt)
         # Where a feature has another name in the source, the source's takes the target's: one preprocessor normalises both.
         made = {WHOLE, "state"} if getattr(self.train_cfg.policy, "type", "") == "groot" else {WHOLE}  # by the policy, or its preprocessor
         there = {*target.meta.features, *made}
         found = expanded(cfg.loss_config.features, {*meta.features, *made}, there)
         self.rename: dict[str, str] = {s.src_key: str(s.tgt_key) for s in found if s.src_key not in there}
-        _fit(found, meta.features, target.meta.features, self.rename, getattr(target, "image_transforms", None) is not None)
+        _fit(found, meta.features, target.meta.features, self.rename, transforms_of(target) is not None)
         # A pretrained policy's preprocessor renames by --rename_map, and features are wanted as they come out of it.
         pretrained = getattr(self.train_cfg.policy, "pretrained_path", None)
         processed = (getattr(self.train_cfg, "rename_map", None) or {}) if pretrained else {}
+        renamed = ((spec, self.rename.get(spec.src_key, spec.src_key), str(spec.tgt_key)) for spec in found)
         found = [
-            dataclasses.replace(
-                spec,
-                src_key=processed.get(key := self.rename.get(spec.src_key, spec.src_key), key),
-                tgt_key=processed.get(spec.tgt_key, spec.tgt_key),
-                term_name=spec.name,
-            )
-            for spec in found
+            dataclasses.replace(spec, src_key=processed.get(src, src), tgt_key=processed.get(tgt, tgt), term_name=spec.name)
+            for spec, src, tgt in renamed
         ]
         # A copy: checkpoints keep what was given, since the source's own names are wanted again when the run is resumed.
         self.cfg = dataclasses.replace(cfg, loss_config=dataclasses.replace(cfg.loss_config, features=found))
@@ -201,10 +183,9 @@ class _Launch:
     def _policy(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         policy = original(*args, **kwargs)
         if self.cfg.enable:
-            t = self.train_cfg
-            options = {"log_every": t.log_freq, "out_dir": t.output_dir, "main": ranks()[0] == 0}
-            held = {} if self.held_out is None else {"held_out": lambda: self._held}
-            self.training = attach_ot(policy, self._pairs, self.cfg, self._preprocess, **options, **held)
+            t, held = self.train_cfg, None if self.held_out is None else lambda: self._held
+            options = {"log_every": t.log_freq, "out_dir": t.output_dir, "main": ranks()[0] == 0, "held_out": held}
+            self.training = attach_ot(policy, self._pairs, self.cfg, self._preprocess, **options)
             self.policy = policy
         return policy
 
@@ -222,7 +203,7 @@ class _Launch:
 
     @property
     def _seed(self) -> int:
-        return next(int(seed) for seed in (self.cfg.seed, self.train_cfg.seed, 0) if seed is not None)
+        return int((self.train_cfg.seed or 0) if self.cfg.seed is None else self.cfg.seed)
 
     def _pairs(self, start: int) -> Iterator[Pair]:
         """Batches of pairs, of which step `start` takes the first."""
@@ -271,7 +252,7 @@ class _Launch:
     def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
         if self.training is not None and self.given is not None:
-            folder = Path(kwargs["checkpoint_dir"] if "checkpoint_dir" in kwargs else args[0]) / "training_state"
+            folder = Path(kwargs.get("checkpoint_dir") or args[0]) / "training_state"
             folder.mkdir(parents=True, exist_ok=True)
             state = self.training.state_dict() | {name: loader.state_dict() for name, loader in self.loaders.items()}
             for name, content in ((CONFIG, self.given.to_dict()), (STATE, state)):
@@ -300,7 +281,7 @@ def _fit(found: Sequence[OTFeatureSpec], source: dict[str, Any], target: dict[st
     embedded = {spec.tgt_key for spec in found if spec.embeds}
     for key, feature in source.items():
         name = rename.get(key, key)
-        ours, theirs = tuple(feature.get("shape") or ()), tuple((target.get(name) or {}).get("shape") or ())
+        ours, theirs = (tuple((each or {}).get("shape") or ()) for each in (feature, target.get(name)))
         camera = feature.get("dtype") in ("image", "video")
         if not theirs or ours == theirs or (camera and (resized or name not in embedded)):
             continue
