@@ -4,9 +4,10 @@ import itertools
 import math
 
 import numpy as np
+import pytest
 import torch
 
-from gpu_ot import gradients
+from gpu_ot import ProblemError, gradients
 
 INF = math.inf
 
@@ -141,3 +142,10 @@ def pairwise(*axes):
 def _pairs(chosen, k):
     """The pairs that value k of a row makes with its other values."""
     return [(*min((k, chosen[k]), (j, v)), *max((k, chosen[k]), (j, v))) for j, v in chosen.items() if j != k]
+
+
+def refused(said, call, *args, **options):
+    """Refused by a ProblemError that matches `said`, or holds each of its words."""
+    with pytest.raises(ProblemError, match=said if isinstance(said, str) else None) as problem:
+        call(*args, **options)
+    assert isinstance(said, str) or all(word in str(problem.value) for word in said), problem.value

@@ -226,6 +226,15 @@ def test_float32(place, penalty, backend):
     assert (grads[0] - grads[1]).norm() <= 2e-4 * grads[1].norm()
 
 
+def test_potentials_are_the_derivatives_in_the_weights():
+    """For hard marginals, up to a constant: what geomloss returns for potentials=True."""
+    x, y, a, b = measures(20, 15)
+    a, b = (z.requires_grad_() for z in (a / a.sum(), b / b.sum()))
+    found = divergence(Problem(SqEuclidean(x, y), 0.05, a, b), tol=1e-10)
+    for grad, potential in zip(torch.autograd.grad(found.value, (a, b)), (found.f, found.g), strict=True):
+        torch.testing.assert_close(grad - grad.mean(), potential - potential.mean(), rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("penalty", [KL(), KL(0.4)], ids=str)
 @pytest.mark.parametrize("backend", ["dense", "chunked"])
 def test_implicit_second_derivatives(backend, penalty):

@@ -34,6 +34,7 @@ from gpu_ot.lerobot import (
 )
 from gpu_ot.lerobot import compute_ot_loss_for_policy as aligned
 from gpu_ot.lerobot.attach import CoTraining
+from problems import refused
 
 STATE, CAMERA = "observation.state", "observation.images.front"
 
@@ -55,11 +56,6 @@ class Policy(nn.Module):
 
     def forward(self, batch):
         return self.state(batch[STATE]).square().mean(), {"l1_loss": 1.0}
-
-
-def refused(said, call, *args, **options):
-    with pytest.raises(ProblemError, match=said):
-        call(*args, **options)
 
 
 @pytest.fixture

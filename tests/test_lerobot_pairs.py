@@ -29,16 +29,10 @@ from gpu_ot.lerobot.frames import FrameCache
 from gpu_ot.lerobot.pairfile import read_pairs
 from gpu_ot.lerobot.pairing import pair_episodes
 from gpu_ot.lerobot.pairs import ARRAYS, PairOptions
+from problems import refused
 
 COSTS = ("euclidean", "l1", "linf")
 STATE, TOP = "observation.state", "observation.images.top"
-
-
-def refused(said, call, *args, **options):
-    """Refused by a ProblemError that matches `said`, or holds each of its words."""
-    with pytest.raises(ProblemError, match=said if isinstance(said, str) else None) as problem:
-        call(*args, **options)
-    assert isinstance(said, str) or all(word in str(problem.value) for word in said), problem.value
 
 
 # The definition

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import gpu_ot
 from gpu_ot import KL, TV, Problem
 from gpu_ot.geometry import products
-from problems import pairwise, rand
+from problems import measures, pairwise, rand, random_problem
 
 TIGHT = dict(tol=1e-12, norm="l2", max_iter=5000)
 
@@ -120,3 +120,25 @@ def test_a_dear_penalty_is_a_constraint(problem):
     a, b, M = problem(10, 12)
     hard, dear = (gpu_ot.solve(Problem(M, 0.05, a, b, KL(tau)), tol=1e-8, max_iter=10_000) for tau in (math.inf, 1e5))
     torch.testing.assert_close(dear.plan.to_dense(), hard.plan.to_dense(), rtol=1e-4, atol=1e-9)
+
+
+def test_autocast_changes_nothing():
+    x, y, *_ = measures(40, 30, dtype=torch.float32)
+    plain = gpu_ot.solve(Problem(gpu_ot.Dot(x, y), 0.1), tol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = gpu_ot.solve(Problem(gpu_ot.Dot(x, y), 0.1), tol=1e-6)
+    assert cast.value.dtype == torch.float32 and torch.equal(cast.value, plain.value)
+
+
+def test_autocast_reaches_no_front_door():
+    """Its products would be rounded to bfloat16, and the loop would not notice."""
+    a, b, M = random_problem(60, 50, dtype=torch.float32)
+    doors = [
+        lambda: gpu_ot.sinkhorn(a, b, M, 0.1),
+        lambda: gpu_ot.sinkhorn_unbalanced(a, b, M, 0.1, 1.0),
+        lambda: gpu_ot.sinkhorn2(a, b, M, 0.1),
+    ]
+    for door in doors:
+        plain = door()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(door(), plain, rtol=0, atol=0)
