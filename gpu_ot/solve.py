@@ -114,7 +114,7 @@ def solve(
             max_iter=max_iter, check_every=check_every, accelerate=accelerate if start is None or accelerate != "auto" else "mixing",
             schedule=schedule, on_check=on_check, keep=keep,
         )  # fmt: skip
-        _ = solution.value  # now, and not when somebody looks at it: inputs may change in place
+        _ = solution.value  # computed now: the inputs may change in place before somebody reads it
         if solution.status is DIVERGED:
             ranks.check_points(problem.cost)  # which may have changed since the problem was made
     return solution.raise_unless_converged() if strict else solution
@@ -222,12 +222,12 @@ def _unroll(problem: Problem, geometry: Geometry, start: Start, end: Outcome, cr
 
 
 def _caution(end: Outcome) -> str:
-    """What to say where implicit derivatives of these potentials are asked for; nothing where they are as good as the type allows."""
+    """A warning for implicit derivatives at these potentials; empty where the potentials are as good as the type allows."""
     if end.status in (CONVERGED, STALLED):
         return ""
     return (
         f"implicit derivatives are exact at convergence, and these potentials are not there: marginal error "
-        f"{float(end.errors[-1].amax()):.3g}. {end.status}"
+        f"{float(end.errors[-1].amax()) if end.errors else float('nan'):.3g}. {end.status}"
     )
 
 

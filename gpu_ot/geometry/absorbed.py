@@ -23,7 +23,7 @@ from .dense import Dense
 from .products import Power, Products, Scaling
 from .protocol import weigh
 
-#: Iterations between two looks at the range of the sums, at most.
+#: Iterations between two checks of the range of the sums, at most.
 LONGEST_STRIDE = 64
 #: After this many exact iterations, stop waiting for the exactness check.
 SURE = 16
@@ -31,7 +31,7 @@ SURE = 16
 
 @dataclass
 class _Kernel:
-    """What was absorbed, and where: kept in one place for all who look at it, as `plan` may take it away."""
+    """The absorbed kernel, the potentials in it and its eps. Both views share it, since `plan` may take the array away."""
 
     products: Products | None = None
     eps: float = math.nan
@@ -53,7 +53,7 @@ class Absorbed(Dense):
     the next block starts from there with a new kernel.
     """
 
-    #: Whether the host waits for the device when it looks at a number, beyond GPUs: for tests.
+    #: Treat this device as one whose numbers the host must wait for, as a GPU's: for tests.
     waits = False
 
     def __init__(self, C: Tensor | Cost) -> None:
@@ -165,7 +165,7 @@ class Absorbed(Dense):
 
     def _shared(self, g: Tensor) -> list[int]:
         """The batch axes of g along which there is one cost."""
-        return [i for i, (own, asked) in enumerate(zip(self.C.shape[:-2], g.shape[:-1], strict=True)) if own < asked]
+        return [i for i, (own, wanted) in enumerate(zip(self.C.shape[:-2], g.shape[:-1], strict=True)) if own < wanted]
 
     def _at(self, eps: float) -> bool:
         """Whether there is a kernel at eps."""

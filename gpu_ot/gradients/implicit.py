@@ -41,8 +41,8 @@ TOL, TOL_SINGLE, LIMIT = 1e-11, 1e-6, 5000
 #: How much more than the tolerance is let pass where rounding explains it. Without a bound, a solution that grows along a direction in
 #: which the system is all but singular would explain anything.
 SLACK = 100.0
-#: Between looks at the residual on a device where a look makes the host wait.
-LOOK_EVERY = 8
+#: Iterations between checks of the residual on a device where a check makes the host wait.
+CHECK_EVERY = 8
 
 
 def potentials(
@@ -267,7 +267,7 @@ def _conjugate_gradients(
     rhs = within(first - second)
     q, r, size, least = torch.zeros_like(rhs), rhs, norm(rhs), digit * (norm(within(first)) + norm(within(second)))
     left = torch.full_like(size, math.inf)
-    every = 1 if rhs.device.type == "cpu" else LOOK_EVERY
+    every = 1 if rhs.device.type == "cpu" else CHECK_EVERY
     taken = 0
     while True:
         z = r / diagonal

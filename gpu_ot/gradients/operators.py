@@ -126,7 +126,7 @@ def pull_back(geometry: Geometry, k: Tensor, h: Tensor, eps: float, w: Tensor, z
     """The gradient in each input of a function whose derivative in C_ij is exp((k_i + h_j - C_ij) / eps) sum_c w_ic z_jc.
 
     Differentiable in all of these and in the inputs, where the geometry holds the matrix or the folded form of the cost. Raises
-    NotImplementedError where another one is asked for that.
+    NotImplementedError for another geometry that is to be differentiated again.
     """
     inputs = geometry.inputs
     if geometry.stored and len(inputs) == 1:
@@ -148,15 +148,15 @@ def pull_back(geometry: Geometry, k: Tensor, h: Tensor, eps: float, w: Tensor, z
 def pull_held(geometry: Geometry, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
     """The gradients in the inputs of a function whose derivative in C_ij is w_i p_ij, p_ij = exp((k_i + h_j - C_ij) / eps) constant.
 
-    Differentiable in w, and in the points of a cost that folds. Raises NotImplementedError where others are asked for that.
+    Differentiable in w, and in the points of a cost that folds. Raises NotImplementedError where other inputs are to be.
     """
-    inputs, machine, column = geometry.inputs, _machine(geometry), w.unsqueeze(-1)
+    inputs, backend, column = geometry.inputs, _backend(geometry), w.unsqueeze(-1)
     if geometry.stored and len(inputs) == 1:
-        return ((_HeldPlan.apply(machine, eps, k, h) * column.to(geometry.dtype)).sum_to_size(inputs[0].shape),)
+        return ((_HeldPlan.apply(backend, eps, k, h) * column.to(geometry.dtype)).sum_to_size(inputs[0].shape),)
     if folds(geometry):
         u, v = (torch.cat((z, torch.ones_like(z[..., :1])), -1).to(w.dtype) for z in inputs[2:])
-        rows = column * _HeldTimes.apply(machine, eps, k, h, v)
-        columns = _HeldTimes.apply(machine.T, eps, h, k, column * u)
+        rows = column * _HeldTimes.apply(backend, eps, k, h, v)
+        columns = _HeldTimes.apply(backend.T, eps, h, k, column * u)
         grads = rows[..., -1], columns[..., -1], -rows[..., :-1], -columns[..., :-1]
         return tuple(grad.sum_to_size(z.shape).to(z.dtype) for grad, z in zip(grads, inputs, strict=True))
     return pull_back(geometry, k, h, eps, column, torch.ones_like(h).unsqueeze(-1))
@@ -193,12 +193,12 @@ class _HeldPlan(Each):
 
 
 class _PullBack(Each):
-    """`pull_back` by the machine itself, which knows no derivative of it. torch.func differentiates whatever it can, and is told only
+    """`pull_back` by the backend itself, which knows no derivative of it. torch.func differentiates whatever it can, and is told only
     when it asks for that."""
 
     @staticmethod
     def forward(geometry: Geometry, eps: float, k: Tensor, h: Tensor, w: Tensor, z: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # The machine takes a sign on the rows alone: z is split into what adds and what subtracts.
+        # The backend takes a sign on the rows alone: z is split into what adds and what subtracts.
         parts = [
             geometry.pull_back(k, weigh(h, (sign * z[..., c]).clamp(min=0), eps), eps, sign * w[..., c])
             for c in range(z.shape[-1])
@@ -222,10 +222,10 @@ _NO_SECOND = (
 
 
 def _name(geometry: Geometry) -> str:
-    return type(_machine(geometry)).__name__
+    return type(_backend(geometry)).__name__
 
 
-def _machine(geometry: Geometry) -> Geometry:
+def _backend(geometry: Geometry) -> Geometry:
     return geometry.backend if isinstance(geometry, Attached) else geometry
 
 

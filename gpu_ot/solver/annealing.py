@@ -18,7 +18,7 @@ from .step import Alternating
 PROBE_ITERATIONS, SETTLE, FEW = 6, 16, 32
 #: Of the way from the cost's standard deviation down to eps, in steps of this factor.
 ANNEAL_FACTOR = 0.6
-#: Iterations between which a pairwise criterion is only foretold.
+#: Iterations of a block after which a pairwise criterion is only foretold.
 LEAP = 10
 
 
@@ -54,14 +54,15 @@ class Anneal:
 class Block(NamedTuple):
     """k iterations of a step, run by the backend without the host.
 
-    check    whether the monitor looks at the state after it; "ahead" when it only foretells, and the block is undone if the end is near.
-    fresh    whether the accelerator forgets what it knows; `restart` whether the iterations begin anew from the start.
+    check    whether the monitor checks the state after it. "ahead": only whether the end is near; if it is, the block is undone.
+    forget   whether the accelerator forgets what it knows before it.
+    restart  whether the iterations begin anew from the start.
     """
 
     step: Alternating
     k: int
     check: bool | str = True
-    fresh: bool = False
+    forget: bool = False
     restart: bool = False
 
 
@@ -80,7 +81,7 @@ def blocks(
     elif auto:
         plain = replace(step, accelerator=PLAIN)
         for i in range(min(PROBE_ITERATIONS, left)):
-            yield Block(plain, 1, fresh=i == 0)
+            yield Block(plain, 1, forget=i == 0)
         left -= PROBE_ITERATIONS
         if 0 < len(warm := _worth_annealing(step, monitor)) < left:
             yield from _descent(step, warm, predict=True)
@@ -88,17 +89,17 @@ def blocks(
     while leap and left >= LEAP and not monitor.near:
         yield Block(step, LEAP, check="ahead")
         left -= 0 if monitor.near else LEAP
-    k, fresh = 1, True
+    k, forget = 1, True
     while left > 0:
         if not monitor.criterion.pairwise or k == 1:
-            yield Block(step, k, fresh=fresh)
+            yield Block(step, k, forget=forget)
         else:
             short = k < check_every
             yield Block(step, k if short else k - 1, check=False)
             if not short:
                 yield Block(step, 1)
         left -= k
-        k, fresh = min(check_every, left), False
+        k, forget = min(check_every, left), False
 
 
 def _descent(step: Alternating, warm: list[float], predict: bool) -> Iterator[Block]:

@@ -46,7 +46,7 @@ def sinkhorn(
     for block in blocks(step, monitor, schedule, max_iter, check_every, auto, leap):
         if state is None or block.restart:
             state = block.step.begin(geometry, start, state)
-        elif block.fresh:
+        elif block.forget:
             state = replace(state, age=0, memory=None)
         before, state = state, geometry.run(block.step, state, block.k)
         if block.check == "ahead":
