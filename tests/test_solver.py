@@ -142,3 +142,21 @@ def test_autocast_reaches_no_front_door():
         plain = door()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             torch.testing.assert_close(door(), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("grad", ["envelope", "implicit"])
+@pytest.mark.parametrize("backend", ["dense", "chunked"])
+def test_autocast_reaches_no_method_of_a_solution(backend, grad):
+    x, y, *_ = measures(40, 30, dtype=torch.float32)
+    x.requires_grad_()
+
+    def read():
+        done = gpu_ot.solve(Problem(gpu_ot.SqEuclidean(x, y), 0.5), backend=backend, grad=grad, tol=1e-6)
+        P = done.plan
+        return (P @ y, P.T @ x.detach(), P.to_dense(), *P.marginals, done.sharp_cost, done.transport(), done.normalized_entropy, done.value)
+
+    plain = read()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = read()
+    for found, expected in zip(cast, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -16,6 +16,7 @@ from ..costs.base import BLOCK, Cost
 from ..errors import ProblemError
 from ..geometry.protocol import Geometry
 from ..problem import Problem
+from ..vectors import in_full_precision
 
 #: Least columns of a block that partners are drawn from. Many rows are drawn at once, and long rows in several blocks.
 WIDTH = 2**10
@@ -63,6 +64,7 @@ class Plan:
     def T(self) -> Plan:
         return Plan(self._geometry.T, self._h, self._k, self._eps, self.dtype, self._own_cost, not self._flipped, self._live)
 
+    @in_full_precision
     def to_dense(self) -> Tensor:
         if self._live is None:
             with torch.no_grad():
@@ -82,6 +84,7 @@ class Plan:
         parts = [kept[i : i + size] for i in range(0, max(1, len(kept)), size)]
         return torch.cat([self._entries(slice(z.start, z.stop, z.step), columns).to(self.dtype) for z in parts], -2)
 
+    @in_full_precision
     def __matmul__(self, v: Tensor) -> Tensor:
         """(m,) or (*batch, m, c) -> (n,) or (*batch, n, c). Where ranks share the points, v and the result are this rank's shards."""
         columns = v.unsqueeze(-1) if v.ndim == 1 else v
@@ -108,6 +111,7 @@ class Plan:
         return rows.to(self.dtype), columns.to(self.dtype)
 
     @cached_property
+    @in_full_precision
     def wide_marginals(self) -> tuple[Tensor, Tensor]:
         """The marginals in the type of the potentials."""
         ones_m, ones_n = torch.ones_like(self._h).unsqueeze(-1), torch.ones_like(self._k).unsqueeze(-1)

@@ -17,7 +17,7 @@ from ..errors import NotConverged, ProblemError
 from ..geometry.protocol import Geometry, weigh
 from ..problem import Problem
 from ..solver.status import Status
-from ..vectors import log
+from ..vectors import in_full_precision, log
 from .plan import Live, Plan
 
 #: For more pairs than this, <P, C> of a cost that folds is one sweep of the backend rather than a sum over entries.
@@ -71,6 +71,7 @@ class Solution:
         carried = transforms.requires_grad(self.f, self.g)
         return Live(self.problem, self.geometry, self.f, self.g) if carried else None
 
+    @in_full_precision
     def transport(self, x_new: Points | None = None, y: Tensor | None = None) -> Tensor:
         """Where the plan sends the source points, or `x_new` (*batch, k, d), on average: sum_j P_ij y_j / sum_j P_ij, (*batch, n or k, c).
 
@@ -122,6 +123,7 @@ class Solution:
         return self.plan.wide_marginals[0].sum(-1).to(self.problem.given_dtype)
 
     @cached_property
+    @in_full_precision
     def sharp_cost(self) -> Tensor:
         """(*batch,) <P, C>, without the entropy and penalties of `value`; in units of the cost. Carries derivatives as the plan does.
 
@@ -137,6 +139,7 @@ class Solution:
         return gradients.held_cost(self.geometry, self.problem.eps, self.sharp_cost.detach(), *self.levels)
 
     @cached_property
+    @in_full_precision
     def normalized_entropy(self) -> Tensor:
         """(*batch,) how blurred the plan is: 0 for a one-to-one matching of equal weights, 1 for a⊗b. Detached.
 
