@@ -193,10 +193,10 @@ SLOW = {"one forbidden": 1e-3, "weights over twelve decades": 0.05}
 SINGLE = {"weights over twelve decades": 5e-4}
 
 
-DTYPES = [torch.float32, torch.float64]
-
-
-@pytest.mark.parametrize("name, eps, dtype, accelerate", pairwise(ADVERSARIAL, [1.0, 0.05, 1e-3], DTYPES, ["none", *WAYS]), ids=str)
+@pytest.mark.parametrize("accelerate", ["none", *WAYS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [1.0, 0.05, 1e-3])
+@pytest.mark.parametrize("name", ADVERSARIAL)
 def test_adversarial(name, eps, dtype, accelerate):
     C, a, b, P = ADVERSARIAL[name]
     a, b = (None if w is None else (w.double() / w.double().sum()) for w in (a, b))

@@ -261,6 +261,18 @@ def test_an_envelope_leaves_the_plan_detached():
     assert not any(z.requires_grad for z in (s.f, s.plan @ rand(M), s.plan.to_dense(), s.transport(), s.sharp_cost))
 
 
+def test_hessian_vector_products_of_torch():
+    def value(x):
+        return solution("squared", "chunked", KL(), x, Y, A, B).value
+
+    d = rand(N, D, seed=11)
+    H = torch.autograd.functional.hessian(value, X).reshape(N * D, N * D)
+    torch.testing.assert_close(H, H.T, rtol=1e-9, atol=1e-11)
+    for product in (torch.autograd.functional.hvp, torch.autograd.functional.vhp):
+        _, found = product(value, X, d)
+        torch.testing.assert_close(found.reshape(-1), H @ d.reshape(-1), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("penalties", [KL(), KL(0.4)], ids=str)
 def test_a_system_that_is_not_solved_raises(penalties):
     C = between("squared", X, Y).requires_grad_()

@@ -12,7 +12,7 @@ from gpu_ot import KL, TV, Matrix, Problem, ProblemError, SqEuclidean
 from gpu_ot.costs import base as costs
 from gpu_ot.solution import plan as plans
 from gpu_ot.solution import solution
-from problems import generator, measures, pairwise, rand, weights
+from problems import generator, measures, pairwise, rand, randn, weights
 
 EPS = 0.05
 
@@ -64,6 +64,14 @@ def test_the_map_of_new_points_meets_the_map_at_the_old_ones(name, batch, monkey
         monkeypatch.setattr(costs, "BLOCK", block)
         torch.testing.assert_close(found.transport(x.clone())[there], expected, rtol=0, atol=1e-10)
         torch.testing.assert_close(found.transport(x[..., 4:6, :]), found.transport()[..., 4:6, :], rtol=0, atol=1e-10)
+
+
+def test_the_map_of_a_translation_is_the_translation():
+    """For |x - y|^2 and y = x + t the exact map is the translation, and the entropic one is off by no more than the blur."""
+    x, new = randn(2000, 2), 0.5 * randn(50, 2, seed=1)
+    t = torch.tensor([3.0, -1.0], dtype=torch.float64)
+    found = gpu_ot.solve(Problem(SqEuclidean(x, x + t), 0.05), tol=1e-6)
+    assert (found.transport(new) - new - t).norm(dim=-1).mean() < 0.05
 
 
 def test_gradients_of_the_potential_give_the_map():

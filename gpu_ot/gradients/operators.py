@@ -39,15 +39,19 @@ class Each(torch.autograd.Function):
         return tuple(torch.stack(same) for same in zip(*found, strict=True)), (0,) * len(found[0])
 
 
-class _Softmin(Each):
-    @staticmethod
-    def forward(geometry: Geometry, eps: float, g: Tensor, b: Tensor, *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return geometry.softmin(weigh(g, b, eps), eps)
+class _Operator(Each):
+    """An operator of a geometry at one eps. What the backward pass needs is its output and its tensors."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.geometry, ctx.eps, *given = inputs
         ctx.save_for_backward(output, *given)
+
+
+class _Softmin(_Operator):
+    @staticmethod
+    def forward(geometry: Geometry, eps: float, g: Tensor, b: Tensor, *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return geometry.softmin(weigh(g, b, eps), eps)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -56,15 +60,10 @@ class _Softmin(Each):
         return None, None, *pull_softmin(geometry, g, b, ctx.eps, s, grad_outputs[0], ctx.needs_input_grad[2:])
 
 
-class _Apply(Each):
+class _Apply(_Operator):
     @staticmethod
     def forward(geometry: Geometry, eps: float, k: Tensor, h: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return geometry.apply(k, _present(h, v), eps, v)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.geometry, ctx.eps, *given = inputs
-        ctx.save_for_backward(output, *given)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
