@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from .. import errors
 from ..problem import Problem, vector_dtype
-from . import chunked, keops, triton
+from . import chunked, compiled, keops, triton
 from .absorbed import Absorbed
+from .compiled import Compiled
 from .dense import Dense
 from .protocol import Geometry
 from .resident import Resident
@@ -66,6 +67,7 @@ def _block_bytes(problem: Problem) -> int:
 #: By name, in order of preference where nothing else decides. "dense" runs the absorbed form; "softmin" is the same algorithm as it is
 #: written in papers, the truth in tests.
 BACKENDS = {
+    "compiled": Backend(Compiled.refuse, lambda problem: Compiled(problem.cost), lambda problem: 2 * _matrix_bytes(problem)),
     "dense": Backend(lambda problem: None, lambda problem: Absorbed(problem.cost), lambda problem: 2 * _matrix_bytes(problem)),
     "resident": Backend(Resident.refuse, lambda problem: Resident(problem.cost.dense()), Resident.memory),
     "triton": Backend(triton.Streaming.refuse, triton.Streaming, lambda problem: 2 * _cloud_bytes(problem)),
@@ -96,6 +98,8 @@ def _rules(problem: Problem) -> Iterator[Rule]:
             "resident",
             "the problems are so small that launches take longer than the work, and one launch runs many iterations of all of them",
         )
+    if compiled.preferred(problem) and _on(problem, "cpu") and (cost.stored or _fits(problem)):
+        yield Rule("compiled", "on a CPU machine code runs all iterations of problems of this size in one call")
     if cost.stored:
         yield Rule("dense", "the cost is a matrix that is in memory already")
     if _fits(problem):

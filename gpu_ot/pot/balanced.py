@@ -20,6 +20,7 @@ from ..solve import find, needs_gradient
 from ..solver.annealing import Anneal
 from ..solver.criterion import Marginal
 from ..solver.step import scaled
+from . import direct
 from .answer import Answer
 from .arrays import number, take_problem, take_start
 from .refusals import print_error, warn_unless_converged
@@ -58,6 +59,12 @@ def run(
         rules = rules._replace(check_every=print_period)
     if method == "sinkhorn_epsilon_scaling":
         numItermax = max(36, numItermax) * numInnerItermax  # POT's stages, each of so many iterations
+    if not log and not verbose and warmstart is None:
+        found = direct.solve(a, b, M, reg, rules, numItermax, stopThr, _after(accelerate, stopThr))
+        if found is not None:
+            if warn:
+                warn_unless_converged(found.status)
+            return found.cost() if loss else found.plan()
     done = solve_balanced(a, b, M, reg, rules, numItermax, stopThr, verbose, warn, warmstart, accelerate=accelerate)
     lazy = not done.solution.problem.cost.stored
     result = done.give(done.linear()) if loss or done.many else done.lazy_plan() if lazy else done.plan()
@@ -108,17 +115,23 @@ def solve_balanced(
         problem = Problem(cost, eps, wa, matched(wa.double(), wb.double()).to(wb.dtype))
 
     unrolled = unroll and needs_gradient(problem)
-    # A tolerance of 0 cannot be met: all of `max_iter` are then POT's iterations.
-    plain = unrolled or accelerate is False or (accelerate is None and tol <= 0)
+    after = math.inf if unrolled else _after(accelerate, tol)
     solution = find(
         problem, criterion=Marginal(tol, "l2_joint" if rules.joint else "l2"), grad="unroll" if unrolled else "envelope",
         start=scaled(_start(problem, rules, warmstart, many, eps * number(unit))), schedule=schedule, max_iter=max(max_iter, 1),
-        check_every=rules.check_every, accelerate="none" if plain else "mixing", after=0 if accelerate else PLAIN,
+        check_every=rules.check_every, accelerate="none" if after == math.inf else "mixing", after=after,
         on_check=(lambda n_iter, error: print_error(n_iter - 1, error, rules.check_every)) if verbose else None,
     )  # fmt: skip
     if warn:
         warn_unless_converged(solution.status)
     return Answer(solution, back, unit, many, entropy)
+
+
+def _after(accelerate: bool | None, tol: float) -> float:
+    """The plain iterations before acceleration sets in."""
+    if accelerate is None:
+        return PLAIN if tol > 0 else math.inf  # a tolerance of 0 cannot be met: all iterations are then POT's
+    return 0 if accelerate else math.inf
 
 
 def _smallest_eps(M: Tensor) -> float:
