@@ -5,8 +5,6 @@ Arrays have the axis G in front. C may be one cost for all, of which every probl
 
 from __future__ import annotations
 
-import numpy as np
-
 from .block import Measures, State, begin, descend, go, go_symmetric
 from .kernel import Kernel
 from .machine import compiled
@@ -45,18 +43,18 @@ def descend_some(low, high, k, problem, schedule, predict, state, sweeps):
 def go_some(
     low, high, k, problem, state, before, memory, tuning, watch, rule, strict, counts, max_iter, every, plain_until, symmetric, errors, ends
 ):
-    """`go` or `go_symmetric` for problems that still run; ends (G, 2): (status, checks) of each."""
+    """`go` or `go_symmetric` for problems that still run; ends (G, 2): (status, checks so far) of each, errors (G, checks, H)."""
     for p in range(low, high):
         if ends[p, 0] != 0:
-            ends[p, 1] = 0
             continue
+        found = errors[p, ends[p, 1] :]
         kernel, measures, own = _at(k, problem, state, p)
         kept, seen = _watched(memory, watch, p)
         if symmetric:
-            status, checks = go_symmetric(kernel, measures, own, kept, tuning, seen, rule, strict, counts[p], max_iter, errors[p])
+            status, checks = go_symmetric(kernel, measures, own, kept, tuning, seen, rule, strict, counts[p], max_iter, found)
         else:
             last = State(before.f[p], before.g[p], before.g_next[p])
             status, checks = go(
-                kernel, measures, own, last, kept, tuning, seen, rule, strict, counts[p], max_iter, every, plain_until, errors[p]
+                kernel, measures, own, last, kept, tuning, seen, rule, strict, counts[p], max_iter, every, plain_until, found
             )
-        ends[p, 0], ends[p, 1] = status, checks
+        ends[p, 0], ends[p, 1] = status, ends[p, 1] + checks

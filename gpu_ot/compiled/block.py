@@ -14,7 +14,7 @@ from .exponential import exp64
 from .kernel import absorb_at, both, first, softmin_columns, softmin_rows, sums_of_rows
 from .machine import compiled
 from .mixing import forget, propose
-from .watch import CONVERGED, RUNNING, change, judge, log_mass, marginal, seen
+from .watch import RUNNING, change, judge, log_mass, marginal, seen
 
 
 class Measures(NamedTuple):
@@ -36,7 +36,8 @@ class State(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What an iteration leaves: weights times scalings w and u, sums s and t in the type of the kernel; scalings v of g, v_next of g_next."""
+    """What an iteration leaves: weights times scalings, w and u, and the sums s and t in the type of the kernel; the scalings v of g and
+    v_next of g_next."""
 
     w: np.ndarray
     s: np.ndarray
@@ -235,7 +236,7 @@ def go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, m
 
     (RUNNING or how the run ended, how many checks were made). plain_until < 0 is never accelerated.
     """
-    H, n, m = len(problem.a), len(k.f0), len(k.g0)
+    H, m = problem.b.shape
     pairwise, sweep = rule.norm < 0, _buffers(k, problem)
     error, floor, gap, share = np.empty(H), np.empty(H), np.empty((H, m)), problem.b.copy()
     target = np.empty(m)

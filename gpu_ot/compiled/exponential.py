@@ -25,7 +25,7 @@ SHIFT_32 = np.float32(12582912.0)
 @intrinsic
 def _scaled(typing_context, number, shifted):
     """`number` times 2^k, for the k in the lowest bits of `shifted`."""
-    bits, place, word = (types.int32, 23, ir.IntType(32)) if number == types.float32 else (types.int64, 52, ir.IntType(64))
+    place, word = (23, ir.IntType(32)) if number == types.float32 else (52, ir.IntType(64))
 
     def code(context, builder, signature, arguments):
         p, t = (builder.bitcast(z, word) for z in arguments)
@@ -56,7 +56,7 @@ def exp64(x):
     p = p * r + 0.5
     p = p * r + 1.0
     p = p * r + 1.0
-    return _scaled(p, t)
+    return _scaled(p, t)  # pyright: ignore[reportCallIssue]
 
 
 @in_order
@@ -75,4 +75,4 @@ def exp32(x):
     p = p * r + np.float32(0.5)
     p = p * r + np.float32(1.0)
     p = p * r + np.float32(1.0)
-    return _scaled(p, t)
+    return _scaled(p, t)  # pyright: ignore[reportCallIssue]

@@ -15,7 +15,6 @@ from numba.extending import overload  # pyright: ignore[reportMissingImports]
 from .exponential import exp32, exp64
 from .machine import compiled
 
-
 #: Four rows up to this size stay in the first cache.
 NEAR_BYTES = 2**15
 

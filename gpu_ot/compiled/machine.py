@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numba  # pyright: ignore[reportMissingImports]
+from numba.core import config  # pyright: ignore[reportMissingImports]
 
 #: Sums may be taken in any order, as every vector unit and every BLAS does. NaN and inf keep their meaning.
 ANY_ORDER = {"reassoc", "contract", "nsz"}
@@ -35,15 +36,15 @@ def _cache_directory() -> Iterator[bool]:
     numba keeps a function as long as its own file stays the same, not the functions that it calls. So the place has a name that changes
     with any file of this room.
     """
-    kept, place = numba.config.CACHE_DIR, PLACE
+    kept, place = config.CACHE_DIR, PLACE  # pyright: ignore[reportAttributeAccessIssue]
     if place is None:
         yield False
         return
-    numba.config.CACHE_DIR = str(place)
+    config.CACHE_DIR = str(place)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield True
     finally:
-        numba.config.CACHE_DIR = kept
+        config.CACHE_DIR = kept  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _place() -> Path | None:

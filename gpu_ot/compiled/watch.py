@@ -18,6 +18,7 @@ L1, L1_ABSOLUTE, L2, L2_JOINT = range(4)
 class Rule(NamedTuple):
     """A criterion, and the constants that belong to it.
 
+    tol    below 0, nothing ends the run before its last iteration.
     norm   of Marginal, an index into NORMS; -1 for Change, with its settings.
     """
 
@@ -167,6 +168,8 @@ def judge(rule, watch, plain, f, g, error, floor, strict):
         converged &= done[h]
         settled &= done[h] or error[h] <= floor[h]
         worst = ratio if not ratio <= worst else worst
+    if rule.tol < 0:
+        return RUNNING  # to the last iteration
     if converged:
         return CONVERGED
     if settled:

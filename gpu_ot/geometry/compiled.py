@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +32,6 @@ class Arrays(NamedTuple):
 
 class Compiled(Absorbed):
     """`Absorbed`, with its kernel in arrays that machine code fills."""
-
-    compiled = True
 
     def __init__(self, C: Tensor | Cost) -> None:
         super().__init__(C)
@@ -79,7 +77,3 @@ def preferred(problem: Problem) -> bool:
     """Whether it is the fastest: small kernels, or many."""
     n, m = problem.shape[-2:]
     return n * m * problem.dtype.itemsize <= LARGEST_BYTES
-
-
-def of(geometry: Any) -> Compiled | None:
-    return geometry if isinstance(geometry, Compiled) else None

@@ -184,6 +184,8 @@ def _choose(problem: Problem) -> tuple[Rule, list[Rule]]:
 def _passed_over(name: str, problem: Problem) -> str:
     if name == "softmin":
         return 'the readable form of "dense", for tests: slower, and never chosen'
+    if name == "compiled":
+        return f"for problems of up to {compiled.LARGEST_BYTES >> 20} MiB: all cores read a larger kernel at once"
     if name == "resident":
         return f"for problems of up to {RESIDENT} by {RESIDENT} on a GPU"
     if name == "dense" and problem.cost.backend is not None:

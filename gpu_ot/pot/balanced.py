@@ -59,26 +59,27 @@ def run(
         rules = rules._replace(check_every=print_period)
     if method == "sinkhorn_epsilon_scaling":
         numItermax = max(36, numItermax) * numInnerItermax  # POT's stages, each of so many iterations
-    if not log and not verbose and warmstart is None:
+    if not verbose and warmstart is None:
         found = direct.solve(a, b, M, reg, rules, numItermax, stopThr, _after(accelerate, stopThr))
         if found is not None:
             if warn:
                 warn_unless_converged(found.status)
-            return found.cost() if loss else found.plan()
+            result = found.cost() if loss else found.plan()
+            return (result, _log(found.answer(), rules)) if log else result
     done = solve_balanced(a, b, M, reg, rules, numItermax, stopThr, verbose, warn, warmstart, accelerate=accelerate)
     lazy = not done.solution.problem.cost.stored
     result = done.give(done.linear()) if loss or done.many else done.lazy_plan() if lazy else done.plan()
-    return (result, {**_log(done, rules), **done.report()}) if log else result
+    return (result, _log(done, rules)) if log else result
 
 
 def _log(done: Answer, rules: Method) -> dict[str, Any]:
-    """POT's `log`."""
+    """POT's `log`, and how the loop ended."""
     log_u, log_v = done.logarithms()
     alpha, beta = done.logarithms(done.solution.problem.eps * number(done.unit))
     logs = {"log_u": log_u, "log_v": log_v, "logu": log_u, "logv": log_v, "alpha": alpha, "beta": beta, "warmstart": (alpha, beta)}
     log = {"err": done.err(rules.check_every), "niter": done.last_iteration, **logs, **done.scalings()}
     absent = ("err", "niter") if done.many and not rules.joint else ()
-    return {key: log[key] for key in rules.log.split() if key not in absent}
+    return {**{key: log[key] for key in rules.log.split() if key not in absent}, **done.report()}
 
 
 def solve_balanced(

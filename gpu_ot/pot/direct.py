@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,76 +16,96 @@ import torch
 from torch import Tensor
 
 from .. import compiled, transforms
-from ..geometry.absorbed import range_of
+from ..costs.matrix import Matrix
+from ..geometry.absorbed import Absorbed, range_of
 from ..geometry.compiled import LARGEST_BYTES
-from ..problem import MASS_RTOL
+from ..problem import MASS_RTOL, Problem
+from ..solution.solution import Solution
 from ..solver.compiled import STATUS, rule_of, tuning
 from ..solver.criterion import Marginal
-from ..solver.status import DIVERGED, Status
+from ..solver.status import CONVERGED, DIVERGED, Status
 from . import arrays
+from .answer import Answer
+from .arrays import take, tensors
 
-_TYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+TYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 #: The types of reg that are a number for sure.
 NUMBERS = (float, int, np.float64, np.float32)
 
 
 class Found(NamedTuple):
-    """The plan P (n, m) of costs M in the caller's type, potentials, errors at the checks, and how the loop ended."""
+    """The plan P (n, m) of costs M between weights a and b, potentials, errors (checks,), and how the loop ended. `back` makes the
+    caller's kind of array, None where that is numpy's."""
 
     P: np.ndarray
     M: np.ndarray
+    eps: float
+    a: np.ndarray
+    b: np.ndarray
     f: np.ndarray
     g: np.ndarray
     errors: np.ndarray
-    n_iter: int
+    counts: np.ndarray
     status: Status
-    tensors: bool
+    back: Callable[[Tensor], Any] | None
 
     def plan(self) -> Any:
-        return torch.from_numpy(self.P) if self.tensors else self.P
+        return self.P if self.back is None else self.back(torch.from_numpy(self.P))
 
     def cost(self) -> Any:
         """<P, M>."""
         from ..compiled.transport import inner
 
         total = self.P.dtype.type(inner(self.P, self.M))
-        return torch.as_tensor(total) if self.tensors else total
+        return total if self.back is None else self.back(torch.as_tensor(total))
+
+    def answer(self) -> Answer:
+        """For POT's `log`."""
+        M, a, b, f, g, errors = map(torch.from_numpy, (self.M, self.a, self.b, self.f, self.g, self.errors))
+        problem = Problem.checked(Matrix(M), self.eps, a, b)
+        done = torch.tensor(self.status is CONVERGED)
+        found = Solution(problem, Absorbed(M), f.sum, f, g, self.status, done, int(self.counts[0]), int(self.counts[2]), errors)
+        return Answer(found, self.back or arrays.to_numpy)
 
 
 def solve(a: Any, b: Any, M: Any, reg: Any, rules: Any, max_iter: int, tol: float, after: float) -> Found | None:
     """The problem solved by the rules of one of POT's methods, as `balanced.solve_balanced`; None where it must go the usual way."""
-    kind = type(M)
-    if type(reg) not in NUMBERS or not 0 < reg < math.inf or not (kind is np.ndarray or kind is Tensor):
+    if type(reg) not in NUMBERS or not 0 < reg < math.inf or compiled.refused() is not None:
         return None
-    tensors = kind is Tensor
-    given = [M, a, b]
-    if tensors:
-        if any(type(z) is Tensor and not _plain(z) for z in given) or transforms.active() or torch.compiler.is_compiling():
+    back = None
+    if type(M) is not np.ndarray:
+        if type(M) is Tensor:
+            back = tensors
+        elif hasattr(M, "__dlpack__") and not hasattr(M, "__torch_function__"):
+            (a, b, M), back = take(a=a, b=b, M=M)
+        if back is None or any(type(z) is Tensor and not _plain(z) for z in (a, b, M)) or _elsewhere():
             return None
-        given = [z.detach().numpy() if type(z) is Tensor else z for z in given]
+        a, b, M = (z.detach().numpy() if type(z) is Tensor else z for z in (a, b, M))
     elif arrays.numpy_device is not None:
         return None
-    M, a, b = given
-    if M.ndim != 2 or M.dtype not in _TYPES or not 0 < M.nbytes <= LARGEST_BYTES or compiled.refused() is not None:
+    if M.ndim != 2 or M.dtype not in TYPES or not 0 < M.nbytes <= LARGEST_BYTES:
         return None
-    n, m = M.shape
+    (n, m), eps, (dropped, safe) = M.shape, float(reg), range_of(M.itemsize)
     wa, wb = _weights(a, n, M.dtype), _weights(b, m, M.dtype)
     if wa is None or wb is None:
         return None
     from ..compiled.transport import UNUSUAL, sinkhorn
 
-    eps, (dropped, safe) = float(reg), range_of(M.itemsize)
     start = np.full(n, -eps * math.log(n) if rules.uniform_start else 0.0)
     limit = max(max_iter, 1)
-    plain_until = -1 if after >= limit else int(after)
     C = M if M.flags.c_contiguous and M.flags.writeable else np.array(M, order="C")
     P, f, g, errors, counts, status = sinkhorn(
-        C, wa, wb, eps, start, MASS_RTOL, _rule(tol, rules.joint, _TYPES[M.dtype]), _tuning(), dropped, safe, limit, rules.check_every,
-        plain_until,
+        C, wa, wb, eps, start, MASS_RTOL, _rule(tol, rules.joint, TYPES[M.dtype]), _tuning(), dropped, safe, limit, rules.check_every,
+        -1 if after >= limit else int(after),
     )  # fmt: skip
     if status == UNUSUAL or STATUS[status] is DIVERGED:
         return None
-    return Found(P, C, f, g, errors, int(counts[0]), STATUS[status], tensors)
+    return Found(P, C, eps, wa, wb, f, g, errors, counts, STATUS[status], back)
+
+
+def _elsewhere() -> bool:
+    """Whether a transform or a compiler looks on."""
+    return transforms.active() or torch.compiler.is_compiling()
 
 
 def _plain(z: Tensor) -> bool:
@@ -102,7 +123,7 @@ def _tuning() -> Any:
 
 
 def _weights(w: Any, size: int, dtype: np.dtype) -> np.ndarray | None:
-    """A copy in float64; uniform for an empty list. None for what is not a plain vector of this type."""
+    """A copy in float64; uniform for None and an empty list. None for what is not a plain vector of this type."""
     if type(w) is np.ndarray:
         return w.astype(np.float64) if w.shape == (size,) and w.dtype == dtype else None
-    return np.full(size, 1 / size) if type(w) is list and not w else None
+    return np.full(size, 1 / size) if w is None or (type(w) is list and not w) else None

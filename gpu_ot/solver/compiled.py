@@ -1,7 +1,6 @@
 """Stretches of a run in machine code: the arrays of a geometry, a step and a criterion, handed to the room `compiled`.
 
-The twin of what `loop` does block by block. The two agree to rounding; a problem of a batch that is done stops here also without
-acceleration, where the torch operations let it go on with the others.
+The twin of what `loop` does block by block; the two agree to rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..geometry.compiled import Compiled
 from ..geometry.protocol import Geometry, weigh
 from ..penalties import KL
 from .acceleration import Anderson, Plain
@@ -36,16 +36,17 @@ STATUS = (MAX_ITER, CONVERGED, STALLED, DIVERGED)
 
 def engine(geometry: Geometry, step: Alternating, monitor: Monitor, start: Start) -> Engine | None:
     """What runs this in machine code; None where the torch operations do."""
-    if not getattr(geometry, "compiled", False) or type(step) not in (Alternating, Symmetric):
+    if not isinstance(geometry, Compiled) or type(step) not in (Alternating, Symmetric):
         return None
     problem, rule = step.problem, monitor.criterion
     batch = problem.a.shape[:-1]
-    if type(rule) not in (Marginal, Change) or type(step.accelerator) not in (Plain, Anderson) or start.f.shape != problem.a.shape:
+    if not isinstance(rule, (Marginal, Change)) or type(step.accelerator) not in (Plain, Anderson) or start.f.shape != problem.a.shape:
         return None
     if not batch.numel() or problem.a.dtype != torch.float64:
         return None
     arrays = geometry.arrays(batch)
-    if arrays is None or (len(arrays.K) > 1 and (isinstance(rule, Change) or rule.norm == "l2_joint")):
+    told = monitor.on_check is not None or monitor.keep is not None
+    if arrays is None or (len(arrays.K) > 1 and (not isinstance(rule, Marginal) or rule.norm == "l2_joint" or told)):
         return None
     return Engine(geometry, arrays, step, monitor, start)
 
@@ -61,7 +62,7 @@ class Engine:
         G, (n, m) = len(arrays.K), arrays.C.shape[-2:]
         H = problem.a.shape[:-1].numel() // G
         self.shape = G, H, n, m
-        self.kernel = kernel.Kernel(*arrays, geometry.log_dropped, geometry.safe)
+        self.kernel = kernel.Kernel(arrays.C, arrays.K, arrays.f0, arrays.g0, arrays.at, geometry.log_dropped, geometry.safe)
         tau_a, tau_b = (float(penalty.tau) if isinstance(penalty, KL) else math.inf for penalty in problem.penalties)
         a, b = self._rows(problem.a), self._columns(problem.b)
         self.at = functools.partial(block.Measures, a, b, tau_a=tau_a, tau_b=tau_b)
@@ -127,36 +128,51 @@ class Engine:
         from ..compiled import batch
 
         (G, H, _, _), step, monitor, ends = self.shape, stretch.step, self.monitor, self.ends
-        symmetric = isinstance(step, Symmetric)
         plain_until = step.plain_until if isinstance(step.accelerator, Anderson) else -1
-        running = ends[:, 0] == 0
-        limit = int(self.counts[running, 0].max()) + stretch.k
-        self.counts[:, 1], self.counts[:, 3] = 0, 1
-        told = monitor.on_check is not None or monitor.keep is not None
-        checks = 1 if told else min(stretch.k // stretch.every + 2, max(64, ERRORS // (G * H)))
-        found = np.empty((G, checks, H))
-        while True:
-            self._each(
-                batch.go_some, self.kernel, self.at(step.eps), self.state, self.before, self.memory, self.tuning, self.watch, self.rule,
-                bool(monitor.criterion.strict), self.counts, limit, stretch.every, plain_until, symmetric, found, ends,
-            )  # fmt: skip
-            self._report(found)
-            if ends[:, 0].all() or self.counts[ends[:, 0] == 0, 0].min() >= limit:
-                return
+        limit = int(self.counts[ends[:, 0] == 0, 0].max()) + stretch.k
+        self.counts[:, 1], self.counts[:, 3], ends[:, 1] = 0, 1, 0
 
-    def _report(self, found: np.ndarray) -> None:
+        def go(rule: Any, limit: int) -> None:
+            self._each(
+                batch.go_some, self.kernel, self.at(step.eps), self.state, self.before, self.memory, self.tuning, self.watch, rule,
+                bool(monitor.criterion.strict), self.counts, limit, stretch.every, plain_until, isinstance(step, Symmetric), self.found,
+                ends,
+            )  # fmt: skip
+
+        def running(limit: int) -> bool:
+            return bool(((ends[:, 0] == 0) & (self.counts[:, 0] < limit)).any())
+
+        told = monitor.on_check is not None or monitor.keep is not None
+        self.found = np.empty((G, 1 if told else min(stretch.k // stretch.every + 2, max(64, ERRORS // (G * H))), H))
+        go(self.rule, limit)
+        while running(limit):
+            if told:
+                self._report()
+                ends[:, 1] = 0
+            else:
+                self.found = np.concatenate((self.found, np.empty_like(self.found)), 1)
+            go(self.rule, limit)
+        if G > 1 and plain_until < 0 and (last := int(self.counts[:, 0].max())) > self.counts[:, 0].min():
+            # Plain iterations only improve, and go on together.
+            ended, done = ends[:, 0].copy(), self.watch.done.copy()
+            ends[:, 0], self.watch.done[:] = 0, False
+            while running(last):
+                self.found = np.concatenate((self.found, np.empty_like(self.found)), 1)
+                go(self.rule._replace(tol=-1.0), last)
+            ends[:, 0], self.watch.done[:] = ended, done
+        self._report()
+
+    def _report(self) -> None:
         """The errors, to the monitor: those of a problem that has ended stay."""
         monitor, (G, H, _, _), made = self.monitor, self.shape, self.ends[:, 1]
         batch = self.step.problem.a.shape[:-1]
-        last = monitor.errors[-1].view(G, H).numpy() if monitor.errors else None
-        table = np.empty((int(made.max()), G, H))
-        for i in range(len(table)):
-            going = made > i
-            table[i, going] = found[going, i]
-            if not going.all():
-                assert last is not None
-                table[i, ~going] = last[~going]
-            last = table[i]
+        if G == 1:
+            table = self.found[0, : made[0]]
+        else:
+            last = monitor.errors[-1].view(G, H).numpy() if monitor.errors else self.found[:, 0]
+            table = np.empty((int(made.max()), G, H))
+            for i in range(len(table)):
+                table[i] = last = np.where((made > i)[:, None], self.found[:, min(i, self.found.shape[1] - 1)], last)
         monitor.errors += torch.from_numpy(table).view((-1, *batch)).unbind()
         monitor.kept, monitor.done = (self._tensor(self.watch.f), self._tensor(self.watch.g)), self._tensor(self.watch.done)
         state = self._state()

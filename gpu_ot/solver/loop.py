@@ -62,6 +62,7 @@ def _run(geometry: Geometry, monitor: Monitor, start: Start, stretch: Stretch, s
         elif block.forget:
             state = replace(state, age=0, memory=None)
         before, state = state, geometry.run(block.step, state, block.k)
+        assert before is not None and state is not None
         if block.check == "ahead":
             state = before if monitor.end_is_near(state) else state
         elif block.check:
