@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .exponential import exp64
-from .kernel import absorb_at, both, first, softmin_columns, softmin_rows, sums_of_rows
+from .exponential import exp64, log64
+from .kernel import absorb_at, both, first, largest, smallest, softmin_columns, softmin_rows, sums_of_rows
 from .machine import compiled
 from .mixing import forget, propose
 from .watch import RUNNING, change, judge, log_mass, marginal, seen
@@ -76,20 +76,19 @@ def _multiply(k, problem, sweep):
         mass = 0.0
         for i in range(n):
             mass += u[i]
-        low, high = np.inf, 0.0
-        for i in range(n):
-            low, high = min(low, s[i]), max(high, s[i])
-        exact &= low >= k.safe * total and high < np.inf and math.isfinite(mass)
-        low, high = np.inf, 0.0
+        exact &= smallest(s) >= k.safe * total and largest(s) < np.inf and math.isfinite(mass)
+        reached = 0.0
         for j in range(m):
-            low, high = min(low, t[j]), max(high, t[j])
-        exact &= low >= k.safe * mass and high < np.inf
+            reached += t[j]
+        exact &= smallest(t) >= k.safe * mass and math.isfinite(reached)
+        v = sweep.v_next[h]
         if tau_b < np.inf:
+            shift, q = -1 / (tau_b + eps), 1 / (1 + eps / tau_b)
             for j in range(m):
-                sweep.v_next[h, j] = math.exp(-k.g0[j] / (tau_b + eps) - math.log(t[j]) / (1 + eps / tau_b))
+                v[j] = exp64(shift * k.g0[j] - q * log64(t[j]))
         else:
             for j in range(m):
-                sweep.v_next[h, j] = 1 / t[j]
+                v[j] = 1 / t[j]
     return exact
 
 
@@ -104,7 +103,7 @@ def _levels(k, problem, sweep, state):
     eps, p = problem.eps, 1 / (1 + problem.eps / problem.tau_a)
     for h in range(len(problem.a)):
         for i in range(len(k.f0)):
-            state.f[h, i] = p * (k.f0[i] - eps * math.log(sweep.s[h, i]))
+            state.f[h, i] = p * (k.f0[i] - eps * log64(sweep.s[h, i]))
         _columns(k, eps, sweep.v[h], state.g[h])
         _columns(k, eps, sweep.v_next[h], state.g_next[h])
 
@@ -112,7 +111,7 @@ def _levels(k, problem, sweep, state):
 @compiled
 def _columns(k, eps, v, out):
     for j in range(len(v)):
-        out[j] = k.g0[j] + eps * math.log(v[j])
+        out[j] = k.g0[j] + eps * log64(v[j])
 
 
 @compiled
@@ -219,7 +218,7 @@ def descend(k, problem, schedule, predict, state):
 
 
 @compiled
-def _see(rule, problem, state, n_iter, out):
+def see(rule, problem, state, n_iter, out):
     """`Change.seen`: f and g of a state as they are returned."""
     out.f[:], out.g[:] = state.f, state.g
     if n_iter > rule.translate_after:
@@ -275,13 +274,13 @@ def go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, m
         counts[0], counts[1], counts[2], counts[3] = n_iter + 1, counts[1] + 1, counts[2] + visits, counts[3] - 1
         if not due:
             if pairwise and counts[3] == 1:
-                _see(rule, problem, state, counts[0], before)
+                see(rule, problem, state, counts[0], before)
             continue
         counts[3] = every
         f, g = state.f, state.g
         if pairwise:
             f, g = state.f.copy(), state.g.copy()
-            _see(rule, problem, state, counts[0], State(f, g, g))
+            see(rule, problem, state, counts[0], State(f, g, g))
             change(rule, problem.a, problem.b, f, g, before.f, before.g, problem.eps, counts[0], error, floor)
             before.f[:], before.g[:] = f, g
         else:
@@ -321,7 +320,7 @@ def go_symmetric(k, problem, state, memory, tuning, watch, rule, strict, counts,
             sums_of_rows(k.K, w, s)
             for i in range(n):
                 exact &= s[i] >= k.safe * total and s[i] < np.inf
-                halfway[i] = k.f0[i] - eps * math.log(s[i])
+                halfway[i] = k.f0[i] - eps * log64(s[i])
             if not exact:
                 for j in range(n):
                     level[j] = g[j] + eps * math.log(problem.a[h, j]) if problem.a[h, j] > 0 else -np.inf

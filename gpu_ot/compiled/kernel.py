@@ -12,8 +12,8 @@ import numpy as np
 from numba import types  # pyright: ignore[reportMissingImports]
 from numba.extending import overload  # pyright: ignore[reportMissingImports]
 
-from .exponential import exp32, exp64
-from .machine import compiled
+from .exponential import exp32, exp64, log64
+from .machine import compiled, extreme
 
 #: Four rows up to this size stay in the first cache.
 NEAR_BYTES = 2**15
@@ -35,11 +35,47 @@ def narrow_exp(z, like):
     """exp(z) in the type of `like`."""
 
 
-@overload(narrow_exp, inline="never")
+@overload(narrow_exp)
 def _(z, like):
     if like == types.float32:
         return lambda z, like: exp32(np.float32(z))
     return lambda z, like: exp64(z)
+
+
+@extreme
+def smallest(z):
+    low = np.inf
+    for j in range(len(z)):
+        low = z[j] if z[j] < low else low
+    return low
+
+
+@extreme
+def largest(z):
+    high = -np.inf
+    for j in range(len(z)):
+        high = z[j] if z[j] > high else high
+    return high
+
+
+@extreme
+def _cheapest(C, g):
+    """min_j C_j - g_j."""
+    low = np.inf
+    for j in range(len(g)):
+        z = C[j] - g[j]
+        low = z if z < low else low
+    return low
+
+
+@extreme
+def _nearest(C, g):
+    """max_j g_j - C_j."""
+    top = -np.inf
+    for j in range(len(g)):
+        z = g[j] - C[j]
+        top = z if z > top else top
+    return top
 
 
 @compiled
@@ -62,11 +98,7 @@ def absorb_at(k, g, eps):
         for h in range(H):
             k.g0[j] += g[h, j] / H
     for i in range(n):
-        low, C = np.inf, k.C[i]
-        for j in range(m):
-            z = C[j] - k.g0[j]
-            low = z if z < low else low
-        k.f0[i] = low
+        k.f0[i] = _cheapest(k.C[i], k.g0)
         _absorb_row(k, i, 1 / eps)
     k.at[0] = eps
 
@@ -103,7 +135,7 @@ def first(k, f, a, eps, out):
             t[j] += K[j]
     k.at[0] = eps
     for j in range(m):
-        t[j] = k.g0[j] - eps * math.log(t[j])
+        t[j] = k.g0[j] - eps * log64(t[j])
 
 
 @compiled
@@ -124,7 +156,7 @@ def softmin_columns(C, level, eps, out):
             e = exp64(z)
             out[j] += 0.0 if z < -700 else e
     for j in range(m):
-        out[j] = -top[j] - eps * math.log(out[j])
+        out[j] = -top[j] - eps * log64(out[j])
 
 
 @compiled
@@ -133,10 +165,7 @@ def softmin_rows(C, level, eps, out):
     n, m = C.shape
     scale = 1 / eps
     for i in range(n):
-        top = -np.inf
-        for j in range(m):
-            z = level[j] - C[i, j]
-            top = z if z > top else top
+        top = _nearest(C[i], level)
         top = top if math.isfinite(top) else 0.0
         total = 0.0
         for j in range(m):
@@ -159,51 +188,92 @@ def sums_of_rows(K, w, s):
 
 @compiled
 def both(K, w, a, p, c, s, u, t):
-    """s = K w, t = K^T u in one read of K, where u = a / s for p = 0, the hard marginal, and a exp(c - p log s) otherwise.
+    """s = K w, u = a / s for p = 0, the hard marginal, and a exp(c - p log s) otherwise, and t = K^T u, in one read of K.
 
-    Four rows at a time, whose part of t is added while the next four are summed: half as long again in turns, where rows fit the first
-    cache. Longer rows come from memory, and there each four are finished first.
+    Some rows' part of t is added while the next rows are summed: half as long again in turns, where rows fit the first cache. Longer
+    rows come from memory, and there each four are finished first.
     """
     n, m = K.shape
-    zero = K.dtype.type(0)
-    t[:] = zero
+    t[:] = K.dtype.type(0)
     long = 4 * m * K.itemsize > NEAR_BYTES
-    whole = n // 4 * 4
+    whole = 0 if long else _eights(K, w, a, p, c, s, u, t) if p > 0 else _fours(K, w, a, s, u, t)
+    zero = K.dtype.type(0)
+    for block in range(whole // 4, n // 4):
+        i = 4 * block
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        for j in range(m):
+            s0 += K[i, j] * w[j]
+            s1 += K[i + 1, j] * w[j]
+            s2 += K[i + 2, j] * w[j]
+            s3 += K[i + 3, j] * w[j]
+        s[i], s[i + 1], s[i + 2], s[i + 3] = s0, s1, s2, s3
+        for r in range(i, i + 4):
+            u[r] = a[r] / s[r] if p == 0 else a[r] * exp64(c[r] - p * log64(s[r]))
+        u0, u1, u2, u3 = u[i], u[i + 1], u[i + 2], u[i + 3]
+        for j in range(m):
+            t[j] += (u0 * K[i, j] + u1 * K[i + 1, j]) + (u2 * K[i + 2, j] + u3 * K[i + 3, j])
+    for i in range(n // 4 * 4, n):
+        total = zero
+        for j in range(m):
+            total += K[i, j] * w[j]
+        s[i] = total
+        u[i] = a[i] / s[i] if p == 0 else a[i] * exp64(c[i] - p * log64(s[i]))
+        last = u[i]
+        for j in range(m):
+            t[j] += last * K[i, j]
+
+
+@compiled
+def _fours(K, w, a, s, u, t):
+    """`both` for a hard marginal and all fours of rows, whose number is returned: the four before are added meanwhile."""
+    n, m = K.shape
+    zero, whole = K.dtype.type(0), n // 4 * 4
+    if not whole:
+        return 0
     u0, u1, u2, u3 = zero, zero, zero, zero
     for block in range(n // 4):
         i = 4 * block
         q = i - 4 if block else 0
         s0, s1, s2, s3 = zero, zero, zero, zero
-        if long:
-            for j in range(m):
-                s0 += K[i, j] * w[j]
-                s1 += K[i + 1, j] * w[j]
-                s2 += K[i + 2, j] * w[j]
-                s3 += K[i + 3, j] * w[j]
-        else:
+        for j in range(m):
+            s0 += K[i, j] * w[j]
+            s1 += K[i + 1, j] * w[j]
+            s2 += K[i + 2, j] * w[j]
+            s3 += K[i + 3, j] * w[j]
+            t[j] += (u0 * K[q, j] + u1 * K[q + 1, j]) + (u2 * K[q + 2, j] + u3 * K[q + 3, j])
+        u0, u1, u2, u3 = a[i] / s0, a[i + 1] / s1, a[i + 2] / s2, a[i + 3] / s3
+        s[i], s[i + 1], s[i + 2], s[i + 3] = s0, s1, s2, s3
+        u[i], u[i + 1], u[i + 2], u[i + 3] = u0, u1, u2, u3
+    i = whole - 4
+    for j in range(m):
+        t[j] += (u0 * K[i, j] + u1 * K[i + 1, j]) + (u2 * K[i + 2, j] + u3 * K[i + 3, j])
+    return whole
+
+
+@compiled
+def _eights(K, w, a, p, c, s, u, t):
+    """`both` for a relaxed marginal and all eights of rows, whose logarithms are then taken at once."""
+    n, m = K.shape
+    zero, whole = K.dtype.type(0), n // 8 * 8
+    for block in range(n // 8):
+        for half in range(2):
+            i = 8 * block + 4 * half
+            q = i - 8 if block else i
+            u0, u1, u2, u3 = u[q], u[q + 1], u[q + 2], u[q + 3]
+            if not block:
+                u0, u1, u2, u3 = zero, zero, zero, zero
+            s0, s1, s2, s3 = zero, zero, zero, zero
             for j in range(m):
                 s0 += K[i, j] * w[j]
                 s1 += K[i + 1, j] * w[j]
                 s2 += K[i + 2, j] * w[j]
                 s3 += K[i + 3, j] * w[j]
                 t[j] += (u0 * K[q, j] + u1 * K[q + 1, j]) + (u2 * K[q + 2, j] + u3 * K[q + 3, j])
-        s[i], s[i + 1], s[i + 2], s[i + 3] = s0, s1, s2, s3
-        for r in range(i, i + 4):
-            u[r] = a[r] / s[r] if p == 0 else a[r] * math.exp(c[r] - p * math.log(s[r]))
-        u0, u1, u2, u3 = u[i], u[i + 1], u[i + 2], u[i + 3]
-        if long:
-            for j in range(m):
-                t[j] += (u0 * K[i, j] + u1 * K[i + 1, j]) + (u2 * K[i + 2, j] + u3 * K[i + 3, j])
-    if not long and whole:
-        i = whole - 4
-        for j in range(m):
-            t[j] += (u0 * K[i, j] + u1 * K[i + 1, j]) + (u2 * K[i + 2, j] + u3 * K[i + 3, j])
-    for i in range(whole, n):
-        total = zero
-        for j in range(m):
-            total += K[i, j] * w[j]
-        s[i] = total
-        u[i] = a[i] / s[i] if p == 0 else a[i] * math.exp(c[i] - p * math.log(s[i]))
+            s[i], s[i + 1], s[i + 2], s[i + 3] = s0, s1, s2, s3
+        for r in range(8 * block, 8 * block + 8):
+            u[r] = a[r] * exp64(c[r] - p * log64(s[r]))
+    for i in range(max(0, whole - 8), whole):
         last = u[i]
         for j in range(m):
             t[j] += last * K[i, j]
+    return whole

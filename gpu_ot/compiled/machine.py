@@ -24,9 +24,14 @@ def compiled(function: Callable[..., Any]) -> Any:
         return numba.njit(cache=cache, nogil=True, fastmath=ANY_ORDER, error_model="numpy")(function)
 
 
+def extreme(function: Callable[..., Any]) -> Any:
+    """The same for a largest or smallest number, which compilers find in vectors only where they may take it that there is no NaN."""
+    return numba.njit(nogil=True, fastmath=ANY_ORDER | {"nnan"}, error_model="numpy")(function)
+
+
 def in_order(function: Callable[..., Any]) -> Any:
-    """The same for arithmetic whose order matters; inlined wherever it is called."""
-    return numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy", inline="never")(function)
+    """The same for arithmetic whose order matters."""
+    return numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")(function)
 
 
 @contextlib.contextmanager

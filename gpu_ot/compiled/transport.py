@@ -1,4 +1,4 @@
-"""A balanced problem between arrays in one call: checked, solved, and its plan formed."""
+"""A problem between arrays in one call: checked, solved, and its plan formed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 
-from .block import Measures, State, begin, go
+from .block import Measures, State, begin, go, see
 from .exponential import exp64
 from .kernel import Kernel, narrow_exp
 from .machine import compiled
 from .mixing import Memory
-from .watch import Watch
+from .watch import RUNNING, Watch
 
 #: Instead of a status: some number is not an ordinary one, or the masses differ.
 UNUSUAL = -1
@@ -19,7 +19,7 @@ UNUSUAL = -1
 
 @compiled
 def ordinary(M, a, b, rtol):
-    """Whether all costs are finite, all weights too and >= 0, and both have one mass, up to rtol: b is then made to have that of a."""
+    """Whether all costs are finite, all weights too and >= 0, and for rtol >= 0 both have one mass, up to that: b then gets that of a."""
     n, m = M.shape
     broken = 0.0 * M[0, 0]
     for i in range(n):
@@ -27,11 +27,13 @@ def ordinary(M, a, b, rtol):
             broken += 0 * M[i, j]  # 0, or NaN
     least, mass_a, mass_b = 0.0, 0.0, 0.0
     for i in range(n):
-        least, mass_a = min(least, a[i]), mass_a + a[i]
+        least, mass_a = a[i] if a[i] < least else least, mass_a + a[i]
     for j in range(m):
-        least, mass_b = min(least, b[j]), mass_b + b[j]
+        least, mass_b = b[j] if b[j] < least else least, mass_b + b[j]
     if not (broken == 0 and least >= 0 and mass_a > 0 and mass_b > 0 and mass_a < np.inf and mass_b < np.inf):
         return False
+    if rtol < 0:
+        return True
     if not abs(mass_a - mass_b) <= rtol * max(mass_a, mass_b):
         return False
     ratio = mass_a / mass_b
@@ -75,26 +77,27 @@ def write_plan(k, problem, state, P):
 
 
 @compiled
-def sinkhorn(M, a, b, eps, start, rtol, rule, tuning, dropped, safe, max_iter, every, plain_until):
-    """The plan of a balanced problem from f + eps log a = start (n,), rows exact; a and b, (n,) and (m,) of float64, are overwritten.
+def solve(M, a, b, eps, tau_a, tau_b, start, weight, before_g, rtol, rule, strict, tuning, dropped, safe, max_iter, every, plain_until):
+    """The plan of one problem from row potentials `start` (n,) with their weights; a and b, (n,) and (m,) of float64, are overwritten.
 
-    (plan, f, g, errors (checks,), counts as `block.go`, status). UNUSUAL: nothing was done.
+    before_g (m,) is what a rule that compares takes for the g at the start; rtol as in `ordinary`, the rest as in `block.go`.
+    (plan, f, g, errors (checks,), counts, status). UNUSUAL: nothing was done.
     """
     n, m = M.shape
-    K, f0, g0, at = np.empty_like(M), np.empty(n), np.empty(m), np.full(1, np.nan)
-    state = State(np.empty((1, n)), np.empty((1, m)), np.empty((1, m)))
-    before = State(np.empty((1, 0)), np.empty((1, 0)), np.empty((1, 0)))
-    counts = np.array([0, 0, 1, 1])
-    errors = np.empty((max_iter // every + 2, 1))
+    K, counts, errors = np.empty_like(M), np.array([0, 0, 1, 1]), np.empty((max_iter // every + 2, 1))
     watch = Watch(np.empty((1, n)), np.empty((1, m)), np.empty(1), np.zeros(1, np.bool_), np.array([0.0, np.inf, 0.0]))
     if not ordinary(M, a, b, rtol):
         return K, watch.f[0], watch.g[0], errors[:0, 0], counts, UNUSUAL
-    k = Kernel(M, K, f0, g0, at, dropped, safe)
-    problem = Measures(a.reshape((1, n)), b.reshape((1, m)), eps, np.inf, np.inf)
+    k = Kernel(M, K, np.empty(n), np.empty(m), np.full(1, np.nan), dropped, safe)
+    problem = Measures(a.reshape((1, n)), b.reshape((1, m)), eps, tau_a, tau_b)
+    state = State(np.empty((1, n)), np.empty((1, m)), np.empty((1, m)))
+    before = State(start.copy().reshape((1, n)), before_g.copy().reshape((1, m)), np.empty((1, 0)))
     mixed = m if plain_until >= 0 else 0
     memory = Memory(np.zeros((1, 3, mixed)), np.zeros((1, 3, mixed)), np.empty((1, 2, mixed)), np.empty((1, 2, mixed)), np.zeros((1, 6)))
-    begin(k, problem, start.reshape((1, n)), np.ones((1, n)), state)
-    status, checks = go(k, problem, state, before, memory, tuning, watch, rule, False, counts, max_iter, every, plain_until, errors)
+    begin(k, problem, start.reshape((1, n)), weight.reshape((1, n)), state)
+    status, checks = go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, max_iter, every, plain_until, errors)
     kept = State(watch.f, watch.g, watch.g)
+    if status == RUNNING and rule.norm < 0:
+        see(rule, problem, state, counts[0], kept)
     write_plan(k, problem, kept, K)
     return K, watch.f[0], watch.g[0], errors[:checks, 0], counts, status

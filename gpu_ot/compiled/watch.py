@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .exponential import exp64
-from .machine import compiled
+from .machine import compiled, extreme
 
 RUNNING, CONVERGED, STALLED, DIVERGED = range(4)
 NORMS = ("l1", "l1_absolute", "l2", "l2_joint")
@@ -46,16 +46,23 @@ def blank(H: int, n: int, m: int) -> Watch:
     return Watch(np.empty((H, n)), np.empty((H, m)), np.empty(H), np.zeros(H, np.bool_), np.array([0.0, math.inf, 0.0]))
 
 
+@extreme
+def _top(z, w, scale):
+    """The largest scale z among atoms with weight."""
+    top = -np.inf
+    for j in range(len(w)):
+        here = scale * z[j] if w[j] > 0 else -np.inf
+        top = here if here > top else top
+    return top
+
+
 @compiled
 def log_mass(w, z, scale):
     """log sum w exp(scale z)."""
-    top = -np.inf
+    top, total = _top(z, w, scale), 0.0
     for j in range(len(w)):
-        if w[j] > 0:
-            top = max(top, scale * z[j])
-    total = 0.0
-    for j in range(len(w)):
-        total += w[j] * exp64(scale * z[j] - top) if w[j] > 0 else 0.0
+        e = w[j] * exp64(scale * z[j] - top)
+        total += e if w[j] > 0 else 0.0
     return math.log(total) + top
 
 
@@ -75,21 +82,32 @@ def seen(a, b, f, g, tau_a, tau_b, eps):
         g[h] += p
 
 
+@extreme
+def _largest(z):
+    high = 0.0
+    for j in range(len(z)):
+        high = z[j] if z[j] > high else high
+    return high
+
+
 @compiled
 def _change(new, old, w, eps, relative):
     """`criterion._change`."""
-    top, H, m = -np.inf, len(w), w.shape[1]
+    H, m = w.shape
+    top, scale, change = -np.inf, 1 / eps, 0.0
     for h in range(H):
-        for j in range(m):
-            if w[h, j] > 0:
-                top = max(top, new[h, j] / eps, old[h, j] / eps)
+        top = max(top, _top(new[h], w[h], scale), _top(old[h], w[h], scale))
     top = top if relative else max(top, 0.0)
-    change = 0.0
+    moved = np.empty(m)
     for h in range(H):
+        broken = 0.0
         for j in range(m):
-            if w[h, j] > 0:
-                here = abs(exp64(new[h, j] / eps - top) - exp64(old[h, j] / eps - top))
-                change = here if not here <= change else change  # NaN stays
+            e = abs(exp64(new[h, j] * scale - top) - exp64(old[h, j] * scale - top))
+            moved[j] = e if w[h, j] > 0 else 0.0
+            broken += 0 * moved[j]
+        if broken != 0:  # NaN
+            return broken
+        change = max(change, _largest(moved))
     return change
 
 

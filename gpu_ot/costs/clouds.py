@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..communicator import COLUMNS, ROWS
 from .base import Axis, Cost, Folded, unmatched
 
@@ -53,7 +54,7 @@ class _Clouds(_Pointed):
         return self.of((self.y, self.x))
 
 
-class _Distances(torch.autograd.Function):
+class _Distances(transforms.Function):
     """|x_i - y_j| or its square, (*batch, n, m). torch's own has no second derivative, and of the square it could not have the right one
     where points coincide."""
 

@@ -60,7 +60,7 @@ def run(
     if method == "sinkhorn_epsilon_scaling":
         numItermax = max(36, numItermax) * numInnerItermax  # POT's stages, each of so many iterations
     if not verbose and warmstart is None:
-        found = direct.solve(a, b, M, reg, rules, numItermax, stopThr, _after(accelerate, stopThr))
+        found = direct.balanced(a, b, M, reg, rules, numItermax, stopThr, _after(accelerate, stopThr))
         if found is not None:
             if warn:
                 warn_unless_converged(found.status)

@@ -1,6 +1,6 @@
-"""The commonest call in one piece: a balanced problem between plain arrays on a CPU, without a gradient.
+"""The commonest calls in one piece: a problem between plain arrays on a CPU, without a gradient.
 
-Everything between the caller's arrays and the plan is one compiled function, `gpu_ot.compiled.transport.sinkhorn`, whose steps and rules
+Everything between the caller's arrays and the plan is one compiled function, `gpu_ot.compiled.transport.solve`, whose steps and rules
 are those of every other solve. What is not plain, and whatever is to be refused, goes the usual way.
 """
 
@@ -22,13 +22,14 @@ from ..geometry.compiled import LARGEST_BYTES
 from ..problem import MASS_RTOL, Problem
 from ..solution.solution import Solution
 from ..solver.compiled import STATUS, rule_of, tuning
-from ..solver.criterion import Marginal
+from ..solver.criterion import Change, Marginal
 from ..solver.status import CONVERGED, DIVERGED, Status
 from . import arrays
 from .answer import Answer
 from .arrays import take, tensors
 
 TYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+BALANCED = math.inf, math.inf
 #: The types of reg that are a number for sure.
 NUMBERS = (float, int, np.float64, np.float32)
 
@@ -68,8 +69,18 @@ class Found(NamedTuple):
         return Answer(found, self.back or arrays.to_numpy)
 
 
-def solve(a: Any, b: Any, M: Any, reg: Any, rules: Any, max_iter: int, tol: float, after: float) -> Found | None:
-    """The problem solved by the rules of one of POT's methods, as `balanced.solve_balanced`; None where it must go the usual way."""
+class Given(NamedTuple):
+    """A problem's numbers as numpy's arrays, copies of the weights in float64; C is M in rows that follow each other."""
+
+    C: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    eps: float
+    back: Callable[[Tensor], Any] | None
+
+
+def take_plain(a: Any, b: Any, M: Any, reg: Any, transposed: bool = False) -> Given | None:
+    """The numbers, with `transposed` rows for columns; None where they are not plain."""
     if type(reg) not in NUMBERS or not 0 < reg < math.inf or compiled.refused() is not None:
         return None
     back = None
@@ -85,22 +96,51 @@ def solve(a: Any, b: Any, M: Any, reg: Any, rules: Any, max_iter: int, tol: floa
         return None
     if M.ndim != 2 or M.dtype not in TYPES or not 0 < M.nbytes <= LARGEST_BYTES:
         return None
-    (n, m), eps, (dropped, safe) = M.shape, float(reg), range_of(M.itemsize)
-    wa, wb = _weights(a, n, M.dtype), _weights(b, m, M.dtype)
+    wa, wb = _weights(a, M.shape[0], M.dtype), _weights(b, M.shape[1], M.dtype)
     if wa is None or wb is None:
         return None
-    from ..compiled.transport import UNUSUAL, sinkhorn
-
-    start = np.full(n, -eps * math.log(n) if rules.uniform_start else 0.0)
-    limit = max(max_iter, 1)
+    if transposed:
+        M, wa, wb = M.T, wb, wa
     C = M if M.flags.c_contiguous and M.flags.writeable else np.array(M, order="C")
-    P, f, g, errors, counts, status = sinkhorn(
-        C, wa, wb, eps, start, MASS_RTOL, _rule(tol, rules.joint, TYPES[M.dtype]), _tuning(), dropped, safe, limit, rules.check_every,
-        -1 if after >= limit else int(after),
+    return Given(C, wa, wb, float(reg), back)
+
+
+def _solve(given: Given, taus: tuple[float, float], start: np.ndarray, weight: np.ndarray, rtol: float, rule: Any, strict: bool,
+           limit: int, every: int, after: float) -> Found | None:  # fmt: skip
+    from ..compiled.transport import UNUSUAL, solve
+
+    (C, wa, wb, eps, back), (dropped, safe) = given, range_of(given.C.itemsize)
+    P, f, g, errors, counts, status = solve(
+        C, wa, wb, eps, *taus, start, weight, np.zeros(len(wb)), rtol, rule, strict, _tuning(taus[0] == taus[1] == math.inf), dropped, safe,
+        limit, every, -1 if after >= limit else int(after),
     )  # fmt: skip
     if status == UNUSUAL or STATUS[status] is DIVERGED:
         return None
     return Found(P, C, eps, wa, wb, f, g, errors, counts, STATUS[status], back)
+
+
+def balanced(a: Any, b: Any, M: Any, reg: Any, rules: Any, max_iter: int, tol: float, after: float) -> Found | None:
+    """The problem solved by the rules of one of POT's methods, as `balanced.solve_balanced`; None where it must go the usual way."""
+    given = take_plain(a, b, M, reg)
+    if given is None:
+        return None
+    n, rule = len(given.a), _marginal(tol, rules.joint, TYPES[given.C.dtype])
+    start = np.full(n, -given.eps * math.log(n) if rules.uniform_start else 0.0)
+    return _solve(given, BALANCED, start, np.ones(n), MASS_RTOL, rule, False, max(max_iter, 1), rules.check_every, after)
+
+
+def relaxed(a: Any, b: Any, M: Any, reg: Any, reg_m: Any, rules: Any, max_iter: int, tol: float, after: float) -> Found | None:
+    """The same for relaxed marginals, as `relaxed.run`."""
+    taus = reg_m if type(reg_m) in (tuple, list) and len(reg_m) == 2 else (reg_m, reg_m)
+    if any(type(tau) not in NUMBERS or not 0 < tau < math.inf for tau in taus):
+        return None
+    given = take_plain(a, b, M, reg, transposed=True)
+    if given is None:
+        return None
+    rule = _change(tol, rules.both_sides, after, math.inf if rules.translate else after, TYPES[given.C.dtype])
+    start, swapped = np.zeros(len(given.a)), (float(taus[1]), float(taus[0]))
+    found = _solve(given, swapped, start, given.a.copy(), -1.0, rule, rules.both_sides, max(max_iter, 1), rules.check_every, math.inf)
+    return found and found._replace(P=np.ascontiguousarray(found.P.T), M=found.M.T)
 
 
 def _elsewhere() -> bool:
@@ -113,13 +153,18 @@ def _plain(z: Tensor) -> bool:
 
 
 @functools.lru_cache
-def _rule(tol: float, joint: bool, dtype: torch.dtype) -> Any:
+def _marginal(tol: float, joint: bool, dtype: torch.dtype) -> Any:
     return rule_of(Marginal(tol, "l2_joint" if joint else "l2"), dtype)
 
 
+@functools.lru_cache
+def _change(tol: float, both_sides: bool, translate_after: float, relative_after: float, dtype: torch.dtype) -> Any:
+    return rule_of(Change(tol, both_sides, translate_after, relative_after), dtype)
+
+
 @functools.cache
-def _tuning() -> Any:
-    return tuning(True)
+def _tuning(gauge: bool) -> Any:
+    return tuning(gauge)
 
 
 def _weights(w: Any, size: int, dtype: np.dtype) -> np.ndarray | None:
