@@ -29,7 +29,7 @@ class Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if active() or torch.compiler.is_compiling():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def batched(z: Tensor) -> bool:

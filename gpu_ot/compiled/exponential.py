@@ -94,12 +94,13 @@ def _number(typing_context, bits):
 @in_order
 def log64(x):
     small = x < 2.2250738585072014e-308
-    bits = _bits(x * 18014398509481984.0 if small else x)  # 2^54
+    bits = _bits(x * 18014398509481984.0 if small else x)  # pyright: ignore[reportCallIssue]
     # The exponent of x / 2^(-1/2), whose fraction then lies on both sides of 1.
     shifted = bits - np.int64(0x3FE6A09E667F3BCD)
     k = (shifted >> np.int64(52)) << np.int64(52)
-    r = _number(bits - k) - 1.0
-    exponent = _number((shifted >> np.int64(52)) + np.int64(0x4338000000000000)) - SHIFT - (54.0 if small else 0.0)
+    r = _number(bits - k) - 1.0  # pyright: ignore[reportCallIssue]
+    whole = _number((shifted >> np.int64(52)) + np.int64(0x4338000000000000))  # pyright: ignore[reportCallIssue]
+    exponent = whole - SHIFT - (54.0 if small else 0.0)  # small was multiplied by 2^54
     s = r / (2.0 + r)
     z = s * s
     p = 1.479819860511658591e-01

@@ -20,7 +20,7 @@ from ..solve import find, needs_gradient
 from ..solver.annealing import Anneal
 from ..solver.criterion import Marginal
 from ..solver.step import scaled
-from . import direct
+from . import direct, unrolled
 from .answer import Answer
 from .arrays import number, take_problem, take_start
 from .refusals import print_error, warn_unless_converged
@@ -59,11 +59,16 @@ def run(
         rules = rules._replace(check_every=print_period)
     if method == "sinkhorn_epsilon_scaling":
         numItermax = max(36, numItermax) * numInnerItermax  # POT's stages, each of so many iterations
-    if not verbose and warmstart is None:
-        found = direct.balanced(a, b, M, reg, rules, numItermax, stopThr, _after(accelerate, stopThr))
+    gradients = unrolled.required(a, b, M)
+    if not verbose and warmstart is None and not (gradients and log):
+        found = direct.balanced(a, b, M, reg, rules, numItermax, stopThr, math.inf if gradients else _after(accelerate, stopThr), gradients)
         if found is not None:
             if warn:
                 warn_unless_converged(found.status)
+            if gradients:
+                options = (reg, rules, numItermax, stopThr, False, False, None)
+                P = unrolled.plan(a, b, M, found, lambda a, b, M: solve_balanced(a, b, M, *options, accelerate=False).plan())
+                return (P.double() * M.double()).sum().to(P.dtype) if loss else P
             result = found.cost() if loss else found.plan()
             return (result, _log(found.answer(), rules)) if log else result
     done = solve_balanced(a, b, M, reg, rules, numItermax, stopThr, verbose, warn, warmstart, accelerate=accelerate)

@@ -30,6 +30,7 @@ from .arrays import take, tensors
 
 TYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 BALANCED = math.inf, math.inf
+TENSORS = (Tensor, torch.nn.Parameter)
 #: The types of reg that are a number for sure.
 NUMBERS = (float, int, np.float64, np.float32)
 
@@ -45,6 +46,7 @@ class Found(NamedTuple):
     b: np.ndarray
     f: np.ndarray
     g: np.ndarray
+    start: np.ndarray
     errors: np.ndarray
     counts: np.ndarray
     status: Status
@@ -79,19 +81,19 @@ class Given(NamedTuple):
     back: Callable[[Tensor], Any] | None
 
 
-def take_plain(a: Any, b: Any, M: Any, reg: Any, transposed: bool = False) -> Given | None:
-    """The numbers, with `transposed` rows for columns; None where they are not plain."""
+def take_plain(a: Any, b: Any, M: Any, reg: Any, *, transposed: bool = False, gradients: bool = False) -> Given | None:
+    """The numbers, with `transposed` rows for columns; None where they are not plain, or require a gradient without `gradients`."""
     if type(reg) not in NUMBERS or not 0 < reg < math.inf or compiled.refused() is not None:
         return None
     back = None
     if type(M) is not np.ndarray:
-        if type(M) is Tensor:
+        if type(M) in TENSORS:
             back = tensors
         elif hasattr(M, "__dlpack__") and not hasattr(M, "__torch_function__"):
             (a, b, M), back = take(a=a, b=b, M=M)
-        if back is None or any(type(z) is Tensor and not _plain(z) for z in (a, b, M)) or _elsewhere():
+        if back is None or any(type(z) in TENSORS and not _plain(z, gradients) for z in (a, b, M)) or _elsewhere():
             return None
-        a, b, M = (z.detach().numpy() if type(z) is Tensor else z for z in (a, b, M))
+        a, b, M = (z.detach().numpy() if type(z) in TENSORS else z for z in (a, b, M))
     elif arrays.numpy_device is not None:
         return None
     if M.ndim != 2 or M.dtype not in TYPES or not 0 < M.nbytes <= LARGEST_BYTES:
@@ -116,12 +118,17 @@ def _solve(given: Given, taus: tuple[float, float], start: np.ndarray, weight: n
     )  # fmt: skip
     if status == UNUSUAL or STATUS[status] is DIVERGED:
         return None
-    return Found(P, C, eps, wa, wb, f, g, errors, counts, STATUS[status], back)
+    return Found(P, C, eps, wa, wb, f, g, start, errors, counts, STATUS[status], back)
 
 
-def balanced(a: Any, b: Any, M: Any, reg: Any, rules: Any, max_iter: int, tol: float, after: float) -> Found | None:
-    """The problem solved by the rules of one of POT's methods, as `balanced.solve_balanced`; None where it must go the usual way."""
-    given = take_plain(a, b, M, reg)
+def balanced(
+    a: Any, b: Any, M: Any, reg: Any, rules: Any, max_iter: int, tol: float, after: float, gradients: bool = False
+) -> Found | None:
+    """The problem solved by the rules of one of POT's methods, as `balanced.solve_balanced`; None where it must go the usual way.
+
+    With `gradients` its numbers may require some, see `unrolled.plan`.
+    """
+    given = take_plain(a, b, M, reg, gradients=gradients)
     if given is None:
         return None
     n, rule = len(given.a), _marginal(tol, rules.joint, TYPES[given.C.dtype])
@@ -148,8 +155,8 @@ def _elsewhere() -> bool:
     return transforms.active() or torch.compiler.is_compiling()
 
 
-def _plain(z: Tensor) -> bool:
-    return z.device.type == "cpu" and z.layout == torch.strided and not (z.requires_grad and torch.is_grad_enabled())
+def _plain(z: Tensor, gradients: bool) -> bool:
+    return z.device.type == "cpu" and z.layout == torch.strided and (gradients or not (z.requires_grad and torch.is_grad_enabled()))
 
 
 @functools.lru_cache
