@@ -136,16 +136,15 @@ def balanced(
     return _solve(given, BALANCED, start, np.ones(n), MASS_RTOL, rule, False, max(max_iter, 1), rules.check_every, after)
 
 
-def relaxed(a: Any, b: Any, M: Any, reg: Any, reg_m: Any, rules: Any, max_iter: int, tol: float, after: float) -> Found | None:
+def relaxed(
+    a: Any, b: Any, M: Any, reg: Any, taus: tuple[float, float], rules: Any, max_iter: int, tol: float, after: float
+) -> Found | None:
     """The same for relaxed marginals, as `relaxed.run`."""
-    taus = reg_m if type(reg_m) in (tuple, list) and len(reg_m) == 2 else (reg_m, reg_m)
-    if any(type(tau) not in NUMBERS or not 0 < tau < math.inf for tau in taus):
-        return None
     given = take_plain(a, b, M, reg, transposed=True)
     if given is None:
         return None
     rule = _change(tol, rules.both_sides, after, math.inf if rules.translate else after, TYPES[given.C.dtype])
-    start, swapped = np.zeros(len(given.a)), (float(taus[1]), float(taus[0]))
+    start, swapped = np.zeros(len(given.a)), (taus[1], taus[0])
     found = _solve(given, swapped, start, given.a.copy(), -1.0, rule, rules.both_sides, max(max_iter, 1), rules.check_every, math.inf)
     return found and found._replace(P=np.ascontiguousarray(found.P.T), M=found.M.T)
 
@@ -156,7 +155,10 @@ def _elsewhere() -> bool:
 
 
 def _plain(z: Tensor, gradients: bool) -> bool:
-    return z.device.type == "cpu" and z.layout == torch.strided and (gradients or not (z.requires_grad and torch.is_grad_enabled()))
+    wide = z.dtype == torch.float64 or z.dtype == torch.float32
+    return (
+        wide and z.device.type == "cpu" and z.layout == torch.strided and (gradients or not (z.requires_grad and torch.is_grad_enabled()))
+    )
 
 
 @functools.lru_cache

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .. import errors
-from . import direct
+from . import direct, unrolled
+from .arrays import number
 from .forwarding import forward
 from .refusals import known_method, warn, warn_unless_converged
-from .relaxed import ELSEWHERE, METHODS, NOT_CONVERGED, run, settled_after
+from .relaxed import ELSEWHERE, METHODS, NOT_CONVERGED, pair, run, settled_after
 
 __all__ = [
     "sinkhorn_knopp_unbalanced",
@@ -118,8 +120,11 @@ def _directly(
     """The problem in one piece, if it is that plain."""
     if not isinstance(reg_type, str) or reg_type.lower() != "kl":
         return None
-    rules = METHODS[_known(method)]
-    found = direct.relaxed(a, b, M, reg, reg_m, rules, max_iter, tol, settled_after(rules, accelerate))
+    rules, pairs = METHODS[_known(method)], pair(reg_m)
+    taus = number(pairs[0]), number(pairs[1])
+    if math.inf in taus or unrolled.required(*pairs):
+        return None
+    found = direct.relaxed(a, b, M, reg, taus, rules, max_iter, tol, settled_after(rules, accelerate))
     if found is not None and rules.warns:
         warn_unless_converged(found.status, NOT_CONVERGED)
     return found
