@@ -1,11 +1,12 @@
-"""SamplesLoss of two small clouds on a CPU in one piece: three solves, their values and derivatives as compiled functions.
+"""Losses between two small clouds on a CPU in one piece: solves, values and derivatives as compiled functions.
 
-The same problems, steps and rules as `divergence`; what is not that plain goes the usual way.
+The same problems, steps and rules as everywhere else; what is not that plain goes the usual way.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,23 +75,57 @@ def divergence(problem: Problem, debias: bool, tol: float, max_iter: int) -> tup
     return out, status, sum(term.n_sweeps for term in terms)
 
 
+def held_cost(problem: Problem, tol: float, max_iter: int) -> tuple[Tensor, Tensor, Status, int] | None:
+    """(<P, C> with P constant, the plan P (n, m), a status, iterations) of a cost between clouds; None as for `divergence`."""
+    from ..compiled.block import Measures, State
+    from ..compiled.transport import inner, write_plan
+
+    x, y = problem.cost.inputs.values()
+    with torch.no_grad():
+        cost = problem.cost.of(z.detach() for z in (x, y))
+        a, b = problem.a.detach().numpy(), problem.b.detach().numpy()
+        kernel, f, g, counts, status = _search(problem, cost, a, b, None, np.zeros(len(a)), tol, max_iter)
+        if status is DIVERGED:
+            return None
+        tau_a, tau_b = _taus(problem.penalties)
+        P = np.empty_like(kernel.K)
+        write_plan(kernel, Measures(a[None], b[None], problem.eps, tau_a, tau_b), State(f, g, g), P)
+        plan, out = torch.from_numpy(P), torch.tensor(inner(P, kernel.C), dtype=problem.given_dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        out = _Held.apply(x, y, problem.a, problem.b, out, lambda: [*cost.pull(plan), None, None])  # pyright: ignore[reportAttributeAccessIssue]
+    return out, plan, status, int(counts[0])
+
+
 def _solved(
     problem: Problem, slopes: bool, tol: float, max_iter: int, cost: Cost, a: np.ndarray, b: np.ndarray, side: int | None, start: np.ndarray
 ) -> Term:
-    from ..compiled.search import Annealing, search, value
+    from ..compiled.search import value
 
-    C, eps = cost.dense().contiguous().numpy(), problem.eps
-    penalties = problem.penalties if side is None else (problem.penalties[side],) * 2
-    tau_a, tau_b = (float(penalty.tau) for penalty in penalties)  # pyright: ignore[reportAttributeAccessIssue]
-    gauge = side is None and problem.balanced
+    kernel, f, g, counts, status = _search(problem, cost, a, b, side, start, tol, max_iter)
+    taus = _taus(problem.penalties if side is None else (problem.penalties[side],) * 2)
+    ga, gb = np.empty(len(a)), np.empty(len(b))
+    D = value(kernel, a, b, problem.eps, *taus, f[0], g[0], slopes, ga, gb)
+    return Term(D, kernel.K, ga, gb, f[0], int(counts[2]), status)
+
+
+def _search(
+    problem: Problem, cost: Cost, a: np.ndarray, b: np.ndarray, side: int | None, start: np.ndarray, tol: float, max_iter: int
+) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, Status]:
+    """The kernel, f (1, n), g (1, m), counts and status between two measures, or of one side's measure and itself."""
+    from ..compiled.search import Annealing, search
+
+    C = cost.dense().contiguous().numpy()
+    taus = _taus(problem.penalties if side is None else (problem.penalties[side],) * 2)
     constants = Annealing(annealing.PROBE_ITERATIONS, annealing.SETTLE, annealing.FEW, annealing.ANNEAL_FACTOR)
     kernel, f, g, counts, status, _ = search(
-        C, a, b, eps, tau_a, tau_b, start, a, _rule(tol, problem.dtype), tuning(gauge), constants, side is not None, *range_of(C.itemsize),
-        max_iter,
+        C, a, b, problem.eps, *taus, start, a, _rule(tol, problem.dtype), tuning(side is None and problem.balanced), constants,
+        side is not None, *range_of(C.itemsize), max_iter,
     )  # fmt: skip
-    ga, gb = np.empty(len(a)), np.empty(len(b))
-    D = value(kernel, a, b, eps, tau_a, tau_b, f[0], g[0], slopes, ga, gb)
-    return Term(D, kernel.K, ga, gb, f[0], int(counts[2]), STATUS[status])
+    return kernel, f, g, counts, STATUS[status]
+
+
+def _taus(penalties: Sequence[Any]) -> tuple[float, float]:
+    return float(penalties[0].tau), float(penalties[1].tau)
 
 
 @functools.lru_cache
