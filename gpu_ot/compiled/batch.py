@@ -14,7 +14,7 @@ from .watch import Watch
 
 @compiled
 def _at(k, problem, state, p):
-    kernel = Kernel(k.C[min(p, len(k.C) - 1)], k.K[p], k.f0[p], k.g0[p], k.at[p], k.dropped, k.safe)
+    kernel = Kernel(k.C[min(p, len(k.C) - 1)], k.K[p], k.f0[p], k.g0[p], k.at[p], k.dropped, k.safe, k.crew)
     measures = Measures(problem.a[p], problem.b[p], problem.eps, problem.tau_a, problem.tau_b)
     return kernel, measures, State(state.f[p], state.g[p], state.g_next[p])
 

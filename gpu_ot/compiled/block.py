@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .crew import both_shared
 from .exponential import exp64, log64
 from .kernel import absorb_at, both, first, largest, smallest, softmin_columns, softmin_rows, sums_of_rows
 from .machine import compiled
@@ -72,7 +73,10 @@ def _multiply(k, problem, sweep):
         for j in range(m):
             w[j] = problem.b[h, j] * sweep.v[h, j] if problem.b[h, j] > 0 else 0.0
             total += w[j]
-        both(k.K, w, sweep.weights[h], p, c, s, u, t)
+        if len(k.crew.t):
+            both_shared(k.K, w, sweep.weights[h], p, c, s, u, t, k.crew)
+        else:
+            both(k.K, w, sweep.weights[h], p, c, s, u, t)
         mass = 0.0
         for i in range(n):
             mass += u[i]

@@ -6,7 +6,7 @@ C and K are (n, m), both in the type of the sweeps; vectors are (H, n) and (H, m
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types  # pyright: ignore[reportMissingImports]
@@ -29,6 +29,7 @@ class Kernel(NamedTuple):
     at: np.ndarray
     dropped: float  # exponents up to here are 0 in K
     safe: float  # a sum is exact from this part of the weights' total on
+    crew: Any  # a `crew.Crew`
 
 
 def narrow_exp(z, like):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from .block import Measures, State, begin, go, see
+from .crew import alone
 from .exponential import exp64
 from .kernel import Kernel, narrow_exp
 from .machine import compiled
@@ -88,7 +89,7 @@ def solve(M, a, b, eps, tau_a, tau_b, start, weight, before_g, rtol, rule, stric
     watch = Watch(np.empty((1, n)), np.empty((1, m)), np.empty(1), np.zeros(1, np.bool_), np.array([0.0, np.inf, 0.0]))
     if not ordinary(M, a, b, rtol):
         return K, watch.f[0], watch.g[0], errors[:0, 0], counts, UNUSUAL
-    k = Kernel(M, K, np.empty(n), np.empty(m), np.full(1, np.nan), dropped, safe)
+    k = Kernel(M, K, np.empty(n), np.empty(m), np.full(1, np.nan), dropped, safe, alone(M))
     problem = Measures(a.reshape((1, n)), b.reshape((1, m)), eps, tau_a, tau_b)
     state = State(np.empty((1, n)), np.empty((1, m)), np.empty((1, m)))
     before = State(start.copy().reshape((1, n)), before_g.copy().reshape((1, m)), np.empty((1, 0)))

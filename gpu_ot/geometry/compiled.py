@@ -16,8 +16,8 @@ from ..problem import Problem
 from .absorbed import Absorbed, _Kernel
 from .products import Products
 
-#: Of a single larger kernel, all cores read rows at once, see `products`.
-LARGEST_BYTES = 2**24
+#: Up to this size one core does it all: more take longer to come together, and what is one call stays one.
+LARGEST_BYTES = 2**22
 
 
 class Arrays(NamedTuple):
@@ -71,9 +71,3 @@ class Compiled(Absorbed):
         if not all(penalty.balanced or isinstance(penalty, KL) for penalty in problem.penalties):
             return "it knows hard marginals and KL penalties, and one of these is neither."
         return compiled.refused()
-
-
-def preferred(problem: Problem) -> bool:
-    """Whether it is the fastest: small kernels, or many."""
-    n, m = problem.shape[-2:]
-    return n * m * problem.dtype.itemsize <= LARGEST_BYTES

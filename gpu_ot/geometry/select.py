@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .. import errors
 from ..problem import Problem, vector_dtype
-from . import chunked, compiled, keops, triton
+from . import chunked, keops, triton
 from .absorbed import Absorbed
 from .compiled import Compiled
 from .dense import Dense
@@ -98,8 +98,8 @@ def _rules(problem: Problem) -> Iterator[Rule]:
             "resident",
             "the problems are so small that launches take longer than the work, and one launch runs many iterations of all of them",
         )
-    if compiled.preferred(problem) and _on(problem, "cpu") and (cost.stored or _fits(problem)):
-        yield Rule("compiled", "on a CPU machine code runs all iterations of problems of this size in one call")
+    if _on(problem, "cpu") and (cost.stored or _fits(problem)):
+        yield Rule("compiled", "its n-by-m arrays fit in memory, and on a CPU machine code runs all iterations in one call")
     if cost.stored:
         yield Rule("dense", "the cost is a matrix that is in memory already")
     if _fits(problem):
@@ -185,7 +185,7 @@ def _passed_over(name: str, problem: Problem) -> str:
     if name == "softmin":
         return 'the readable form of "dense", for tests: slower, and never chosen'
     if name == "compiled":
-        return f"for problems of up to {compiled.LARGEST_BYTES >> 20} MiB: all cores read a larger kernel at once"
+        return f"its n-by-m arrays exceed {DENSE_BYTES >> 20} MiB"
     if name == "resident":
         return f"for problems of up to {RESIDENT} by {RESIDENT} on a GPU"
     if name == "dense" and problem.cost.backend is not None:

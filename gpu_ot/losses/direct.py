@@ -16,13 +16,15 @@ from torch import Tensor
 from .. import compiled, transforms
 from ..costs import Cost
 from ..geometry.absorbed import range_of
-from ..geometry.compiled import LARGEST_BYTES
 from ..gradients.envelope import HELD
 from ..problem import Problem
 from ..solver import annealing
 from ..solver.compiled import STATUS, rule_of, tuning
 from ..solver.criterion import Marginal
 from ..solver.status import CONVERGED, DIVERGED, Status
+
+#: Bytes of a kernel up to which one core is the faster way: three solves of one after the other.
+LARGEST_BYTES = 2**24
 
 
 class Term(NamedTuple):

@@ -27,6 +27,8 @@ from .step import Alternating, Start, State, Symmetric
 
 #: Numbers of the buffer that errors are written to: one call goes on until it is full.
 ERRORS = 2**16
+#: Rows of a lone kernel of more bytes are shared out to at most so many cores.
+SHARED_BYTES, MOST_HANDS = 2**22, 8
 #: A thread is worth waking for so many entries of kernels.
 SHARE = 2**14
 
@@ -62,7 +64,9 @@ class Engine:
         G, (n, m) = len(arrays.K), arrays.C.shape[-2:]
         H = problem.a.shape[:-1].numel() // G
         self.shape = G, H, n, m
-        self.kernel = kernel.Kernel(arrays.C, arrays.K, arrays.f0, arrays.g0, arrays.at, geometry.log_dropped, geometry.safe)
+        self.kernel = kernel.Kernel(
+            arrays.C, arrays.K, arrays.f0, arrays.g0, arrays.at, geometry.log_dropped, geometry.safe, self._crew(G, n, m)
+        )
         tau_a, tau_b = (float(penalty.tau) if isinstance(penalty, KL) else math.inf for penalty in problem.penalties)
         a, b = self._rows(problem.a), self._columns(problem.b)
         self.at = functools.partial(block.Measures, a, b, tau_a=tau_a, tau_b=tau_b)
@@ -189,7 +193,7 @@ class Engine:
         G, _, n, m = self.shape
         threads = min(torch.get_num_threads(), G, max(1, G * n * m // SHARE))
         if threads == 1:
-            work(0, G, *arguments)
+            self._with_help(work, arguments)
             return
         step = max(1, G // (8 * threads))
         with ThreadPoolExecutor(threads - 1) as pool:
@@ -197,6 +201,32 @@ class Engine:
             share = functools.partial(_take, parts, work, arguments)
             others = [pool.submit(share) for _ in range(threads - 1)]
             share()
+            for other in others:
+                other.result()
+
+    def _crew(self, G: int, n: int, m: int) -> Any:
+        from ..compiled.crew import crew
+
+        itemsize = self.geometry.dtype.itemsize
+        hands = torch.get_num_threads() if G == 1 and n * m * itemsize > SHARED_BYTES and not isinstance(self.step, Symmetric) else 0
+        return crew(n, m, np.dtype(f"f{itemsize}"), min(hands, MOST_HANDS))
+
+    def _with_help(self, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        """`work` on this core, and the rows of a large kernel on others too."""
+        G, hands = self.shape[0], len(self.kernel.crew.t)
+        if hands <= 1:
+            work(0, G, *arguments)
+            return
+        from ..compiled.crew import LATE, MASK, STOP, WORD, dismiss, help_out
+
+        crew = self.kernel.crew
+        crew.words[STOP], crew.words[LATE], crew.words[WORD] = 0, 0, crew.words[WORD] | MASK
+        with ThreadPoolExecutor(hands - 1) as pool:
+            others = [pool.submit(help_out, self.kernel.K[0], crew, hand) for hand in range(1, hands)]
+            try:
+                work(0, G, *arguments)
+            finally:
+                dismiss(crew)
             for other in others:
                 other.result()
 
