@@ -12,11 +12,12 @@ else
 TORCH ?= torch==$(TORCH_VERSION)
 endif
 
-.PHONY: help demo test slow lerobot lint format bench clean
+.PHONY: help demo test slow torch lerobot lint format bench clean
 
 help:
 	@echo "make demo    two photographs exchange their colours: out/demo.png, and a table beside POT"
 	@echo "make test    the test suite (make slow for the rest)"
+	@echo "make torch   what of the suite matters where numba is not installed, without it"
 	@echo "make lerobot the tests with LeRobot itself, in an environment of their own: .venv-lerobot, 1.5 GB"
 	@echo "make lint    ruff and basedpyright (make format repairs what can be)"
 	@echo "make bench   the dense solver against POT on this CPU"
@@ -29,6 +30,10 @@ test: .venv/ready
 
 slow: .venv/ready
 	$(BIN)/pytest -m slow
+
+torch: .venv/ready
+	$(BIN)/pytest --without-numba tests/test_solver.py tests/test_loop.py tests/test_backends.py tests/test_bregman.py \
+	  tests/test_unbalanced.py tests/test_losses.py tests/test_divergence.py tests/test_gradients.py
 
 lerobot: .venv-lerobot/ready
 	OMP_NUM_THREADS=1 .venv-lerobot/bin/pytest tests/test_lerobot_pairs.py tests/test_lerobot_train.py

@@ -23,6 +23,16 @@ with contextlib.redirect_stdout(io.StringIO()):  # geomloss, which POT imports, 
 
 pytest.register_assert_rewrite("conformance")
 
+
+def pytest_addoption(parser):
+    parser.addoption("--without-numba", action="store_true", help="as where it cannot be installed: torch operations alone")
+
+
+def pytest_configure(config):
+    if config.getoption("--without-numba"):
+        sys.modules["numba"] = None  # type: ignore[assignment]
+
+
 # Small problems, and maybe other work on the machine: a second thread would mostly wait for its turn.
 torch.set_num_threads(1)
 

@@ -1,7 +1,7 @@
 """exp of float64 and float32 and log of float64 in a form that compilers turn into vector code.
 
 exp(x) = 2^k exp(r), k the integer nearest to x / log 2, |r| <= log(2) / 2: a polynomial in r, and k added to the exponent's bits.
-Relative errors below 3e-16 and 1.2e-7 for arguments of at least LOWEST and LOWEST_32; smaller ones count as these.
+Relative errors below 4e-16 and 1.2e-7 for arguments of at least LOWEST and LOWEST_32; smaller ones count as these.
 
 log(2^k (1 + r)) = k log 2 + log(1 + r), 2^-1/2 < 1 + r < 2^1/2: with s = r / (2 + r) it is 2 atanh(s), a series in s^2 (its coefficients
 are those of fdlibm's e_log). Error below one and a half of the last digit.

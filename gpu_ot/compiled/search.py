@@ -15,6 +15,9 @@ from .machine import compiled
 from .mixing import Memory
 from .watch import RUNNING, Watch
 
+#: Checks of one call.
+ERRORS = 2**12
+
 
 class Annealing(NamedTuple):
     """The constants of `solver.annealing`, by their names."""
@@ -62,12 +65,14 @@ def search(C, a, b, eps, tau_a, tau_b, start, weight, rule, tuning, annealing, s
     before = State(np.empty((1, 0)), np.empty((1, 0)), np.empty((1, 0)))
     watch = Watch(np.empty((1, n)), np.empty((1, m)), np.empty(1), np.zeros(1, np.bool_), np.array([0.0, np.inf, 0.0]))
     memory = Memory(np.zeros((1, 3, m)), np.zeros((1, 3, m)), np.empty((1, 2, m)), np.empty((1, 2, m)), np.zeros((1, 6)))
-    counts, errors = np.array([0, 0, 1, 1]), np.empty((max_iter + 2, 1))
+    counts, errors = np.array([0, 0, 1, 1]), np.empty((min(max_iter + 2, ERRORS), 1))
     if symmetric:
         counts[2] = 0
         for i in range(n):
             state.f[0, i] = state.g[0, i] = state.g_next[0, i] = start[i] / (1 + eps / tau_a)
-        status, checks = go_symmetric(k, problem, state, memory, tuning, watch, rule, False, counts, max_iter, errors)
+        status, checks = RUNNING, 0
+        while status == RUNNING and counts[0] < max_iter:
+            status, checks = go_symmetric(k, problem, state, memory, tuning, watch, rule, False, counts, max_iter, errors)
         return k, watch.f, watch.g, counts, status, errors[checks - 1, 0]
     start, weight = start.reshape((1, n)), weight.reshape((1, n))
     begin(k, problem, start, weight, state)
@@ -86,8 +91,8 @@ def search(C, a, b, eps, tau_a, tau_b, start, weight, rule, tuning, annealing, s
             counts[2] += 1 + descend(k, problem, schedule, True, state)
             counts[0] += steps
         counts[1], counts[3] = 0, 1
-        status, more = go(k, problem, state, before, memory, tuning, watch, rule, False, counts, max_iter, 1, 0, errors[checks:])
-        checks += more
+        while status == RUNNING and counts[0] < max_iter:
+            status, checks = go(k, problem, state, before, memory, tuning, watch, rule, False, counts, max_iter, 1, 0, errors)
     return k, watch.f, watch.g, counts, status, errors[checks - 1, 0]
 
 

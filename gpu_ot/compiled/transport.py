@@ -14,13 +14,15 @@ from .machine import compiled
 from .mixing import Memory
 from .watch import RUNNING, Watch
 
+LARGE, ERRORS = 1e100, 2**12
 #: Instead of a status: some number is not an ordinary one, or the masses differ.
 UNUSUAL = -1
 
 
 @compiled
 def ordinary(M, a, b, rtol):
-    """Whether all costs are finite, all weights too and >= 0, and for rtol >= 0 both have one mass, up to that: b then gets that of a."""
+    """Whether costs and weights are finite, weights >= 0 and of a mass that leaves room for products of them, and, for rtol >= 0, of one
+    mass up to that: b then gets that of a."""
     n, m = M.shape
     broken = 0.0 * M[0, 0]
     for i in range(n):
@@ -31,7 +33,7 @@ def ordinary(M, a, b, rtol):
         least, mass_a = a[i] if a[i] < least else least, mass_a + a[i]
     for j in range(m):
         least, mass_b = b[j] if b[j] < least else least, mass_b + b[j]
-    if not (broken == 0 and least >= 0 and mass_a > 0 and mass_b > 0 and mass_a < np.inf and mass_b < np.inf):
+    if not (broken == 0 and least >= 0 and min(mass_a, mass_b) > 1 / LARGE and max(mass_a, mass_b) < LARGE):
         return False
     if rtol < 0:
         return True
@@ -85,7 +87,7 @@ def solve(M, a, b, eps, tau_a, tau_b, start, weight, before_g, rtol, rule, stric
     (plan, f, g, errors (checks,), counts, status). UNUSUAL: nothing was done.
     """
     n, m = M.shape
-    K, counts, errors = np.empty_like(M), np.array([0, 0, 1, 1]), np.empty((max_iter // every + 2, 1))
+    K, counts, errors = np.empty_like(M), np.array([0, 0, 1, 1]), np.empty((min(max_iter // every + 2, ERRORS), 1))
     watch = Watch(np.empty((1, n)), np.empty((1, m)), np.empty(1), np.zeros(1, np.bool_), np.array([0.0, np.inf, 0.0]))
     if not ordinary(M, a, b, rtol):
         return K, watch.f[0], watch.g[0], errors[:0, 0], counts, UNUSUAL
@@ -96,7 +98,15 @@ def solve(M, a, b, eps, tau_a, tau_b, start, weight, before_g, rtol, rule, stric
     mixed = m if plain_until >= 0 else 0
     memory = Memory(np.zeros((1, 3, mixed)), np.zeros((1, 3, mixed)), np.empty((1, 2, mixed)), np.empty((1, 2, mixed)), np.zeros((1, 6)))
     begin(k, problem, start.reshape((1, n)), weight.reshape((1, n)), state)
-    status, checks = go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, max_iter, every, plain_until, errors)
+    status, checks = RUNNING, 0
+    while True:
+        status, more = go(
+            k, problem, state, before, memory, tuning, watch, rule, strict, counts, max_iter, every, plain_until, errors[checks:]
+        )
+        checks += more
+        if status != RUNNING or counts[0] >= max_iter:
+            break
+        errors = np.concatenate((errors, np.empty_like(errors)))
     kept = State(watch.f, watch.g, watch.g)
     if status == RUNNING and rule.norm < 0:
         see(rule, problem, state, counts[0], kept)

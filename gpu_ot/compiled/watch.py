@@ -18,7 +18,7 @@ L1, L1_ABSOLUTE, L2, L2_JOINT = range(4)
 class Rule(NamedTuple):
     """A criterion, and the constants that belong to it.
 
-    tol    below 0, nothing ends the run before its last iteration.
+    tol    -inf: nothing ends the run before its last iteration.
     norm   of Marginal, an index into NORMS; -1 for Change, with its settings.
     """
 
@@ -180,19 +180,19 @@ def judge(rule, watch, plain, f, g, error, floor, strict):
             watch.f[h], watch.g[h], watch.error[h] = f[h], g[h], error[h]
         done[h] = error[h] < rule.tol if strict else error[h] <= rule.tol
     progress[0] = 1
-    converged, settled, worst = True, True, -np.inf
+    converged, settled, worst, broken = True, True, -np.inf, False
     for h in range(H):
         ratio = error[h] / floor[h]
         converged &= done[h]
         settled &= done[h] or error[h] <= floor[h]
-        worst = ratio if not ratio <= worst else worst
-    if rule.tol < 0:
-        return RUNNING  # to the last iteration
+        worst, broken = max(worst, ratio), broken or math.isnan(ratio)
+    if rule.tol == -np.inf:
+        return RUNNING
     if converged:
         return CONVERGED
     if settled:
         return STALLED
-    if not math.isfinite(worst):
+    if broken or not math.isfinite(worst):
         return DIVERGED
     progress[2] = 0 if worst < progress[1] else progress[2] + 1
     progress[1] = min(progress[1], worst)

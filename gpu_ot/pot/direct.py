@@ -21,7 +21,7 @@ from ..geometry.absorbed import Absorbed, range_of
 from ..geometry.compiled import LARGEST_BYTES
 from ..problem import MASS_RTOL, Problem
 from ..solution.solution import Solution
-from ..solver.compiled import STATUS, rule_of, tuning
+from ..solver.compiled import MOST, STATUS, rule_of, tuning
 from ..solver.criterion import Change, Marginal
 from ..solver.status import CONVERGED, DIVERGED, Status
 from . import arrays
@@ -91,7 +91,8 @@ def take_plain(a: Any, b: Any, M: Any, reg: Any, *, transposed: bool = False, gr
             back = tensors
         elif hasattr(M, "__dlpack__") and not hasattr(M, "__torch_function__"):
             (a, b, M), back = take(a=a, b=b, M=M)
-        if back is None or any(type(z) in TENSORS and not _plain(z, gradients) for z in (a, b, M)) or _elsewhere():
+        usual = all(_plain(z, gradients) if type(z) in TENSORS else type(z) is not np.ndarray for z in (a, b, M))
+        if back is None or not usual or _elsewhere():
             return None
         a, b, M = (z.detach().numpy() if type(z) in TENSORS else z for z in (a, b, M))
     elif arrays.numpy_device is not None:
@@ -133,7 +134,7 @@ def balanced(
         return None
     n, rule = len(given.a), _marginal(tol, rules.joint, TYPES[given.C.dtype])
     start = np.full(n, -given.eps * math.log(n) if rules.uniform_start else 0.0)
-    return _solve(given, BALANCED, start, np.ones(n), MASS_RTOL, rule, False, max(max_iter, 1), rules.check_every, after)
+    return _solve(given, BALANCED, start, np.ones(n), MASS_RTOL, rule, False, _limit(max_iter), rules.check_every, after)
 
 
 def relaxed(
@@ -145,8 +146,12 @@ def relaxed(
         return None
     rule = _change(tol, rules.both_sides, after, math.inf if rules.translate else after, TYPES[given.C.dtype])
     start, swapped = np.zeros(len(given.a)), (taus[1], taus[0])
-    found = _solve(given, swapped, start, given.a.copy(), -1.0, rule, rules.both_sides, max(max_iter, 1), rules.check_every, math.inf)
+    found = _solve(given, swapped, start, given.a.copy(), -1.0, rule, rules.both_sides, _limit(max_iter), rules.check_every, math.inf)
     return found and found._replace(P=np.ascontiguousarray(found.P.T), M=found.M.T)
+
+
+def _limit(max_iter: float) -> int:
+    return int(min(max(max_iter, 1), MOST))
 
 
 def _elsewhere() -> bool:

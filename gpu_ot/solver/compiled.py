@@ -27,6 +27,8 @@ from .step import Alternating, Start, State, Symmetric
 
 #: Numbers of the buffer that errors are written to: one call goes on until it is full.
 ERRORS = 2**16
+#: Iterations that are as good as without end.
+MOST = 2**40
 #: Rows of a lone kernel of more bytes are shared out to at most so many cores.
 SHARED_BYTES, MOST_HANDS = 2**22, 8
 #: A thread is worth waking for so many entries of kernels.
@@ -133,7 +135,7 @@ class Engine:
 
         (G, H, _, _), step, monitor, ends = self.shape, stretch.step, self.monitor, self.ends
         plain_until = step.plain_until if isinstance(step.accelerator, Anderson) else -1
-        limit = int(self.counts[ends[:, 0] == 0, 0].max()) + stretch.k
+        limit = int(self.counts[ends[:, 0] == 0, 0].max()) + int(min(stretch.k, MOST))
         self.counts[:, 1], self.counts[:, 3], ends[:, 1] = 0, 1, 0
 
         def go(rule: Any, limit: int) -> None:
@@ -147,7 +149,7 @@ class Engine:
             return bool(((ends[:, 0] == 0) & (self.counts[:, 0] < limit)).any())
 
         told = monitor.on_check is not None or monitor.keep is not None
-        self.found = np.empty((G, 1 if told else min(stretch.k // stretch.every + 2, max(64, ERRORS // (G * H))), H))
+        self.found = np.empty((G, 1 if told else min(limit // stretch.every + 2, max(64, ERRORS // (G * H))), H))
         go(self.rule, limit)
         while running(limit):
             if told:
@@ -162,7 +164,7 @@ class Engine:
             ends[:, 0], self.watch.done[:] = 0, False
             while running(last):
                 self.found = np.concatenate((self.found, np.empty_like(self.found)), 1)
-                go(self.rule._replace(tol=-1.0), last)
+                go(self.rule._replace(tol=-math.inf), last)
             ends[:, 0], self.watch.done[:] = ended, done
         self._report()
 
@@ -171,7 +173,7 @@ class Engine:
         monitor, (G, H, _, _), made = self.monitor, self.shape, self.ends[:, 1]
         batch = self.step.problem.a.shape[:-1]
         if G == 1:
-            table = self.found[0, : made[0]]
+            table = self.found[0, : made[0]].copy()
         else:
             last = monitor.errors[-1].view(G, H).numpy() if monitor.errors else self.found[:, 0]
             table = np.empty((int(made.max()), G, H))
@@ -180,9 +182,9 @@ class Engine:
         monitor.errors += torch.from_numpy(table).view((-1, *batch)).unbind()
         monitor.kept, monitor.done = (self._tensor(self.watch.f), self._tensor(self.watch.g)), self._tensor(self.watch.done)
         state = self._state()
-        if monitor.on_check is not None:
+        if monitor.on_check is not None and len(table):
             monitor.on_check(state.n_iter, monitor.errors[-1])
-        if monitor.keep is not None:
+        if monitor.keep is not None and len(table):
             monitor.keep(state.n_iter, self.step.eps, *monitor.kept)
         status = self.ends[:, 0]
         if status.all() or (status == 3).any():
@@ -259,10 +261,10 @@ def rule_of(criterion: Criterion, dtype: torch.dtype) -> Any:
 
     common = ROUNDING * torch.finfo(dtype).eps, STALL_CHECKS, NEAR
     if isinstance(criterion, Marginal):
-        return Rule(criterion.tol, NORMS.index(criterion.norm), *common)
+        return Rule(float(criterion.tol), NORMS.index(criterion.norm), *common)
     assert isinstance(criterion, Change)
     settings = bool(criterion.both_sides), float(criterion.translate_after), float(criterion.relative_after)
-    return Rule(criterion.tol, -1, *common, *settings)
+    return Rule(float(criterion.tol), -1, *common, *settings)
 
 
 def tuning(gauge: bool) -> Any:
