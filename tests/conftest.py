@@ -28,11 +28,6 @@ def pytest_addoption(parser):
     parser.addoption("--without-numba", action="store_true", help="as where it cannot be installed: torch operations alone")
 
 
-def pytest_configure(config):
-    if config.getoption("--without-numba"):
-        sys.modules["numba"] = None  # type: ignore[assignment]
-
-
 # Small problems, and maybe other work on the machine: a second thread would mostly wait for its turn.
 torch.set_num_threads(1)
 
@@ -88,6 +83,8 @@ CHANNEL = "GPU_OT_TEST_REPORTS"
 
 
 def pytest_configure(config):
+    if config.getoption("--without-numba"):
+        sys.modules["numba"] = None  # type: ignore[assignment]
     if CHANNEL in os.environ:
         config.pluginmanager.register(Child(config))
     elif os.environ.get("TRITON_INTERPRET") != "1":

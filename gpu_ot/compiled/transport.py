@@ -33,7 +33,7 @@ def ordinary(M, a, b, rtol):
         least, mass_a = a[i] if a[i] < least else least, mass_a + a[i]
     for j in range(m):
         least, mass_b = b[j] if b[j] < least else least, mass_b + b[j]
-    if not (broken == 0 and least >= 0 and min(mass_a, mass_b) > 1 / LARGE and max(mass_a, mass_b) < LARGE):
+    if not (broken == 0 and least >= 0 and 1 / LARGE < mass_a < LARGE and 1 / LARGE < mass_b < LARGE):
         return False
     if rtol < 0:
         return True

@@ -35,7 +35,7 @@ class Compiled(Absorbed):
 
     def __init__(self, C: Tensor | Cost) -> None:
         super().__init__(C)
-        self.C = self.C.contiguous()
+        self.C = self.C.resolve_neg().contiguous()
         self._arrays: Arrays | None = None
 
     def arrays(self, batch: torch.Size) -> Arrays | None:

@@ -239,11 +239,11 @@ class Engine:
 
     def _rows(self, z: Tensor) -> np.ndarray:
         G, H, n, _ = self.shape
-        return z.detach().contiguous().view(G, H, n).numpy()
+        return z.detach().resolve_neg().contiguous().view(G, H, n).numpy()
 
     def _columns(self, z: Tensor) -> np.ndarray:
         G, H, _, m = self.shape
-        return z.detach().contiguous().view(G, H, m).numpy()
+        return z.detach().resolve_neg().contiguous().view(G, H, m).numpy()
 
     def _tensor(self, z: np.ndarray) -> Tensor:
         batch = self.step.problem.a.shape[:-1]
