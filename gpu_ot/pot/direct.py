@@ -160,10 +160,8 @@ def _elsewhere() -> bool:
 
 
 def _plain(z: Tensor, gradients: bool) -> bool:
-    wide = z.dtype == torch.float64 or z.dtype == torch.float32
-    return (
-        wide and z.device.type == "cpu" and z.layout == torch.strided and (gradients or not (z.requires_grad and torch.is_grad_enabled()))
-    )
+    usual = z.device.type == "cpu" and z.layout == torch.strided and z.dtype in TYPES.values() and not z.is_neg()
+    return usual and (gradients or not (z.requires_grad and torch.is_grad_enabled()))
 
 
 @functools.lru_cache
