@@ -138,7 +138,7 @@ def resources(binary, architecture: str) -> dict:
         registers=registers,
         spilled=spilled,
         shared=shared,
-        blocks=min(blocks, SHARED_SM[architecture] // (shared + RESERVED[architecture])),
+        blocks=min(blocks, SHARED_SM[architecture] // max(1, shared + RESERVED[architecture])),
     )
 
 

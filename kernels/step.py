@@ -72,9 +72,9 @@ def propose(
 
 
 def shape(m: int) -> tuple[int, int]:
-    """(columns at a time, warps): four float64 numbers a thread and slot. bench/static.py counts the registers; it has not been timed."""
-    block = min(1024, max(64, triton.next_power_of_2(m)))
-    return block, max(1, block // 128)
+    """(columns at a time, warps): a column a thread, since more of them spill. bench/static.py counts the registers; it has not been timed."""
+    block = min(512, max(64, triton.next_power_of_2(m)))
+    return block, block // 32
 
 
 @triton.jit

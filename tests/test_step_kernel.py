@@ -1,6 +1,7 @@
 """What an iteration does to vectors, as kernels: each against its twin in torch, in Triton's interpreter."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from gpu_ot.kernels import step as kernel
 
 from gpu_ot import KL, Problem
 from gpu_ot.geometry.dense import Dense
-from gpu_ot.solver.acceleration import Anderson
-from gpu_ot.solver.step import Alternating, Start
+from gpu_ot.solver.acceleration import PLAIN, Anderson
+from gpu_ot.solver.criterion import Marginal
+from gpu_ot.solver.monitor import Monitor
+from gpu_ot.solver.step import Alternating, Start, Symmetric
 from problems import rand
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("poisoned")]
@@ -95,3 +98,53 @@ def test_weights_shared_by_a_batch():
         for a, b in ((problem.a, problem.b), (problem.a.expand(2, -1).contiguous(), problem.b.expand(2, -1).contiguous()))
     )
     assert torch.equal(shared, own) and math.isfinite(float(own.sum()))
+
+
+class TestTheCheck:
+    """`Monitor.check` by the kernel and by torch: the same best state, errors, marks and flags at every check of a run."""
+
+    @pytest.mark.parametrize(
+        "batch, penalties, norm",
+        [((), KL(), "l1"), ((3,), KL(), "l1_absolute"), ((2, 2), KL(0.5), "l2"), ((3,), KL(), "l2_joint"), ((), KL(0.5), "l2_joint")],
+        ids=str,
+    )
+    @pytest.mark.parametrize("order", ["plain", "mixing", "symmetric"])
+    def test_along_a_run(self, batch, penalties, norm, order):
+        problem = posed(21, 21 if order == "symmetric" else 13, batch, penalties, 0.01)
+        if order == "symmetric":
+            problem = Problem(problem.cost.dense() + problem.cost.dense().mT, 0.05, problem.a, problem.a, penalties)
+        accelerator = PLAIN if order == "plain" else Anderson(gauge=order == "mixing" and problem.balanced)
+        step = (Symmetric if order == "symmetric" else Alternating)(problem, problem.eps, accelerator)
+        criterion = Marginal(1e-3, norm)
+        ours, theirs = (Monitor(step, criterion, torch.float64) for _ in range(2))
+        geometry, state = Dense(problem.cost), None
+        with torch.no_grad():
+            state = step.begin(geometry, Start(torch.zeros_like(problem.a), problem.a), None)
+            for k in range(12):
+                before, state = state, geometry.run(step, state, 1)
+                state = replace(state, inexact=torch.tensor(k == 4) if k > 2 else None)
+                found = criterion.check(ours, state)
+                assert found is not None
+                *expected, flags = theirs._check(state, before)
+                for mine, right in zip(found, (*expected, flags), strict=True):
+                    assert mine.dtype == right.dtype
+                    torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-13)
+                for monitor, (f, g, error, done) in ((ours, found[:4]), (theirs, expected)):
+                    monitor.kept, monitor.done = (f, g), done
+                    monitor.errors.append(error)
+                state = replace(state, done=theirs.done, inexact=None)
+        assert float(theirs.errors[-1].amax()) < float(theirs.errors[0].amax())
+
+    def test_numbers_that_are_none(self):
+        """Potentials that left the range are worse than any, and show in the flags when they are the first."""
+        problem = posed(9, 7, (2,), KL())
+        step = Alternating(problem, problem.eps)
+        with torch.no_grad():
+            _, state = started(problem, step)
+            broken = replace(state, g_next=torch.stack((state.g_next[0] * math.nan, state.g_next[1])))
+            first, second = (Monitor(step, Marginal(), torch.float32) for _ in range(2))
+            *_, flags = first.criterion.check(first, broken)
+            assert math.isnan(float(flags[2]))
+            second.check(state, state)
+            _, kept, error, _, flags = second.criterion.check(second, broken)
+        assert torch.equal(kept[0], state.g[0]) and error.isfinite().all() and flags.isfinite().all()
