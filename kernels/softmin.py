@@ -32,21 +32,59 @@ def softmin(
     h = h.float().contiguous()
     shift = shift if shift is None else shift.float().contiguous()
     batch, n, m = len(u.data), u.n, v.n
+    out = torch.empty(len(u.data), u.n, dtype=torch.float64 if wide else torch.float32, device=h.device)
+    _sweep(u, v, h, eps, out, shift, columns_used, tile)
+    return out if h.dim() == 2 else out[0]
+
+
+def update(
+    u: Cloud, v: Cloud, g: Tensor, log_b: Tensor, alpha: Tensor, beta: Tensor, eps: float, *,
+    damping: float = 1.0, limit: float = float("inf"), last: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(f, s), (B, n) each: s the softmin over j of h_j = g_j + eps log b_j - beta_j, and f = (alpha + s) / damping, kept within +-limit.
+
+    g, beta   (B, m) float64, and alpha (B, n); log_b (B, m), or (m,) shared by the batch, -inf for an empty atom
+    last      the s of the previous update, (B, n)
+
+    Two launches, three where columns are split: no vector is touched by anything else.
+    """
+    batch, m = g.shape
+    h = torch.empty(batch, m, dtype=torch.float32, device=g.device)
+    centre = torch.empty(batch, dtype=torch.float64, device=g.device)
+    used = torch.empty(batch, dtype=torch.int32, device=g.device)
+    f, s = (torch.empty(batch, u.n, dtype=torch.float64, device=g.device) for _ in range(2))
+    block = min(2048, max(64, triton.next_power_of_2(m)))
+    with on_device_of(g):
+        centre_kernel[(batch,)](
+            g, log_b, beta, h, centre, used, m, m if log_b.dim() > 1 else 0, float(eps), BLOCK=block, num_warps=max(1, block // 128)
+        )
+    _sweep(u, v, h, eps, s, last, used if batch > 1 else None, None, (centre, alpha, f, float(damping), float(limit)))
+    return f, s
+
+
+def _sweep(
+    u: Cloud, v: Cloud, h: Tensor, eps: float, out: Tensor, shift: Tensor | None, columns_used: Tensor | None, tile: Tile | None,
+    update: tuple[Tensor, Tensor, Tensor, float, float] | None = None,
+) -> None:  # fmt: skip
+    """Writes the softmin to `out`. `update`: (centre, alpha, f, damping, limit), and f is written as well."""
+    batch, n, m = len(u.data), u.n, v.n
     tile = tile or tuning.tile("softmin", u.data, u.parts, u.width, n)
     splits, per_split = tuning.split(n, m, batch, tile, u.data)
-    dtype = torch.float64 if wide else torch.float32
-    out = torch.empty(batch, n, dtype=dtype, device=h.device)
-    parts = torch.empty(batch, splits, n, dtype=dtype, device=h.device) if splits > 1 else out
+    parts = torch.empty(batch, splits, n, dtype=out.dtype, device=h.device) if splits > 1 else out
+    centre, alpha, f, *numbers = update or (h, h, h, 1.0, 1.0)
     with on_device_of(h):
         softmin_kernel[(batch * splits * triton.cdiv(n, tile.block_n),)](
             u.data, v.data, u.unit, v.unit, h, h if shift is None else shift, h if columns_used is None else columns_used, parts,
-            n, m, u.data.shape[1], v.data.shape[1], splits, per_split, eps,
+            centre, alpha, f, n, m, u.data.shape[1], v.data.shape[1], splits, per_split, eps, *numbers,
             D=u.width, PARTS=u.parts, Q=u.packed, SPARE=u.spare, SHIFTED=shift is not None, RAGGED=columns_used is not None,
+            CENTRED=update is not None, UPDATE=update is not None and splits == 1,
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         if splits > 1:
-            join_kernel[(triton.cdiv(n, 128), batch)](parts, out, n, splits, eps, SPLITS=triton.next_power_of_2(splits), BLOCK=128)
-    return out if h.dim() == 2 else out[0]
+            join_kernel[(triton.cdiv(n, 128), batch)](
+                parts, out, centre, alpha, f, n, splits, eps, *numbers,
+                UPDATE=update is not None, SPLITS=triton.next_power_of_2(splits), BLOCK=128,
+            )  # fmt: skip
 
 
 def on_device_of(x: Tensor):
@@ -56,14 +94,17 @@ def on_device_of(x: Tensor):
 
 @triton.jit
 def softmin_kernel(
-    u, v, unit_u, unit_v, h, shift, columns_used, out, n, m, u_rows, v_rows, splits, per_split, eps,
-    D: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, SPARE: tl.constexpr, SHIFTED: tl.constexpr,
-    RAGGED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    u, v, unit_u, unit_v, h, shift, columns_used, out, centre, offset, potential, n, m, u_rows, v_rows, splits, per_split, eps,
+    damping: tl.float64, limit: tl.float64,
+    D: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, SPARE: tl.constexpr, SHIFTED: tl.constexpr, RAGGED: tl.constexpr,
+    CENTRED: tl.constexpr, UPDATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_N rows and streams its share of the columns once; the row tile stays on chip.
 
     Traffic n d + (n / BLOCK_N) m (d + 1) words, no n-by-m buffer. Per pair: a multiply-add, an add, one exp2 and one add,
     plus a maximum and the tensor instructions; state per row (top, total), the reference of the exponent and the sum.
+
+    CENTRED: `shift` is a float64 potential without the centre of h. UPDATE: the result is one, and `potential` is damped from it.
     """
     blocks = tl.cdiv(n, BLOCK_N)
     program = tl.program_id(0)
@@ -90,7 +131,10 @@ def softmin_kernel(
     tl.assume(start < stop)  # without it ptxas sees a path around the loop and serialises the tensor instructions
     none = tl.zeros([BLOCK_N], tl.float32)
     if SHIFTED:
-        lift = tl.load(shift + at, mask=rows < n, other=0.0) * scale  # [N]
+        lift = tl.load(shift + at, mask=rows < n, other=0.0)  # [N]
+        if CENTRED:
+            lift = (lift + tl.load(centre + batch)).to(tl.float32)
+        lift = lift * scale
         u_hi, u_lo = row_tile(row, lift / (scale * unit), D, PARTS, Q, SPARE, BLOCK_N)
         top, total = sweep(
             u_hi, u_lo, row, col, h, lift, start, stop, m, unit, scale, D, PARTS, SPARE, False, BLOCK_N, BLOCK_M, STAGES
@@ -109,7 +153,50 @@ def softmin_kernel(
             u_hi, u_lo, row, col, h, none, start, stop, m, unit, scale, D, PARTS, SPARE, True, BLOCK_N, BLOCK_M, STAGES
         )  # fmt: skip
     # Per row, doubles cost nothing. `total` is near 1 under a good shift, so its logarithm has digits far below the last of `top`.
-    tl.store(out + (batch * splits + split) * n + rows, -(top.to(tl.float64) + tl.log2(total)) / scale, mask=rows < n)
+    s = -(top.to(tl.float64) + tl.log2(total)) / scale
+    if UPDATE:
+        s -= tl.load(centre + batch)
+        tl.store(potential + at, damped(s, tl.load(offset + at, mask=rows < n, other=0.0), damping, limit), mask=rows < n)
+    tl.store(out + (batch * splits + split) * n + rows, s, mask=rows < n)
+
+
+@triton.jit
+def damped(s, offset, damping, limit):
+    """A penalty's potential from the softmin offset + s: divided by `damping`, and no further from 0 than `limit`."""
+    return tl.minimum(tl.maximum((offset + s) / damping, -limit), limit)
+
+
+@triton.jit
+def centre_kernel(
+    g, logs, beta, h, centre, columns_used, m, logs_stride, eps: tl.float64, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """h = g + eps log b - beta in fp32 without its largest entry, `centre`; and the number of columns up to the last with weight."""
+    problem = tl.program_id(0).to(tl.int64)
+    g += problem * m
+    beta += problem * m
+    logs += problem * logs_stride
+    top = tl.full([], -float("inf"), tl.float64)
+    used = tl.full([], 0, tl.int32)
+    for j in range(0, m, BLOCK):
+        cols = j + tl.arange(0, BLOCK)
+        wide = weighed(g, logs, beta, cols, m, eps)
+        top = tl.maximum(top, tl.max(wide, 0))
+        used = tl.maximum(used, tl.max(tl.where((cols < m) & (wide != -float("inf")), cols + 1, 0), 0))  # NaN is no empty atom
+    top = tl.where(top > -float("inf"), top, 0.0)
+    for j in range(0, m, BLOCK):
+        cols = j + tl.arange(0, BLOCK)
+        tl.store(h + problem * m + cols, (weighed(g, logs, beta, cols, m, eps) - top).to(tl.float32), mask=cols < m)
+    tl.store(centre + problem, top)
+    tl.store(columns_used + problem, used)
+
+
+@triton.jit
+def weighed(g, logs, beta, cols, m, eps):
+    """An empty atom is -inf whatever its potential."""
+    log_b = tl.load(logs + cols, mask=cols < m, other=-float("inf"))
+    there = log_b > -float("inf")
+    wide = tl.load(g + cols, mask=there, other=0.0) + eps * log_b - tl.load(beta + cols, mask=there, other=0.0)
+    return tl.where(there, wide, -float("inf"))
 
 
 @triton.jit
@@ -144,7 +231,10 @@ def sweep(
 
 
 @triton.jit
-def join_kernel(parts, out, n, splits, eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def join_kernel(
+    parts, out, centre, offset, potential, n, splits, eps, damping: tl.float64, limit: tl.float64,
+    UPDATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A softmin of softmins is a softmin: (B, splits, n) to (B, n)."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     split = tl.arange(0, SPLITS)[:, None]
@@ -153,4 +243,8 @@ def join_kernel(parts, out, n, splits, eps, SPLITS: tl.constexpr, BLOCK: tl.cons
     t = tl.load(parts + (batch * splits + split) * n + rows, mask=(split < splits) & (rows < n), other=float("inf")).to(tl.float64) * -scale
     top = tl.maximum(tl.max(t, 0), -1e38)[None, :]  # [1, N]
     s = -(top + tl.log2(tl.sum(tl.exp2((t - top).to(tl.float32)), 0))[None, :]) / scale
+    if UPDATE:
+        s -= tl.load(centre + batch)
+        at = batch * n + rows
+        tl.store(potential + at, damped(s, tl.load(offset + at, mask=rows < n, other=0.0), damping, limit), mask=rows < n)
     tl.store(out + batch * n + rows, s, mask=rows < n)

@@ -164,6 +164,13 @@ def kernels_refused(device: torch.device) -> str | None:
     return None
 
 
+def vectors(z: Tensor) -> Tensor:
+    """(*batch, n) -> (B, n) as kernels take it, or (n,) where all of the batch is one vector in memory."""
+    if z.ndim == 1 or any(stride for stride, size in zip(z.stride()[:-1], z.shape[:-1], strict=True) if size > 1):
+        return z.reshape(-1, z.shape[-1]).contiguous()
+    return z[(0,) * (z.ndim - 1)].contiguous()
+
+
 def by_rows(stop: int, block: int, start: int = 0) -> list[slice]:
     if 0 < stop - start <= block:  # the usual case of a small problem
         return [slice(start, stop)]

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .. import errors
+from ..penalties import KL, TV, Penalty
 from ..problem import Problem
-from .products import kernels_refused
+from .products import kernels_refused, vectors
 from .protocol import Geometry, needed
 
 if TYPE_CHECKING:  # Triton is imported with the first cloud, so that without it the reason can still be given
@@ -56,7 +57,7 @@ class Streaming(Geometry):
         sides = []
         for offset, points in ((alpha, u), (beta, v)):
             points = points.detach().reshape(-1, *points.shape[-2:])
-            sides.append(_Side(offset.detach().reshape(-1, offset.shape[-1]), points, cloud(points, precision)))
+            sides.append(_Side(offset.detach().reshape(-1, offset.shape[-1]).contiguous(), points, cloud(points, precision)))
         self.rows, self.columns = sides
 
     @classmethod
@@ -96,6 +97,32 @@ class Streaming(Geometry):
         last = s.to(top.dtype) - top
         rows.eps, rows.last = eps, last
         return (rows.offset + last).view(*self.batch, rows.n).to(h.dtype)
+
+    def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Two launches a side: weights, offsets, damping and types are taken care of where the kernels read and write."""
+        if torch.is_grad_enabled() or g.shape != problem.b.shape or not all(isinstance(z, (KL, TV)) for z in problem.penalties):
+            return super().iterate(problem, g, eps, k)
+        (rows, columns), (log_a, log_b), turned = problem.penalties, (vectors(problem.log_a), vectors(problem.log_b)), self.T
+        g_next = self._flat(g, 1).contiguous()
+        f = g_next
+        for _ in range(k):
+            g_now = g_next
+            f = self._update(rows, g_now, log_b, eps)
+            g_next = turned._update(columns, f, log_a, eps)
+        return f.view(problem.a.shape), g_now.view(g.shape), g_next.view(g.shape)
+
+    def _update(self, penalty: Penalty, g: Tensor, log_b: Tensor, eps: float) -> Tensor:
+        """The damped softmin (B, n) of g (B, m)."""
+        from ..kernels.softmin import update  # pyright: ignore[reportMissingImports]
+
+        rows, columns = self.rows, self.columns
+        damping, limit = (1 + eps / penalty.tau, math.inf) if isinstance(penalty, KL) else (1.0, penalty.tau)
+        last = rows.last if rows.eps == eps else None
+        f, last = update(
+            rows.cloud, columns.cloud, g, log_b, rows.offset, columns.offset, eps, damping=damping, limit=limit, last=last
+        )
+        rows.eps, rows.last = eps, last
+        return f
 
     def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
         lead = torch.broadcast_shapes(k.shape[:-1], h.shape[:-1], v.shape[:-2])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..geometry.products import kernels_refused
+from ..geometry.products import kernels_refused, vectors
 from ..penalties import KL
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ def propose(step: Alternating, state: State, gauge: bool, memory: int, shifted: 
     penalties = problem.penalties
     taus = tuple(penalty.tau for penalty in penalties if isinstance(penalty, KL))
     taus = taus if shifted and len(taus) == 2 and not problem.balanced else None
-    vectors = [rows(z) for z in (state.f, state.g, state.g_next)]
-    held = Memory.of(vectors[1], len(vectors[1]), memory) if state.memory is None else state.memory
+    moved = [rows(z) for z in (state.f, state.g, state.g_next)]
+    held = Memory.of(moved[1], len(moved[1]), memory) if state.memory is None else state.memory
     done = None if state.done is None else state.done.reshape(-1)
     g = propose(
-        shared(problem.a), shared(problem.b), *vectors, step.eps, held, gauge=gauge, taus=taus, done=done, inexact=state.inexact
+        vectors(problem.a), vectors(problem.b), *moved, step.eps, held, gauge=gauge, taus=taus, done=done, inexact=state.inexact
     )
     return g.view(state.g.shape), held
 
@@ -64,7 +64,7 @@ def check(monitor: Monitor, state: State, slope: float, norm: str, sums: float) 
         last = rows(f_kept), rows(g_kept), monitor.errors[-1].reshape(-1), monitor.done.reshape(-1)
     differences = torch.finfo(g.dtype).eps / monitor.step.eps
     f, kept, error, done, flags = check(
-        shared(problem.b), rows(state.f), rows(g), rows(state.g_next), slope, monitor.criterion.tol, sums, differences, norm,
+        vectors(problem.b), rows(state.f), rows(g), rows(state.g_next), slope, monitor.criterion.tol, sums, differences, norm,
         last=last, together=state.plain, inexact=state.inexact,
     )  # fmt: skip
     each = problem.b.shape[:-1]
@@ -75,9 +75,3 @@ def rows(z: Tensor) -> Tensor:
     """(*batch, n) -> (B, n), contiguous."""
     return z.reshape(-1, z.shape[-1]).contiguous()
 
-
-def shared(z: Tensor) -> Tensor:
-    """(*batch, n) -> (B, n), or (n,) where all of the batch is one vector in memory."""
-    if z.ndim == 1 or any(z.stride()[:-1]):
-        return rows(z)
-    return z[(0,) * (z.ndim - 1)].contiguous()
