@@ -101,8 +101,8 @@ def streamed(kernel: str, storage: str, bucket: int, tile: tuning.Tile, target: 
     column = D * (4 if storage == "tf32" else 2 * parts)
     flops = 2 * D * {"pair": 3, "half": 1, "tf32": 2}[storage]
     if kernel == "softmin":
-        constants |= dict(SHIFTED=True, RAGGED=ragged)
-        types["out"] = "*fp64"  # as the backend asks for it
+        constants |= dict(SHIFTED=True, RAGGED=ragged, CENTRED=True, UPDATE=True)  # as iterations are run
+        types |= dict.fromkeys(("out", "shift", "centre", "offset", "potential"), "*fp64") | dict.fromkeys(("damping", "limit"), "fp64")
     else:
         chunk = D if same else min(C, tile.block_c)
         pairs = 2 if storage == "pair" or (kernel == "other" and constants["Q"]) else 1  # fp32 packs few coordinates, never w
