@@ -9,7 +9,7 @@ from problems import pairwise
 
 pytest.importorskip("triton")
 
-from gpu_ot.kernels import scaling, tuning
+from gpu_ot.kernels import absorbed, scaling, tuning
 from gpu_ot.kernels.apply import apply
 from gpu_ot.kernels.resident import iterate, sinkhorn
 from gpu_ot.kernels.softmin import softmin
@@ -259,14 +259,14 @@ def test_a_sum_that_is_not_a_number_stays_visible():
 @pytest.mark.parametrize("penalty, batch, dtype", pairwise([KL(), KL(0.3)], [(), (2,)], [torch.float32, torch.float64]), ids=str)
 def test_a_dense_solve_by_whole_rows(monkeypatch, penalty, batch, dtype):
     """The iterations of a stored matrix with this kernel for its products, against the readable form of the same."""
-    calls, init, kernel = [], Products.__init__, scaling.both
+    calls, init, kernel = [], Products.__init__, absorbed.iterate
 
     def asked(self, K):
         init(self, K)
         self.lone, self.whole_rows = False, True
 
     monkeypatch.setattr(Products, "__init__", asked)
-    monkeypatch.setattr(scaling, "both", lambda *given: calls.append(given) or kernel(*given))
+    monkeypatch.setattr(absorbed, "iterate", lambda *given, **options: calls.append(given) or kernel(*given, **options))
     monkeypatch.setattr(tuning, "processors", lambda device: 2)
     torch.manual_seed(0)
     a = torch.rand(30, dtype=torch.float64)

@@ -20,7 +20,7 @@ from ..penalties import KL, Penalty
 from ..problem import Problem
 from ..vectors import PIECE, exp, log, to_host
 from .dense import Dense
-from .products import Power, Products, Scaling
+from .products import Power, Products, Scaling, vectors
 from .protocol import weigh
 
 #: Iterations between two checks of the range of the sums, at most.
@@ -38,6 +38,7 @@ class _Kernel:
     f0: Tensor = field(init=False)
     g0: Tensor = field(init=False)
     sides: tuple[tuple[Penalty, Penalty], _Side, _Side] | None = None  # for the penalties they were made of
+    launched: tuple[Problem, Any, Any] | None = None  # the same for Triton's kernels, and the problem
 
 
 class Absorbed(Dense):
@@ -125,6 +126,8 @@ class Absorbed(Dense):
         """(f, g, g_next) after k iterations by products alone, and whether every sum stayed in the range in which it is exact (0-d)."""
         kernel, products = self.kernel, self.kernel.products
         assert products is not None
+        if self._served_by_kernels(problem, g):
+            return self._launch(problem, g, eps, k)
         if kernel.sides is None or kernel.sides[0] is not problem.penalties:
             rows, columns = problem.penalties
             kernel.sides = problem.penalties, _Side(rows, kernel.f0, eps), _Side(columns, kernel.g0, eps)
@@ -144,6 +147,35 @@ class Absorbed(Dense):
             return f, g, kernel.g0 - eps * columns.log(t.to(g.dtype)), exact
         return rows.potential(s), g if before is None else columns.potential(before), columns.potential(t), exact
 
+    def _served_by_kernels(self, problem: Problem, g: Tensor) -> bool:
+        """Whether `_launch` serves: a kernel that Triton can read, a problem for each of its matrices, penalties it knows."""
+        products = self.kernel.products
+        served = products is not None and products.whole_rows and g.shape == problem.b.shape and g.shape[:-1] == self.C.shape[:-2]
+        return served and not torch.is_grad_enabled() and all(isinstance(penalty, KL) for penalty in problem.penalties)
+
+    def _launch(
+        self, problem: Problem, g: Tensor, eps: float, k: int, hold: bool = False, inexact: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`_multiply` in 2 k + 2 launches; with `hold`, what `_Unchecked` makes of it."""
+        from ..kernels.absorbed import Side, iterate  # pyright: ignore[reportMissingImports]
+
+        kernel, products = self.kernel, self.kernel.products
+        assert products is not None
+        if kernel.launched is None or kernel.launched[0] is not problem:
+            sides = []
+            for weights, offset, penalty in ((problem.a, kernel.f0, problem.penalties[0]), (problem.b, kernel.g0, problem.penalties[1])):
+                tau = penalty.tau if isinstance(penalty, KL) else math.inf
+                flat = offset.reshape(-1, offset.shape[-1]).contiguous()
+                power = None if penalty.balanced else Power.damped(flat, tau, eps)
+                sides.append(Side(vectors(weights), flat, 1 + eps / tau, None if power is None else (power.p, power.c)))
+            kernel.launched = problem, *sides
+        _, rows, columns = kernel.launched
+        K = products.K.reshape(-1, *products.K.shape[-2:])
+        f, g_out, g_next, exact = iterate(
+            K, rows, columns, g.reshape(-1, g.shape[-1]).contiguous(), eps, k, self.safe, hold=hold, inexact=inexact
+        )
+        return f.view(problem.a.shape), g_out.view(g.shape), g_next.view(g.shape), exact
+
     def _absorb(self, g: Tensor, eps: float) -> None:
         """At g and the cheapest pair of each row. Histograms over one cost share the kernel of their mean potential."""
         extra = g.ndim - (self.C.ndim - 1)
@@ -159,7 +191,7 @@ class Absorbed(Dense):
             block = K[..., rows, :].copy_(self._gaps(g0, rows).add_(f0[..., rows].unsqueeze(-1)).div_(eps))
             torch.threshold_(block, self.log_dropped, -math.inf).exp_()
         products, kernel = Products(K), self.kernel
-        kernel.products, kernel.f0, kernel.g0, kernel.eps, kernel.sides = products, f0, g0, eps, None
+        kernel.products, kernel.f0, kernel.g0, kernel.eps, kernel.sides, kernel.launched = products, f0, g0, eps, None, None
         self.extra_sweeps += 1
         return products
 
@@ -242,6 +274,9 @@ class _Unchecked:
         self.geometry, self.inexact = geometry, None
 
     def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        if self.geometry._served_by_kernels(problem, g):
+            f, g, g_next, self.inexact = self.geometry._launch(problem, g, eps, k, hold=True, inexact=self.inexact)
+            return f, g, g_next
         f, _, g_next, exact = self.geometry._multiply(problem, g, eps, k)
         self.inexact = ~exact if self.inexact is None else self.inexact | ~exact
         return torch.where(exact, f, self.geometry.kernel.f0), g, torch.where(exact, g_next, g)
