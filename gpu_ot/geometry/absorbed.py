@@ -51,7 +51,7 @@ class Absorbed(Dense):
 
     Where the host would wait for the device to learn whether products are exact, accelerated iterations go on without knowing once the
     kernel has been exact SURE times: an inexact one marks the state on the device (`State.inexact`), which then stays where it was, and
-    the next block starts from there with a new kernel.
+    a later block starts from there with a new kernel: the host reads the answer of a block when the next has been launched.
     """
 
     #: Treat this device as one whose numbers the host must wait for, as a GPU's: for tests.
@@ -61,7 +61,7 @@ class Absorbed(Dense):
         super().__init__(C)
         self.kernel = _Kernel()
         self.stride = 1  # iterations to run before looking at the range; doubled while it holds
-        self._told: Callable[[], list[float]] | None = None  # whether the last block was inexact, on its way to the host
+        self._told: list[Callable[[], list[Any]]] = []  # whether the last blocks were inexact, on their way to the host
         # exp(-64) and exp(-650) keep even K_ij v_j clear of subnormal numbers, which CPUs multiply slowly.
         self.log_dropped = -64.0 if self.dtype == torch.float32 else -650.0
         self.safe = math.exp(self.log_dropped) / torch.finfo(self.dtype).eps
@@ -97,15 +97,17 @@ class Absorbed(Dense):
     def run(self, step: Any, state: Any, k: int) -> Any:
         if not (self.waits or self.C.is_cuda) or step.one_sided or step.plain_among(state, k):
             return super().run(step, state, k)
-        if self._told is not None and self._told()[0]:
+        # The answer of the block before the last has arrived; an inexact state stays where it is until it has.
+        if len(self._told) > 1 and self._told.pop(0)()[0]:
             self._drop()
-            state = replace(state, memory=None)  # the accelerator has seen updates of 0
-        state = replace(state, inexact=None)
-        waiting = _Unchecked(self)
+            self._told.clear()
+            state = replace(state, memory=None, inexact=None)  # the accelerator has seen updates of 0
+        waiting = _Unchecked(self, state.inexact)
         for _ in range(k):
             state = step.advance(waiting if state.n_iter and self._at(step.eps) and self.stride >= SURE else self, state)
             state = replace(state, inexact=waiting.inexact)
-        self._told = None if waiting.inexact is None else to_host(waiting.inexact.view(1).to(self.dtype))
+        if waiting.inexact is not None:
+            self._told.append(to_host(waiting.inexact.view(1)))
         return self.counted(state)
 
     def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:
@@ -270,8 +272,8 @@ class Absorbed(Dense):
 class _Unchecked:
     """Single iterations of an absorbed kernel that nobody waits for. An inexact one moves nothing, and says so in `inexact`."""
 
-    def __init__(self, geometry: Absorbed) -> None:
-        self.geometry, self.inexact = geometry, None
+    def __init__(self, geometry: Absorbed, inexact: Tensor | None = None) -> None:
+        self.geometry, self.inexact = geometry, inexact
 
     def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
         if self.geometry._served_by_kernels(problem, g):
