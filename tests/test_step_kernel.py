@@ -9,9 +9,12 @@ import torch
 pytest.importorskip("triton")
 
 from gpu_ot.kernels import step as kernel
+from gpu_ot.kernels import tuning
 
 from gpu_ot import KL, Problem
+from gpu_ot.geometry.absorbed import Absorbed
 from gpu_ot.geometry.dense import Dense
+from gpu_ot.geometry.resident import Resident
 from gpu_ot.solver.acceleration import PLAIN, Anderson
 from gpu_ot.solver.criterion import Marginal
 from gpu_ot.solver.monitor import Monitor
@@ -148,3 +151,73 @@ class TestTheCheck:
             second.check(state, state)
             _, kept, error, _, flags = second.criterion.check(second, broken)
         assert torch.equal(kept[0], state.g[0]) and error.isfinite().all() and flags.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "n, m, batch, penalties, after, k",
+    [(20, 15, (), KL(), 0, 8), (33, 70, (3,), KL(), 3, 9), (17, 40, (2,), KL(0.5), 0, 7), (40, 9, (), (KL(), KL(1.0)), 2, 8)],
+    ids=str,
+)
+def test_a_resident_block(n, m, batch, penalties, after, k):
+    """One launch for k iterations, proposals included, against single launches and proposals by torch; then another k."""
+    wide = posed(n, m, batch, penalties, 0.03)
+    problem = Problem(wide.cost.dense().float(), 0.03, wide.a, wide.b, penalties)
+    geometry, twin = Resident(problem.cost.dense()), Resident(problem.cost.dense())
+    step = Alternating(problem, problem.eps, Anderson(gauge=problem.balanced), plain_until=after)
+    with torch.no_grad():
+        ours = theirs = step.begin(geometry, Start(torch.zeros_like(problem.a), problem.a), None)
+        done = None
+        for _ in range(2):
+            ours = geometry.run(step, replace(ours, done=done), k)
+            for _ in range(k):
+                torch.set_grad_enabled(True)
+                g, memory = step.propose(replace(theirs, done=done))
+                torch.set_grad_enabled(False)
+                theirs = step.moved(twin, theirs, g, memory, 1)
+            for name in ("f", "g", "g_next"):
+                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=2e-4, atol=2e-5)
+            assert (ours.n_iter, ours.age, ours.n_sweeps) == (theirs.n_iter, theirs.age, theirs.n_sweeps)
+            done = torch.arange(math.prod(batch)).view(batch) == 1 if batch else None
+        if batch:
+            stays = geometry.run(step, replace(ours, done=done), k)
+            assert torch.equal(stays.g[1], ours.g[1]) and torch.equal(stays.f[1], ours.f[1]) and not torch.equal(stays.g[0], ours.g[0])
+
+
+def test_where_a_problem_is_done_its_block_is_short():
+    """A launch in which all are done changes nothing, bit for bit."""
+    problem = Problem(posed(12, 10, (2,), KL()).cost.dense().float(), 0.05)
+    geometry, step = Resident(problem.cost.dense()), Alternating(problem, problem.eps, Anderson(gauge=True))
+    with torch.no_grad():
+        state = geometry.run(step, step.begin(geometry, Start(torch.zeros_like(problem.a), problem.a), None), 5)
+        after = geometry.run(step, replace(state, done=torch.tensor([True, True])), 5)
+    for name in ("f", "g", "g_next"):
+        assert torch.equal(getattr(after, name), getattr(state, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("penalties, batch", [(KL(), ()), (KL(0.5), (3,)), ((KL(), KL(1.0)), (2,))], ids=str)
+def test_an_absorbed_iteration(monkeypatch, dtype, penalties, batch):
+    """The kernel's potentials and its word on exactness against torch's; held where it was when a sum left the range."""
+    monkeypatch.setattr(tuning, "processors", lambda device: 3)
+    wide = posed(30, 700, batch, penalties, 0.02)
+    problem = Problem(wide.cost.dense().to(dtype), 0.02, wide.a, wide.b, penalties)
+    geometry = Absorbed(problem.cost)
+    with torch.no_grad():
+        g = geometry.first(torch.zeros_like(problem.a), problem.a, 0.02)  # of columns: any potential will do
+        _, g, _ = geometry.iterate(problem, g, 0.02, 1)
+        assert geometry.kernel.products is not None
+        for k in (1, 3):
+            expected = geometry._multiply(problem, g, 0.02, k)
+            ours = geometry._launch(problem, g, 0.02, k)
+            for mine, right in zip(ours, expected, strict=True):
+                tight = 1e-13 if dtype == torch.float64 else 1e-6
+                torch.testing.assert_close(mine, right, rtol=tight, atol=tight)
+            assert ours[3]
+        *kept, inexact = geometry._launch(problem, g, 0.02, 1, hold=True)
+        assert not inexact and torch.equal(kept[0], geometry._launch(problem, g, 0.02, 1)[0])
+        far = g.clone()
+        far[(-1,) * len(batch)] -= 1e3  # of one problem
+        assert not geometry._launch(problem, far, 0.02, 1)[3] and not geometry._multiply(problem, far, 0.02, 1)[3]
+        f, still, g_next, inexact = geometry._launch(problem, far, 0.02, 1, hold=True)
+        assert inexact and torch.equal(g_next, far) and torch.equal(still, far) and torch.equal(f, geometry.kernel.f0)
+        assert geometry._launch(problem, g, 0.02, 1, hold=True, inexact=inexact)[3], "what was void stays void"

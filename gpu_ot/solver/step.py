@@ -110,6 +110,14 @@ class Alternating:
             return k
         return max(0, min(k, self.plain_until - state.n_iter))
 
+    def unproposed(self, state: State, k: int) -> int | None:
+        """How many of the next k iterations start from g_next, before the others are proposed by Anderson's mixing; None for other rules."""
+        if type(self) is not Alternating or type(self.accelerator) not in (Plain, Anderson):
+            return None
+        if isinstance(self.accelerator, Plain):
+            return k
+        return min(k, max(int(state.age == 0), self.plain_until + 1 - state.n_iter, 0))
+
     def propose(self, state: State) -> tuple[Tensor, Any]:
         """The g of the next iteration, and the accelerator's memory."""
         if state.age == 0 or self.plain_among(state, 1) or state.n_iter == self.plain_until:
