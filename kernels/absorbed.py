@@ -136,7 +136,9 @@ def potentials_kernel(
     else:
         weight /= total
     weight = tl.where(at < n, weight, 0.0).to(tl.float64)
-    broken = tl.sum(((at < n) & ((tl.abs(total) < float("inf")) == 0)).to(tl.int32), 0)
+    # `powered` needs a normal number.
+    least = 1.2e-38 if total.dtype == tl.float32 else 2.3e-308
+    broken = tl.sum(((at < n) & (((total > least) & (total < float("inf"))) == 0)).to(tl.int32), 0)
     broken += tl.sum(((tl.abs(weight) < float("inf")) == 0).to(tl.int32), 0)
     least_s = tl.min(tl.where(at < n, total.to(tl.float64), float("inf")), 0)
     x = (tl.load(f0 + at, mask=at < n, other=0.0) - eps * tl.log(total.to(tl.float64))) / damping_a
