@@ -25,11 +25,9 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 os.environ.pop("TRITON_INTERPRET", None)  # nothing compiles in the interpreter
 
 import triton
-from gpu_ot.kernels import resident, scaling, tuning
+from gpu_ot.kernels import absorbed, check, resident, scaling, softmin, step, tuning
 from gpu_ot.kernels.apply import apply_kernel
-from gpu_ot.kernels.resident import sinkhorn_kernel
 from gpu_ot.kernels.scaling import both_kernel
-from gpu_ot.kernels.softmin import softmin_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -81,6 +79,9 @@ def build(kernel, types: dict, constants: dict, target: GPUTarget, warps: int, s
 INTEGERS = dict.fromkeys(
     ("n", "m", "c", "u_rows", "v_rows", "w_rows", "splits", "per_split", "C_stride", "parts", "per_part", "max_iter"), "i32"
 )
+WHOLE = dict.fromkeys(
+    ("n", "m", "batch", "a_stride", "b_stride", "logs_stride", "C_stride", "parts", "blocks", "iterations", "plain", "known"), "i32"
+)
 SCALARS = INTEGERS | dict.fromkeys(("eps", "loss_a", "loss_b", "tol"), "fp32")
 
 
@@ -109,7 +110,7 @@ def streamed(kernel: str, storage: str, bucket: int, tile: tuning.Tile, target: 
         constants |= dict(WIDTH=C, C=chunk, W_PARTS=0 if C == 1 else pairs, SAME=same, RAGGED=ragged)
         column += 0 if C == 1 or same else 2 * chunk * pairs
         flops += 0 if C == 1 else 2 * chunk * (3 if pairs == 2 else 1)
-    function = softmin_kernel if kernel == "softmin" else apply_kernel
+    function = softmin.softmin_kernel if kernel == "softmin" else apply_kernel
     return build(function, types, constants, target, tile.warps, tile.stages), column * tile.block_m, flops
 
 
@@ -216,19 +217,60 @@ def summary(used: dict) -> str:
     return f"{used['registers']:4} regs {used['spilled']:4} B spilled {used['shared'] / 1024:6.1f} KiB {used['blocks']:2} blocks"
 
 
-def examine_resident(arch: str, n: int, m: int) -> tuple[str, list[str]]:
+def of(kind: str, names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), kind)
+
+
+def examine_resident(arch: str, n: int, m: int, mixing: bool) -> tuple[str, list[str]]:
     block_n, block_m, warps = resident.shape(n, m)
-    types = SCALARS | dict(steps="*i32") | dict.fromkeys(("a", "b", "start", "f", "g", "fresh_g"), "*fp64")
-    constants = dict(LOSS=True, BLOCK_N=block_n, BLOCK_M=block_m)
-    used = resources(build(sinkhorn_kernel, types, constants, TARGETS[arch], warps), arch)
-    line = f"{arch:7}resident {n}x{m}".ljust(26) + f"{block_n}x{block_m}x{warps}".ljust(15) + summary(used)
+    vectors = of("*fp64", "a b f_before g_before start f g fresh_g changes moves last trial numbers proposed")
+    types = SCALARS | WHOLE | vectors | of("fp64", "eps_64 tau_a tau_b") | dict(done="*i1")
+    constants = dict(
+        LOSS=True, MIXING=mixing, GAUGE=False, SHIFT=True, DONE=True, MEMORY=3, SLOTS=4, STEP=min(block_m, 32 * warps),
+        BLOCK_N=block_n, BLOCK_M=block_m,
+    )  # fmt: skip
+    used = resources(build(resident.run_kernel, types, constants, TARGETS[arch], warps), arch)
+    line = f"{arch:7}resident {n}x{m}{' mixing' * mixing}".ljust(33) + f"{block_n}x{block_m}x{warps}".ljust(15) + summary(used)
     return line, ["spills"] * (used["spilled"] > 0)
+
+
+def vector_kernels() -> list[tuple[str, object, dict, dict, int]]:
+    """What an iteration and a check do to vectors: (name, kernel, types, constants, warps), each in its most demanding form."""
+    numbers = of("*fp64", "a b f g g_next changes moves last trial numbers out") | of("fp64", "eps tau_a tau_b")
+    flags = dict(done="*i1", inexact="*i1", old_done="*i1", exact="*i1")
+    checked = of("*fp64", "b f g g_next old_f old_g old_error new_f new_g error sizes flags") | of("fp64", "slope tol sums differences")
+    rows = []
+    for m in (64, 5000):
+        block, warps = step.shape(m)
+        constants = dict(KNOWN=1, GAUGE=True, SHIFT=True, DONE=True, INEXACT=True, MEMORY=3, SLOTS=4, BLOCK=block)
+        rows.append((f"propose {m}", step.propose_kernel, numbers | flags, constants, warps))
+    for norm in range(len(check.NORMS)):
+        constants = dict(NORM=norm, LAST=True, TOGETHER=False, INEXACT=True, ALONE=False, BLOCK=1024)
+        rows.append((f"check {check.NORMS[norm]}", check.check_kernel, checked | flags, constants, 8))
+    rows.append(("flags", check.flags_kernel, checked, dict(BLOCK=1024), 4))
+    rows.append(("sizes", check.size_kernel, checked, dict(SQUARE=True, BLOCK=1024), 8))
+    for dtype in ("*fp32", "*fp64"):
+        types = of("*fp64", "a b p c f0 g0 f g g_next sizes") | of("fp64", "eps damping_a damping_b safe") | of(dtype, "s sums before w t")
+        tile = dict(BLOCK=absorbed.BLOCK)
+        rows.append((f"weigh {dtype}", absorbed.weigh_kernel, types, tile, 4))
+        rows.append((f"again {dtype}", absorbed.again_kernel, types, tile | dict(POWER=True), 4))
+        rows.append((f"potentials {dtype}", absorbed.potentials_kernel, types, tile | dict(POWER=True, LONG=True), 4))
+    constants = dict(HOLD=True, INEXACT=True, PROBLEMS=64, BLOCKS=32, BLOCK=absorbed.BLOCK)
+    rows.append(("settle", absorbed.settle_kernel, types | flags, constants, 4))
+    centred = of("*fp64", "g logs beta centre") | dict(columns_used="*i32", eps="fp64")
+    rows.append(("centre", softmin.centre_kernel, centred, dict(BLOCK=2048), 16))
+    return rows
+
+
+def examine_vectors(arch: str, name: str, kernel, types: dict, constants: dict, warps: int) -> tuple[str, list[str]]:
+    used = resources(build(kernel, WHOLE | types, constants, TARGETS[arch], warps), arch)
+    return f"{arch:7}{name}".ljust(33) + f"x{warps}".ljust(15) + summary(used), ["spills"] * (used["spilled"] > 0)
 
 
 def examine_scaling(arch: str, dtype: str, m: int) -> tuple[str, list[str]]:
     """Both products of an iteration on a stored matrix, for a KL penalty: the hard one needs less."""
     block_n, block_m, warps, ahead = scaling.shape(2**15, m, 4 if dtype == "fp32" else 8, 64 if arch == "gfx942" else 32)
-    types = SCALARS | dict.fromkeys(("K", "w", "a", "s", "t"), f"*{dtype}") | dict.fromkeys(("p", "c"), "*fp64")
+    types = SCALARS | dict.fromkeys(("K", "w", "s", "t"), f"*{dtype}") | dict.fromkeys(("a", "p", "c"), "*fp64") | dict(a_stride="i32")
     constants = dict(POWER=True, AHEAD=ahead, BLOCK_N=block_n, BLOCK_M=block_m)
     used = resources(build(both_kernel, types, constants, TARGETS[arch], warps), arch)
     line = f"{arch:7}scaling {dtype} {m}".ljust(26) + f"{block_n}x{block_m}x{warps}".ljust(15) + summary(used)
@@ -260,12 +302,15 @@ def main() -> int:
                 wrong += [f"costs more than {BACKWARD} softmins"] * (issued[key] / forward > BACKWARD)
             failures += report(line, wrong)
     for arch in TARGETS:
+        if options.arch not in (None, arch):
+            continue
         for n, m in small:
-            if options.arch in (None, arch):
-                failures += report(*examine_resident(arch, n, m))
+            for mixing in (False, True):
+                failures += report(*examine_resident(arch, n, m, mixing))
+        for row in vector_kernels():
+            failures += report(*examine_vectors(arch, *row))
         for dtype, m in long:
-            if options.arch in (None, arch):
-                failures += report(*examine_scaling(arch, dtype, m))
+            failures += report(*examine_scaling(arch, dtype, m))
     print(f"{failures} rows fail" if failures else "every row fits, without spills, within its bars")
     return failures > 0
 

@@ -78,7 +78,7 @@ def shape(n: int, m: int) -> tuple[int, int, int]:
 @triton.jit
 def run_kernel(
     C, a, b, f_before, g_before, start, done, K, lines, f, g, fresh_g, changes, moves, last, trial, numbers, proposed,
-    C_stride, a_stride, b_stride, n, m, k, plain, known, eps, loss_a, loss_b, eps_64: tl.float64, tau_a: tl.float64, tau_b: tl.float64,
+    C_stride, a_stride, b_stride, n, m, iterations, plain, known, eps, loss_a, loss_b, eps_64: tl.float64, tau_a: tl.float64, tau_b: tl.float64,
     LOSS: tl.constexpr, MIXING: tl.constexpr, GAUGE: tl.constexpr, SHIFT: tl.constexpr, DONE: tl.constexpr,
     MEMORY: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def run_kernel(
         tl.store(weights + rows, tl.load(a + rows, mask=rows < n, other=0.0).to(tl.float32))
     G = tl.where(reached, 0.0, given).to(tl.float32)
     fresh = G
-    count = tl.full([], k, tl.int32)
+    count = tl.full([], iterations, tl.int32)
     if MIXING:
         tl.store(g + cols, tl.load(g_before + problem * m + cols, mask=live, other=0.0), mask=live)
         tl.store(fresh_g + cols, given, mask=live)
