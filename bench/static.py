@@ -62,7 +62,7 @@ PIPES = (
 )
 
 
-def build(kernel, types: dict, constants: dict, target: GPUTarget, warps: int, stages: int = 2):
+def build(kernel, types: dict, constants: dict, target: GPUTarget, warps: int, stages: int = 2, **more):
     """The compiled kernel. Pointers and strides are taken as multiples of 16, as those of the launchers are."""
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -72,7 +72,7 @@ def build(kernel, types: dict, constants: dict, target: GPUTarget, warps: int, s
         signature[name] = types.get(name, "*fp32")
         if signature[name].startswith("*") or name in ("u_rows", "v_rows", "w_rows", "per_split"):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    options = dict(num_warps=warps, num_stages=stages)
+    options = dict(num_warps=warps, num_stages=stages, **more)
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 
@@ -222,14 +222,15 @@ def of(kind: str, names: str) -> dict[str, str]:
 
 
 def examine_resident(arch: str, n: int, m: int, mixing: bool) -> tuple[str, list[str]]:
-    block_n, block_m, warps = resident.shape(n, m)
+    block_n, block_m, warps = resident.shape(n, m, mixing)
+    more = resident.REGISTERS if mixing and arch != "gfx942" else {}
     vectors = of("*fp64", "a b f_before g_before start f g fresh_g changes moves last trial numbers proposed")
     types = SCALARS | WHOLE | vectors | of("fp64", "eps_64 tau_a tau_b") | dict(done="*i1")
     constants = dict(
         LOSS=True, MIXING=mixing, GAUGE=False, SHIFT=True, DONE=True, MEMORY=3, SLOTS=4, STEP=min(block_m, 32 * warps),
         BLOCK_N=block_n, BLOCK_M=block_m,
     )  # fmt: skip
-    used = resources(build(resident.run_kernel, types, constants, TARGETS[arch], warps), arch)
+    used = resources(build(resident.run_kernel, types, constants, TARGETS[arch], warps, **more), arch)
     line = f"{arch:7}resident {n}x{m}{' mixing' * mixing}".ljust(33) + f"{block_n}x{block_m}x{warps}".ljust(15) + summary(used)
     return line, ["spills"] * (used["spilled"] > 0)
 

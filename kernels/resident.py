@@ -8,6 +8,8 @@ from torch import Tensor
 from .softmin import on_device_of
 from .step import Memory, log_mass, mix
 
+#: Left to itself, ptxas would rather spill a few numbers of the step than give up a second block on a multiprocessor.
+REGISTERS = dict(maxnreg=255)
 LARGEST = 1024  # columns; whole rows lie in the registers of one program, and up to here its 4096 entries are four rows or more
 
 
@@ -37,7 +39,7 @@ def run(
     mixing = plain < k
     assert memory is not None or not mixing
     f_out, g_out, fresh = (torch.empty(batch, size, dtype=g_next.dtype, device=C.device) for size in (n, m, m))
-    block_n, block_m, warps = shape(n, m)
+    block_n, block_m, warps = shape(n, m, mixing)
     padded = triton.cdiv(n, block_n) * block_n
     K = torch.empty(batch, padded, block_m, dtype=torch.float32, device=C.device)
     lines = torch.empty(batch, 3, padded, dtype=torch.float32, device=C.device)
@@ -53,22 +55,23 @@ def run(
             int(memory is not None and memory.known), eps, loss_a, loss_b, float(eps), float(tau_a), float(tau_b),
             LOSS=loss_a > 0, MIXING=mixing, GAUGE=gauge, SHIFT=shifted, DONE=done is not None and plain == 0,
             MEMORY=size, SLOTS=triton.next_power_of_2(size), STEP=min(block_m, 32 * warps),
-            BLOCK_N=block_n, BLOCK_M=block_m, num_warps=warps,
+            BLOCK_N=block_n, BLOCK_M=block_m, num_warps=warps, **({} if torch.version.hip or not mixing else REGISTERS),
         )  # fmt: skip
     if memory is not None and mixing:
         memory.known = True
     return f_out, g_out, fresh
 
 
-def shape(n: int, m: int) -> tuple[int, int, int]:
+def shape(n: int, m: int, mixing: bool = False) -> tuple[int, int, int]:
     """(block_n, block_m, warps): a row block holds whole rows, 8 entries per thread, 4 if it is small. With 16, one program would fill
     the registers.
 
     2048 entries up to 128 columns, so that two problems hide each other's waiting; beyond it there are seldom enough problems for
-    that, and one takes all 16 warps. bench/static.py counts its registers; it has not been timed.
+    that, and one takes all 16 warps. With the step inside it needs more than the 128 registers that 16 warps leave each thread, and takes
+    8. bench/static.py counts them; none of it has been timed.
     """
     block_m = max(16, triton.next_power_of_2(m))
-    block_n = (2048 if block_m <= 128 else 4096) // block_m
+    block_n = (2048 if block_m <= 128 or mixing else 4096) // block_m
     if block_m < 64:
         block_n = min(block_n, max(16, triton.next_power_of_2(n)))
     entries = block_n * block_m
@@ -116,9 +119,8 @@ def run_kernel(
     beta = tl.load(b + cols, mask=live, other=0.0).to(tl.float32)  # [M]
     log_b = tl.log2(beta)  # -inf for an empty atom
     given = tl.load(start + problem * m + cols, mask=live, other=0.0)  # [M], float64 perhaps
-    reached = tl.abs(given) < float("inf")  # an empty atom that no row may use has potential inf
-    g0 = tl.where(reached, given, 0.0)
-    g_hi = g0.to(tl.float32)
+    reached = tl.abs(given) < float("inf")
+    g0, g_hi = absorbed_at(start + problem * m, cols, live)
     g_lo = (g0 - g_hi).to(tl.float32)
     for i in range(0, n, BLOCK_N):
         rows = i + tl.arange(0, BLOCK_N)  # [N]
@@ -149,8 +151,8 @@ def run_kernel(
     for step in range(count):
         G = fresh
         if MIXING:
+            tl.debug_barrier()
             if step >= plain:
-                tl.debug_barrier()
                 shift = tl.full([], 0.0, tl.float64)
                 if SHIFT:
                     shift = (log_mass(a, f, n, tau_a, STEP) - log_mass(b, fresh_g, m, tau_b, STEP)) / (1 / tau_a + 1 / tau_b)
@@ -161,8 +163,13 @@ def run_kernel(
                     known + step - plain, GAUGE, MEMORY, SLOTS, STEP,
                 )  # fmt: skip
                 tl.debug_barrier()
-                next_g = tl.load(proposed + problem * m + cols, mask=live, other=0.0)
-                G = ((next_g - g0) * scale).to(tl.float32)
+                now = tl.load(proposed + problem * m + cols, mask=live, other=0.0)
+            else:
+                now = tl.load(fresh_g + cols, mask=live, other=0.0)
+            # Read again, so that nothing has to stay in registers during `mix`.
+            g0, g_hi = absorbed_at(start + problem * m, cols, live)
+            G = ((now - g0) * scale).to(tl.float32)
+            beta = tl.load(b + cols, mask=live, other=0.0).to(tl.float32)
         near = tl.where(tl.abs(G) < float("inf"), G, 0.0)  # [M]; see `reached`
         columns = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         tl.debug_barrier()  # S of the last turn, written by other threads
@@ -174,7 +181,7 @@ def run_kernel(
             E = tl.exp2(k + (S[:, None] + near[None, :]))  # [N, M]
             total = tl.sum(E * beta[None, :], 1)  # [N]
             if tl.sum(((rows < n) & (within(total) == 0)).to(tl.int32), 0) > 0:
-                T = k + (near + log_b)[None, :]  # [N, M]
+                T = k + (near + tl.log2(beta))[None, :]  # [N, M]
                 top = tl.maximum(tl.max(T, 1), -1e38)  # -1e38, not -inf: rows beyond n would compute inf - inf
                 S = tl.where(rows < n, -(top + tl.log2(tl.sum(tl.exp2(T - top[:, None]), 1))), 0.0)
                 total = tl.where(rows < n, 1.0, total)
@@ -204,23 +211,33 @@ def run_kernel(
             fresh = -(top + tl.log2(total_m))
         fresh = tl.where(fresh < float("inf"), fresh - loss_b * (g_hi * scale + fresh), fresh)
         fresh = tl.where(live, fresh, 0.0)  # columns beyond m summed to nothing
+        if MIXING:
+            g0, g_hi = absorbed_at(start + problem * m, cols, live)
         tl.store(g + cols, g0 + G / scale, mask=live)
         tl.store(fresh_g + cols, g0 + fresh / scale, mask=live)
         if SHIFT:
             tl.debug_barrier()
-            store_rows(f, state, low, given, n, scale, loss_a, BLOCK_N)
+            store_rows(f, state, low, n, scale, loss_a, BLOCK_N)
     if count > 0:
         tl.debug_barrier()
-        store_rows(f, state, low, given, n, scale, loss_a, BLOCK_N)
+        store_rows(f, state, low, n, scale, loss_a, BLOCK_N)
 
 
 @triton.jit
-def store_rows(f, state, low, given, n, scale, loss_a, BLOCK_N: tl.constexpr):
+def absorbed_at(start, cols, live):
+    """g0, and its nearest fp32: `start`, but 0 for an empty atom that no row may use, whose potential is inf."""
+    given = tl.load(start + cols, mask=live, other=0.0)
+    g0 = tl.where(tl.abs(given) < float("inf"), given, 0.0)
+    return g0, g0.to(tl.float32)
+
+
+@triton.jit
+def store_rows(f, state, low, n, scale, loss_a, BLOCK_N: tl.constexpr):
     """f from S, which counts from f0."""
     for i in range(0, n, BLOCK_N):
         rows = i + tl.arange(0, BLOCK_N)  # [N]
         S = tl.load(state + rows)  # [N]
-        s = tl.load(low + rows).to(given.dtype) + S / scale
+        s = tl.load(low + rows).to(f.dtype.element_ty) + S / scale
         tl.store(f + rows, tl.where(tl.abs(S) < float("inf"), s - loss_a * s, s), mask=rows < n)
 
 
