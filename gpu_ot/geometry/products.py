@@ -8,6 +8,7 @@ there and u is 1 / s or a `Power`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -162,6 +163,18 @@ def kernels_refused(device: torch.device) -> str | None:
     except ImportError as missing:
         return f"its kernels cannot be imported: {missing}"
     return None
+
+
+def serves_vectors(*tensors: Tensor) -> bool:
+    """Whether kernels may work on vectors like these. They know no derivatives, and what a transform makes of tensors they cannot read."""
+    if any(z.device.type != "cuda" for z in tensors) and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    return not torch.is_grad_enabled() and all(z.dtype == torch.float64 for z in tensors) and _run_on(tensors[0].device)
+
+
+@functools.cache
+def _run_on(device: torch.device) -> bool:
+    return kernels_refused(device) is None
 
 
 def vectors(z: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import errors
-from ..penalties import KL, TV, Penalty
+from .. import errors, transforms
+from ..penalties import BALANCED, KL, TV, Penalty
 from ..problem import Problem
-from .products import kernels_refused, vectors
+from ..vectors import log
+from .products import kernels_refused, serves_vectors, vectors
 from .protocol import Geometry, needed
 
 if TYPE_CHECKING:  # Triton is imported with the first cloud, so that without it the reason can still be given
@@ -100,7 +101,7 @@ class Streaming(Geometry):
 
     def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Two launches a side: weights, offsets, damping and types are taken care of where the kernels read and write."""
-        if torch.is_grad_enabled() or g.shape != problem.b.shape or not all(isinstance(z, (KL, TV)) for z in problem.penalties):
+        if not serves_vectors(g, problem.b) or g.shape != problem.b.shape or not all(isinstance(z, (KL, TV)) for z in problem.penalties):
             return super().iterate(problem, g, eps, k)
         (rows, columns), (log_a, log_b), turned = problem.penalties, (vectors(problem.log_a), vectors(problem.log_b)), self.T
         g_next = self._flat(g, 1).contiguous()
@@ -110,6 +111,11 @@ class Streaming(Geometry):
             f = self._update(rows, g_now, log_b, eps)
             g_next = turned._update(columns, f, log_a, eps)
         return f.view(problem.a.shape), g_now.view(g.shape), g_next.view(g.shape)
+
+    def update(self, g: Tensor, b: Tensor, eps: float) -> Tensor:
+        if not serves_vectors(g, b) or transforms.active() or g.ndim != len(self.batch) + 1:
+            return super().update(g, b, eps)
+        return self._update(BALANCED, self._flat(g, 1).contiguous(), log(vectors(b)), eps).view(*self.batch, -1)
 
     def _update(self, penalty: Penalty, g: Tensor, log_b: Tensor, eps: float) -> Tensor:
         """The damped softmin (B, n) of g (B, m)."""

@@ -5,14 +5,12 @@ Those are the reference, on any device; here tensors are only laid out as the ke
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..geometry.products import kernels_refused, vectors
+from ..geometry.products import serves_vectors, vectors
 from ..penalties import KL
 
 if TYPE_CHECKING:
@@ -20,22 +18,10 @@ if TYPE_CHECKING:
     from .step import Alternating, State
 
 
-def serves(z: Tensor) -> bool:
-    """Whether kernels may work on vectors like this one. They know no derivatives."""
-    if z.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return False
-    return z.dtype == torch.float64 and not torch.is_grad_enabled() and _run_on(z.device)
-
-
-@functools.cache
-def _run_on(device: torch.device) -> bool:
-    return kernels_refused(device) is None
-
-
 def propose(step: Alternating, state: State, gauge: bool, memory: int, shifted: bool = True) -> tuple[Tensor, Any] | None:
     """The g that Anderson's mixing tries next, held where problems are done or the state is void; and what is remembered."""
     problem = step.problem
-    if not serves(state.g) or state.g.shape != problem.b.shape:
+    if not serves_vectors(state.g) or state.g.shape != problem.b.shape:
         return None
     from ..kernels.step import Memory, propose  # pyright: ignore[reportMissingImports]
 
@@ -54,7 +40,7 @@ def propose(step: Alternating, state: State, gauge: bool, memory: int, shifted: 
 def check(monitor: Monitor, state: State, slope: float, norm: str, sums: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """(f, g, error, done, flags) of `Monitor.check`, where the gap is slope (g - g_next)."""
     problem, g = monitor.step.problem, state.g
-    if not serves(g) or problem.forbids or g.shape != problem.b.shape:
+    if not serves_vectors(g) or problem.forbids or g.shape != problem.b.shape:
         return None
     from ..kernels.check import check  # pyright: ignore[reportMissingImports]
 
