@@ -82,6 +82,45 @@ def iterate(
     return f, g_out, g_next, exact
 
 
+def softmin(K: Tensor, b: Tensor, f0: Tensor, g0: Tensor, g: Tensor, eps: float, safe: float) -> tuple[Tensor, Tensor]:
+    """(s, exact): the softmin (B, n) over j of g + eps log b, before it is damped, and for each problem whether every sum was exact.
+
+    K (B, n, m); b (B, m) or (m,); f0 (B, n); g0 and g (B, m); float64 beside K. `safe` as for `iterate`.
+    """
+    batch, n, m = K.shape
+    w = torch.empty(batch, m, dtype=K.dtype, device=K.device)
+    s = torch.empty(batch, n, dtype=torch.float64, device=K.device)
+    exact = torch.empty(batch, dtype=torch.bool, device=K.device)
+    info = torch.finfo(K.dtype)
+    with on_device_of(K):
+        weigh_kernel[(triton.cdiv(m, BLOCK), batch)](g, b, g0, w, m, m if b.dim() > 1 else 0, float(eps), BLOCK=BLOCK)
+        sums = K[0] @ w[0] if batch == 1 else torch.bmm(K, w.unsqueeze(-1))
+        softmin_kernel[(batch,)](sums, w, f0, s, exact, n, m, float(eps), float(safe), info.tiny / info.eps, BLOCK=BLOCK, num_warps=4)
+    return s, exact
+
+
+@triton.jit
+def softmin_kernel(
+    sums, w, f0, s, exact, n, m, eps: tl.float64, safe: tl.float64, floor: tl.float64, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Below `floor` scalings that underflowed would count."""
+    problem = tl.program_id(0).to(tl.int64)
+    taken = tl.full([], 0.0, tl.float64)
+    for j in range(0, m, BLOCK):
+        cols = j + tl.arange(0, BLOCK)
+        taken += tl.sum(tl.load(w + problem * m + cols, mask=cols < m, other=0.0).to(tl.float64), 0)
+    least = tl.maximum(safe * taken, floor)
+    wrong = tl.full([], 0, tl.int32)
+    for i in range(0, n, BLOCK):
+        rows = i + tl.arange(0, BLOCK)
+        total = tl.load(sums + problem * n + rows, mask=rows < n, other=1.0).to(tl.float64)
+        good = (total >= least) & (total < float("inf"))
+        wrong += tl.sum(((rows < n) & (good == 0)).to(tl.int32), 0)
+        x = tl.load(f0 + problem * n + rows, mask=rows < n, other=0.0) - eps * tl.log(total)
+        tl.store(s + problem * n + rows, x, mask=rows < n)
+    tl.store(exact + problem, wrong == 0)
+
+
 @triton.jit
 def weigh_kernel(g, b, g0, w, m, b_stride, eps: tl.float64, BLOCK: tl.constexpr):
     """w = b exp((g - g0) / eps), in the type of the kernel. The potential of an empty atom may be anything."""

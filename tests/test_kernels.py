@@ -273,3 +273,30 @@ def test_a_dense_solve_by_whole_rows(monkeypatch, penalty, batch, dtype):
     tight = 2e-7 if dtype == torch.float32 else 1e-14
     for name in ("value", "f", "g"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=tight, atol=tight)
+
+
+def naive_split(x, width, parts, q):
+    """Three halves a coordinate, x = unit (hi + lo + last): stored as [hi | lo], or q features each of [last hi lo hi lo hi]."""
+    unit = torch.ldexp(torch.ones(len(x)), torch.frexp(x.abs().amax((1, 2)).float()).exponent - 15)
+    z = x / unit[:, None, None]
+    hi = z.half()
+    lo = (z - hi).half()
+    last = (z - hi - lo.to(x.dtype)).half()
+    data = torch.zeros(len(x), -(-x.shape[1] // 128) * 128, parts * width, dtype=torch.float16)
+    for k, part in enumerate((last, hi, lo, hi, lo, hi) if q else (hi, lo)):
+        data[:, : x.shape[1], k * (q or width) : k * (q or width) + x.shape[2]] = part
+    return data, unit
+
+
+@pytest.mark.parametrize("n, d, batch", [(1, 1, 1), (130, 2, 1), (50, 4, 3), (128, 10, 2), (60, 17, 1), (140, 200, 1), (20, 300, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_points_are_stored_as_halves(n, d, batch, dtype):
+    torch.manual_seed(n + d)
+    x = torch.randn(batch, d, n, dtype=dtype).mT * 10.0 ** torch.randint(-9, 9, (batch, 1, 1))
+    x[0, 0] = 0
+    for weights in (False, True):
+        stored = cloud(x, weights=weights)
+        data, unit = naive_split(x, stored.width, stored.parts, stored.packed)
+        assert torch.equal(stored.unit, unit) and torch.equal(stored.data, data)
+        assert stored.packed == (0 if weights or d > 10 else min(q for q in (2, 5, 10) if q >= d))
+    assert cloud(torch.zeros(3, 4)).data.abs().max() == 0

@@ -12,6 +12,7 @@ from gpu_ot.kernels import step as kernel
 from gpu_ot.kernels import tuning
 
 from gpu_ot import KL, Problem
+from gpu_ot.geometry import absorbed_launches
 from gpu_ot.geometry.absorbed import Absorbed
 from gpu_ot.geometry.dense import Dense
 from gpu_ot.geometry.resident import Resident
@@ -208,16 +209,21 @@ def test_an_absorbed_iteration(monkeypatch, dtype, penalties, batch):
         assert geometry.kernel.products is not None
         for k in (1, 3):
             expected = geometry._multiply(problem, g, 0.02, k)
-            ours = geometry._launch(problem, g, 0.02, k)
+            ours = absorbed_launches.iterate(geometry, problem, g, 0.02, k)
             for mine, right in zip(ours, expected, strict=True):
                 tight = 1e-13 if dtype == torch.float64 else 1e-6
                 torch.testing.assert_close(mine, right, rtol=tight, atol=tight)
             assert ours[3]
-        *kept, inexact = geometry._launch(problem, g, 0.02, 1, hold=True)
-        assert not inexact and torch.equal(kept[0], geometry._launch(problem, g, 0.02, 1)[0])
+        products = geometry.kernel.products
+        products.whole_rows = True
+        s = absorbed_launches.softmin(geometry, g, problem.b, 0.02)
+        products.whole_rows = False
+        torch.testing.assert_close(s, geometry.update(g, problem.b, 0.02), rtol=tight, atol=tight)
+        *kept, inexact = absorbed_launches.iterate(geometry, problem, g, 0.02, 1, hold=True)
+        assert not inexact and torch.equal(kept[0], absorbed_launches.iterate(geometry, problem, g, 0.02, 1)[0])
         far = g.clone()
         far[(-1,) * len(batch)] -= 1e3  # of one problem
-        assert not geometry._launch(problem, far, 0.02, 1)[3] and not geometry._multiply(problem, far, 0.02, 1)[3]
-        f, still, g_next, inexact = geometry._launch(problem, far, 0.02, 1, hold=True)
+        assert not absorbed_launches.iterate(geometry, problem, far, 0.02, 1)[3] and not geometry._multiply(problem, far, 0.02, 1)[3]
+        f, still, g_next, inexact = absorbed_launches.iterate(geometry, problem, far, 0.02, 1, hold=True)
         assert inexact and torch.equal(g_next, far) and torch.equal(still, far) and torch.equal(f, geometry.kernel.f0)
-        assert geometry._launch(problem, g, 0.02, 1, hold=True, inexact=inexact)[3], "what was void stays void"
+        assert absorbed_launches.iterate(geometry, problem, g, 0.02, 1, hold=True, inexact=inexact)[3], "what was void stays void"

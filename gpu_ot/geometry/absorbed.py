@@ -19,8 +19,9 @@ from ..costs import Cost
 from ..penalties import KL, Penalty
 from ..problem import Problem
 from ..vectors import PIECE, exp, log, to_host
+from . import absorbed_launches
 from .dense import Dense
-from .products import Power, Products, Scaling, vectors
+from .products import Power, Products, Scaling
 from .protocol import weigh
 
 #: Iterations between two checks of the range of the sums, at most.
@@ -113,14 +114,18 @@ class Absorbed(Dense):
     def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:
         """Absorbed at the start and the cheapest pair of each column, so that the start costs no second round of exponentials."""
         h = weigh(f, a, eps)
-        finite, level = torch.stack([h.isfinite().all(), (h == h[..., :1]).all()]).tolist()
-        if h.ndim != self.C.ndim - 1 or self._shared(h) or not finite:
+        if h.ndim != self.C.ndim - 1 or self._shared(h):
+            return super().first(f, a, eps)
+        # Where the host would wait for it nobody asks: an empty row gives a row of zeros, right here and inexact in the first iteration.
+        waits = self.waits or self.C.is_cuda
+        finite, level = (True, False) if waits else torch.stack([h.isfinite().all(), (h == h[..., :1]).all()]).tolist()
+        if not finite:
             return super().first(f, a, eps)
         if level:  # the usual start: no need to subtract before looking for the cheapest
             g0 = self.C.amin(-2).to(h.dtype) - h[..., :1]
         else:
             lows = [(self.C[..., rows, :].to(h.dtype) - h[..., rows].unsqueeze(-1)).amin(-2) for rows in self._blocks(h)]
-            g0 = torch.stack(lows).amin(0)
+            g0 = lows[0] if len(lows) == 1 else torch.stack(lows).amin(0)
         t = self._build(h, g0, eps).K.sum(-2)  # each column holds an entry 1: no precision to lose
         return g0 - eps * log(t.to(h.dtype))
 
@@ -128,8 +133,8 @@ class Absorbed(Dense):
         """(f, g, g_next) after k iterations by products alone, and whether every sum stayed in the range in which it is exact (0-d)."""
         kernel, products = self.kernel, self.kernel.products
         assert products is not None
-        if self._served_by_kernels(problem, g):
-            return self._launch(problem, g, eps, k)
+        if absorbed_launches.serve(self, problem, g):
+            return absorbed_launches.iterate(self, problem, g, eps, k)
         if kernel.sides is None or kernel.sides[0] is not problem.penalties:
             rows, columns = problem.penalties
             kernel.sides = problem.penalties, _Side(rows, kernel.f0, eps), _Side(columns, kernel.g0, eps)
@@ -148,35 +153,6 @@ class Absorbed(Dense):
             g = g if before is None else kernel.g0 - eps * columns.log(before.to(g.dtype))
             return f, g, kernel.g0 - eps * columns.log(t.to(g.dtype)), exact
         return rows.potential(s), g if before is None else columns.potential(before), columns.potential(t), exact
-
-    def _served_by_kernels(self, problem: Problem, g: Tensor) -> bool:
-        """Whether `_launch` serves: a kernel that Triton can read, a problem for each of its matrices, penalties it knows."""
-        products = self.kernel.products
-        served = products is not None and products.whole_rows and g.shape == problem.b.shape and g.shape[:-1] == self.C.shape[:-2]
-        return served and not torch.is_grad_enabled() and all(isinstance(penalty, KL) for penalty in problem.penalties)
-
-    def _launch(
-        self, problem: Problem, g: Tensor, eps: float, k: int, hold: bool = False, inexact: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`_multiply` in 2 k + 2 launches; with `hold`, what `_Unchecked` makes of it."""
-        from ..kernels.absorbed import Side, iterate  # pyright: ignore[reportMissingImports]
-
-        kernel, products = self.kernel, self.kernel.products
-        assert products is not None
-        if kernel.launched is None or kernel.launched[0] is not problem:
-            sides = []
-            for weights, offset, penalty in ((problem.a, kernel.f0, problem.penalties[0]), (problem.b, kernel.g0, problem.penalties[1])):
-                tau = penalty.tau if isinstance(penalty, KL) else math.inf
-                flat = offset.reshape(-1, offset.shape[-1]).contiguous()
-                power = None if penalty.balanced else Power.damped(flat, tau, eps)
-                sides.append(Side(vectors(weights), flat, 1 + eps / tau, None if power is None else (power.p, power.c)))
-            kernel.launched = problem, *sides
-        _, rows, columns = kernel.launched
-        K = products.K.reshape(-1, *products.K.shape[-2:])
-        f, g_out, g_next, exact = iterate(
-            K, rows, columns, g.reshape(-1, g.shape[-1]).contiguous(), eps, k, self.safe, hold=hold, inexact=inexact
-        )
-        return f.view(problem.a.shape), g_out.view(g.shape), g_next.view(g.shape), exact
 
     def _absorb(self, g: Tensor, eps: float) -> None:
         """At g and the cheapest pair of each row. Histograms over one cost share the kernel of their mean potential."""
@@ -209,6 +185,10 @@ class Absorbed(Dense):
         self.kernel.products, self.stride = None, 1
 
     # The verbs, by the kernel where it serves.
+
+    def update(self, g: Tensor, b: Tensor, eps: float) -> Tensor:
+        s = absorbed_launches.softmin(self, g, b, eps) if self._at(eps) else None
+        return super().update(g, b, eps) if s is None else s
 
     def softmin(self, h: Tensor, eps: float) -> Tensor:
         sums = self.sums(h, eps)
@@ -276,8 +256,8 @@ class _Unchecked:
         self.geometry, self.inexact = geometry, inexact
 
     def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        if self.geometry._served_by_kernels(problem, g):
-            f, g, g_next, self.inexact = self.geometry._launch(problem, g, eps, k, hold=True, inexact=self.inexact)
+        if absorbed_launches.serve(self.geometry, problem, g):
+            f, g, g_next, self.inexact = absorbed_launches.iterate(self.geometry, problem, g, eps, k, hold=True, inexact=self.inexact)
             return f, g, g_next
         f, _, g_next, exact = self.geometry._multiply(problem, g, eps, k)
         self.inexact = ~exact if self.inexact is None else self.inexact | ~exact

@@ -177,10 +177,15 @@ def _run_on(device: torch.device) -> bool:
     return kernels_refused(device) is None
 
 
+def flatten(z: Tensor) -> Tensor:
+    """(*batch, n) -> (B, n), as kernels take it."""
+    return z.reshape(-1, z.shape[-1]).contiguous()
+
+
 def vectors(z: Tensor) -> Tensor:
-    """(*batch, n) -> (B, n) as kernels take it, or (n,) where all of the batch is one vector in memory."""
+    """`flatten`, or (n,) where all of the batch is one vector in memory."""
     if z.ndim == 1 or any(stride for stride, size in zip(z.stride()[:-1], z.shape[:-1], strict=True) if size > 1):
-        return z.reshape(-1, z.shape[-1]).contiguous()
+        return flatten(z)
     return z[(0,) * (z.ndim - 1)].contiguous()
 
 

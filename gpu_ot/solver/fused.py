@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..geometry.products import serves_vectors, vectors
+from ..geometry.products import flatten, serves_vectors, vectors
 from ..penalties import KL
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def propose(step: Alternating, state: State, gauge: bool, memory: int, shifted: 
     penalties = problem.penalties
     taus = tuple(penalty.tau for penalty in penalties if isinstance(penalty, KL))
     taus = taus if shifted and len(taus) == 2 and not problem.balanced else None
-    moved = [rows(z) for z in (state.f, state.g, state.g_next)]
+    moved = [flatten(z) for z in (state.f, state.g, state.g_next)]
     held = Memory.of(moved[1], len(moved[1]), memory) if state.memory is None else state.memory
     done = None if state.done is None else state.done.reshape(-1)
     g = propose(
@@ -47,17 +47,12 @@ def check(monitor: Monitor, state: State, slope: float, norm: str, sums: float) 
     last = None
     if monitor.kept is not None and monitor.done is not None:
         f_kept, g_kept = monitor.kept
-        last = rows(f_kept), rows(g_kept), monitor.errors[-1].reshape(-1), monitor.done.reshape(-1)
+        last = flatten(f_kept), flatten(g_kept), monitor.errors[-1].reshape(-1), monitor.done.reshape(-1)
     differences = torch.finfo(g.dtype).eps / monitor.step.eps
     f, kept, error, done, flags = check(
-        vectors(problem.b), rows(state.f), rows(g), rows(state.g_next), slope, monitor.criterion.tol, sums, differences, norm,
+        vectors(problem.b), flatten(state.f), flatten(g), flatten(state.g_next), slope, monitor.criterion.tol, sums, differences, norm,
         last=last, together=state.plain, inexact=state.inexact,
     )  # fmt: skip
     each = problem.b.shape[:-1]
     return f.view(state.f.shape), kept.view(g.shape), error.view(each), done.view(each), flags
-
-
-def rows(z: Tensor) -> Tensor:
-    """(*batch, n) -> (B, n), contiguous."""
-    return z.reshape(-1, z.shape[-1]).contiguous()
 
