@@ -71,7 +71,7 @@ class Streaming(Geometry):
         if any(0 in z.shape for z in problem.cost.inputs.values()):
             return "its points have no coordinates."
         with torch.no_grad():
-            return _NO_FOLD if problem.cost.fold() is None else None
+            return None if problem.cost.folds else _NO_FOLD
 
     @property
     def exact(self) -> Geometry:
@@ -143,13 +143,22 @@ class Streaming(Geometry):
     def _apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor | None) -> Tensor:
         """The plan times v, or times the points of the columns where they can be multiplied as they are stored."""
         rows, columns = self.rows, self.columns
+        w = None if v is None else self._flat(v, 2).float()
+        if serves_vectors(k, h) and not transforms.active() and not torch.compiler.is_compiling():
+            from ..kernels.apply import exponents  # pyright: ignore[reportMissingImports]
+
+            flat = (self._flat(z, 1).contiguous() for z in (k, h))
+            narrow, near, factor, *used = exponents(*flat, rows.offset, columns.offset, eps)
+            ends = used if len(narrow) > 1 else (None, None)
+            out = streamed_apply(*rows.stored, *columns.stored, rows.form, self.precision, rows.n, narrow, near, w, *ends, eps)
+            out = out * factor.unsqueeze(-1)
+            return out.view(*self.batch, *out.shape[1:])
         near, top = self._centred(h)
         wide = self._flat(k, 1) - rows.offset + top
         # k - alpha and h - beta may both be large and cancel, so neither is rounded with an offset it need not carry. What rounding k still
         # costs is the same for a whole row, and is given back below; that of h is of the size of the kernel's own.
         narrow = wide.float()
         lost = (wide - narrow).nan_to_num(nan=0.0)  # an empty atom: -inf - -inf
-        w = None if v is None else self._flat(v, 2).float()
         out = streamed_apply(
             *rows.stored, *columns.stored, rows.form, self.precision, rows.n, narrow, near, w, _used(narrow), _used(near), eps
         )
@@ -172,7 +181,8 @@ class Streaming(Geometry):
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
         """dL/dC_ij = w_i p_ij gives w (P 1), P^T w, -w (P v) and -P^T (w u): two to four sweeps, half of them for one cloud."""
         wanted = needed(self.inputs)
-        alpha, beta, u, v = grads = [torch.zeros_like(z) for z in self.inputs]  # of those that autograd drops
+        nothing = self.inputs[0].new_zeros(())  # for those that autograd drops
+        alpha, beta, u, v = (nothing.expand(z.shape) for z in self.inputs)
         columns = w.unsqueeze(-1)
         if wanted[0] or wanted[2]:
             sums, points = self._with_points(k, h, eps)
@@ -184,7 +194,7 @@ class Streaming(Geometry):
                 beta, v = both[..., -1], -both[..., :-1]
             else:
                 beta, v = transposed.apply(h, k, eps, columns).squeeze(-1), -transposed.apply(h, k, eps, columns * side)
-        return tuple(grad.sum_to_size(z.shape) for grad, z in zip((alpha, beta, u, v), grads, strict=True))
+        return tuple(grad.sum_to_size(z.shape) for grad, z in zip((alpha, beta, u, v), self.inputs, strict=True))
 
     def _with_points(self, k: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """The plan's row sums, and the plan times the points of the columns."""
