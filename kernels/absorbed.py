@@ -66,7 +66,8 @@ def iterate(
             if i:
                 before = torch.empty_like(w)
                 again_kernel[grid](
-                    sums, columns.weights, p_b, c_b, before, w, m, sums.shape[1], columns.stride, POWER=columns.power is not None, BLOCK=BLOCK
+                    sums, columns.weights, p_b, c_b, before, w, m, sums.shape[1], columns.stride,
+                    POWER=columns.power is not None, BLOCK=BLOCK,
                 )  # fmt: skip
             s, sums = parts_of_both(K, w, rows.weights, rows.stride, rows.power)
         potentials_kernel[(blocks, batch)](

@@ -74,7 +74,8 @@ def exponents(k: Tensor, h: Tensor, alpha: Tensor, beta: Tensor, eps: float) -> 
     block = min(1024, max(64, triton.next_power_of_2(max(n, m))))
     with on_device_of(k):
         exponents_kernel[(batch,)](
-            k, h, alpha, beta, near_k, near_h, factor, rows_used, columns_used, n, m, float(eps), BLOCK=block, num_warps=max(1, block // 128)
+            k, h, alpha, beta, near_k, near_h, factor, rows_used, columns_used, n, m, float(eps),
+            BLOCK=block, num_warps=max(1, block // 128),
         )  # fmt: skip
     return near_k, near_h, factor, rows_used, columns_used
 

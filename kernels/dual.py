@@ -16,9 +16,7 @@ HARD, KL, TV = 0, 1, 2
 Penalty = tuple[int, float]  # kind, tau
 
 
-def dual(
-    a: Tensor, b: Tensor, f: Tensor, g: Tensor, s: Tensor, eps: float, rows: Penalty, columns: Penalty
-) -> Tensor:
+def dual(a: Tensor, b: Tensor, f: Tensor, g: Tensor, s: Tensor, eps: float, rows: Penalty, columns: Penalty) -> Tensor:
     """(B,): sum a reward_a(f) + sum b reward_b(g) - eps (sum a exp((f - s) / eps) - |a||b|), for vectors (B, n) and (B, m) in float64.
 
     a and b may be (n,) and (m,), shared by the batch. Empty atoms count for nothing, whatever their potentials.

@@ -81,7 +81,8 @@ def shape(n: int, m: int, mixing: bool = False) -> tuple[int, int, int]:
 @triton.jit
 def run_kernel(
     C, a, b, f_before, g_before, start, done, K, lines, f, g, fresh_g, changes, moves, last, trial, numbers, proposed,
-    C_stride, a_stride, b_stride, n, m, iterations, plain, known, eps, loss_a, loss_b, eps_64: tl.float64, tau_a: tl.float64, tau_b: tl.float64,
+    C_stride, a_stride, b_stride, n, m, iterations, plain, known, eps, loss_a, loss_b,
+    eps_64: tl.float64, tau_a: tl.float64, tau_b: tl.float64,
     LOSS: tl.constexpr, MIXING: tl.constexpr, GAUGE: tl.constexpr, SHIFT: tl.constexpr, DONE: tl.constexpr,
     MEMORY: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip

@@ -20,7 +20,7 @@ def both(K: Tensor, w: Tensor, a: Tensor, power: tuple[Tensor, Tensor] | None = 
 
     n m words are read, and written once for every 8 rows a program has at the least: its column sums, which torch then adds up.
     """
-    batch, (n, m) = K.shape[:-2].numel(), K.shape[-2:]
+    n, m = K.shape[-2:]
     if not fits(K):
         raise ValueError(f"a row of K is {m} numbers of {K.dtype}, and a program holds fp32 or fp64 rows of up to {ROW_BYTES >> 10} KiB.")
     s, t = parts_of_both(K.contiguous(), w.contiguous(), a.contiguous(), n, power)
@@ -28,7 +28,7 @@ def both(K: Tensor, w: Tensor, a: Tensor, power: tuple[Tensor, Tensor] | None = 
 
 
 def parts_of_both(K: Tensor, w: Tensor, a: Tensor, a_stride: int, power: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """s (B, n), and t as parts (B, parts, m) that are to be summed. All contiguous; a (B, n) or, at a_stride 0, (n,), of any floating type."""
+    """s (B, n), and t as parts (B, parts, m) that are to be summed. All is contiguous, and a is (B, n), or (n,) with a_stride 0."""
     batch, (n, m) = K.shape[:-2].numel(), K.shape[-2:]
     p, c = (a, a) if power is None else (power[0], power[1].contiguous())
     block_n, block_m, warps, ahead = shape(n, m, K.itemsize, 64 if torch.version.hip else 32)

@@ -31,7 +31,6 @@ def softmin(
     u, v = (x if isinstance(x, Cloud) else cloud(x, precision) for x in (u, v))
     h = h.float().contiguous()
     shift = shift if shift is None else shift.float().contiguous()
-    batch, n, m = len(u.data), u.n, v.n
     out = torch.empty(len(u.data), u.n, dtype=torch.float64 if wide else torch.float32, device=h.device)
     _sweep(u, v, h, eps, out, shift, columns_used, tile)
     return out if h.dim() == 2 else out[0]

@@ -1,4 +1,4 @@
-"""The step between two iterations, in one launch: which g comes next. The twin of `Anderson.next` and `Alternating.propose` in gpu_ot.solver.
+"""The step between two iterations, in one launch: which g comes next. The twin of `Alternating.propose` and `Anderson.next` in gpu_ot.
 
 One program per problem walks over its columns a block at a time, all in float64. What the accelerator remembers lies in fixed buffers.
 """
@@ -72,7 +72,7 @@ def propose(
 
 
 def shape(m: int) -> tuple[int, int]:
-    """(columns at a time, warps): a column a thread, since more of them spill. bench/static.py counts the registers; it has not been timed."""
+    """(columns at a time, warps): a column a thread, since more of them spill. Counted by bench/static.py, and not timed."""
     block = min(512, max(64, triton.next_power_of_2(m)))
     return block, block // 32
 

@@ -11,11 +11,13 @@ pytest.importorskip("triton")
 from gpu_ot.kernels import step as kernel
 from gpu_ot.kernels import tuning
 
-from gpu_ot import KL, Problem
+from gpu_ot import KL, TV, Problem, SqEuclidean
 from gpu_ot.geometry import absorbed_launches
 from gpu_ot.geometry.absorbed import Absorbed
 from gpu_ot.geometry.dense import Dense
 from gpu_ot.geometry.resident import Resident
+from gpu_ot.geometry.triton import Streaming
+from gpu_ot.gradients import envelope
 from gpu_ot.solver.acceleration import PLAIN, Anderson
 from gpu_ot.solver.criterion import Marginal
 from gpu_ot.solver.monitor import Monitor
@@ -227,3 +229,48 @@ def test_an_absorbed_iteration(monkeypatch, dtype, penalties, batch):
         f, still, g_next, inexact = absorbed_launches.iterate(geometry, problem, far, 0.02, 1, hold=True)
         assert inexact and torch.equal(g_next, far) and torch.equal(still, far) and torch.equal(f, geometry.kernel.f0)
         assert absorbed_launches.iterate(geometry, problem, g, 0.02, 1, hold=True, inexact=inexact)[3], "what was void stays void"
+
+
+@pytest.mark.parametrize("batch, penalties", [((), KL()), ((3,), KL(0.5)), ((2, 2), (KL(), TV(0.3))), ((), (TV(0.2), KL(2.0)))], ids=str)
+def test_the_value_and_the_vectors_of_its_gradient(batch, penalties):
+    problem = posed(13, 70, batch, penalties)
+    geometry = Dense(problem.cost)
+    with torch.no_grad():
+        step = Alternating(problem, problem.eps)
+        state = geometry.run(step, step.begin(geometry, Start(torch.zeros_like(problem.a), problem.a), None), 3)
+    f, g, a, b = state.f, state.g, problem.a, problem.b
+    grad = rand(*batch, seed=7) + 0.5
+    unneeded_b = [True, False, True]
+    with torch.enable_grad():  # by torch
+        D, s = envelope.dual(problem.penalties, problem.eps, geometry, f, g, a, b)
+        expected = envelope.pull_dual(problem.penalties, problem.eps, geometry, f, g, a, b, s, grad, unneeded_b)
+    with torch.no_grad():
+        assert envelope._kinds(problem.penalties, f, g, a, b, s) is not None
+        ours = envelope.dual(problem.penalties, problem.eps, geometry, f, g, a, b)
+        pulled = envelope.pull_dual(problem.penalties, problem.eps, geometry, f, g, a, b, s, grad, unneeded_b)
+    torch.testing.assert_close(ours, (D, s), rtol=1e-12, atol=1e-14)
+    assert pulled[1] is None
+    for mine, right in zip(pulled, expected, strict=True):
+        if right is not None:
+            torch.testing.assert_close(mine, right, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("processors", [1, 20])
+@pytest.mark.parametrize(
+    "n, m, batch, penalties", [(5, 1500, (), KL()), (140, 33, (3,), KL(0.5)), (1, 7, (2, 2), (KL(), TV(0.3)))], ids=str
+)
+def test_a_streamed_iteration(monkeypatch, n, m, batch, penalties, processors):
+    """Weights, offsets, centring and damping inside of the sweeps, split columns too, against the same around them."""
+    monkeypatch.setattr(tuning, "processors", lambda device: processors)
+    x, y = (3 * rand(*batch, size, 3, seed=size, dtype=torch.float32) + 5 for size in (n, m))
+    wide = posed(n, m, batch, penalties)
+    problem = Problem(SqEuclidean(x, y), 0.3, wide.a, wide.b, penalties)
+    ours, theirs = Streaming(problem), Streaming(problem)
+    g = 0.1 * rand(*batch, m, seed=3)
+    for k in (1, 3):  # from no shift, and from the last potentials
+        with torch.no_grad():
+            found = ours.iterate(problem, g, 0.3, k)
+        expected = theirs.iterate(problem, g, 0.3, k)  # with gradients on: by torch
+        for mine, right in zip(found, expected, strict=True):
+            assert mine.dtype == right.dtype == torch.float64
+            torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-6)

@@ -21,8 +21,10 @@ from .products import kernels_refused, vectors
 
 
 class Resident(Dense):
-    """`Dense` in all but `iterate` and `run`, which are one launch. C is (n, m), shared by the batch, or (*batch, n, m) with batch axes that
-    broadcast to the problem's."""
+    """`Dense` in all but `iterate` and `run`, which are one launch.
+
+    C is (n, m), shared by the batch, or (*batch, n, m) with batch axes that broadcast to the problem's.
+    """
 
     single_launch = True
 
@@ -34,7 +36,9 @@ class Resident(Dense):
         a, b = problem.a, problem.b
         if g.shape != b.shape:  # more potentials than problems
             return super().iterate(problem, g, eps, k)
-        f, g_now, g_next = resident_iterate(self._costs(problem), vectors(a), vectors(b), g.reshape(-1, g.shape[-1]), eps, *_taus(problem), k)
+        f, g_now, g_next = resident_iterate(
+            self._costs(problem), vectors(a), vectors(b), g.reshape(-1, g.shape[-1]), eps, *_taus(problem), k
+        )
         return f.view(a.shape), g_now.view(g.shape), g_next.view(g.shape)
 
     def run(self, step: Any, state: Any, k: int) -> Any:
@@ -50,13 +54,13 @@ class Resident(Dense):
         if plain or memory is None:
             memory = Memory.of(g, len(g), step.accelerator.memory)
         moved = resident.run(
-            self._costs(problem), vectors(problem.a), vectors(problem.b), f, g, g_next, step.eps, k, taus=_taus(problem), plain=plain,
-            memory=memory, gauge=step.accelerator.gauge, shifted=not problem.balanced, done=None if state.done is None else state.done.reshape(-1),
+            self._costs(problem), vectors(problem.a), vectors(problem.b), f, g, g_next, step.eps, k,
+            taus=_taus(problem), plain=plain, memory=memory, gauge=step.accelerator.gauge, shifted=not problem.balanced,
+            done=None if state.done is None else state.done.reshape(-1),
         )  # fmt: skip
         f, g, g_next = (z.view(old.shape) for z, old in zip(moved, (state.f, state.g, state.g_next), strict=True))
-        return replace(
-            state, f=f, g=g, g_next=g_next, memory=memory, n_iter=state.n_iter + k, age=state.age + k, n_sweeps=state.n_sweeps + 2 * k, plain=False
-        )  # fmt: skip
+        n_iter, age, n_sweeps = state.n_iter + k, state.age + k, state.n_sweeps + 2 * k
+        return replace(state, f=f, g=g, g_next=g_next, memory=memory, n_iter=n_iter, age=age, n_sweeps=n_sweeps, plain=False)
 
     def _costs(self, problem: Problem) -> Tensor:
         """(B, n, m), or (1, n, m) shared by the batch."""

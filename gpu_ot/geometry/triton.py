@@ -105,7 +105,7 @@ class Streaming(Geometry):
             return super().iterate(problem, g, eps, k)
         (rows, columns), (log_a, log_b), turned = problem.penalties, (vectors(problem.log_a), vectors(problem.log_b)), self.T
         g_next = self._flat(g, 1).contiguous()
-        f = g_next
+        f = g_now = g_next
         for _ in range(k):
             g_now = g_next
             f = self._update(rows, g_now, log_b, eps)
@@ -122,11 +122,10 @@ class Streaming(Geometry):
         from ..kernels.softmin import update  # pyright: ignore[reportMissingImports]
 
         rows, columns = self.rows, self.columns
-        damping, limit = (1 + eps / penalty.tau, math.inf) if isinstance(penalty, KL) else (1.0, penalty.tau)
+        damping = 1 + eps / penalty.tau if isinstance(penalty, KL) else 1.0
+        limit = penalty.tau if isinstance(penalty, TV) else math.inf
         last = rows.last if rows.eps == eps else None
-        f, last = update(
-            rows.cloud, columns.cloud, g, log_b, rows.offset, columns.offset, eps, damping=damping, limit=limit, last=last
-        )
+        f, last = update(rows.cloud, columns.cloud, g, log_b, rows.offset, columns.offset, eps, damping=damping, limit=limit, last=last)
         rows.eps, rows.last = eps, last
         return f
 

@@ -112,7 +112,9 @@ def dual(penalties: Penalties, eps: float, geometry: Geometry, f: Tensor, g: Ten
     if (kinds := _kinds(penalties, f, g, a, b, s)) is not None:
         from ..kernels.dual import dual  # pyright: ignore[reportMissingImports]
 
-        return dual(vectors(a), vectors(b), *(z.reshape(-1, z.shape[-1]).contiguous() for z in (f, g, s)), eps, *kinds).view(f.shape[:-1]), s
+        return dual(vectors(a), vectors(b), *(z.reshape(-1, z.shape[-1]).contiguous() for z in (f, g, s)), eps, *kinds).view(
+            f.shape[:-1]
+        ), s
     rows = torch.where(s.isfinite(), ((f - s) / eps).exp(), 0.0)
     mass = a.sum(-1) * b.sum(-1)
     return (a * penalty_a.reward(f)).sum(-1) + (b * penalty_b.reward(g)).sum(-1) - eps * ((a * rows).sum(-1) - mass), s

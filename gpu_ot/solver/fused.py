@@ -31,9 +31,7 @@ def propose(step: Alternating, state: State, gauge: bool, memory: int, shifted: 
     moved = [flatten(z) for z in (state.f, state.g, state.g_next)]
     held = Memory.of(moved[1], len(moved[1]), memory) if state.memory is None else state.memory
     done = None if state.done is None else state.done.reshape(-1)
-    g = propose(
-        vectors(problem.a), vectors(problem.b), *moved, step.eps, held, gauge=gauge, taus=taus, done=done, inexact=state.inexact
-    )
+    g = propose(vectors(problem.a), vectors(problem.b), *moved, step.eps, held, gauge=gauge, taus=taus, done=done, inexact=state.inexact)
     return g.view(state.g.shape), held
 
 
@@ -55,4 +53,3 @@ def check(monitor: Monitor, state: State, slope: float, norm: str, sums: float) 
     )  # fmt: skip
     each = problem.b.shape[:-1]
     return f.view(state.f.shape), kept.view(g.shape), error.view(each), done.view(each), flags
-

@@ -111,7 +111,7 @@ class Alternating:
         return max(0, min(k, self.plain_until - state.n_iter))
 
     def unproposed(self, state: State, k: int) -> int | None:
-        """How many of the next k iterations start from g_next, before the others are proposed by Anderson's mixing; None for other rules."""
+        """How many of the next k iterations start from g_next, before Anderson's mixing proposes the others; None for other rules."""
         if type(self) is not Alternating or type(self.accelerator) not in (Plain, Anderson):
             return None
         if isinstance(self.accelerator, Plain):
