@@ -25,8 +25,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 os.environ.pop("TRITON_INTERPRET", None)  # nothing compiles in the interpreter
 
 import triton
-from gpu_ot.kernels import absorbed, check, resident, scaling, softmin, step, tuning
-from gpu_ot.kernels.apply import apply_kernel
+from gpu_ot.kernels import absorbed, apply, check, dual, resident, scaling, softmin, step, tiles, tuning
 from gpu_ot.kernels.scaling import both_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -102,15 +101,16 @@ def streamed(kernel: str, storage: str, bucket: int, tile: tuning.Tile, target: 
     column = D * (4 if storage == "tf32" else 2 * parts)
     flops = 2 * D * {"pair": 3, "half": 1, "tf32": 2}[storage]
     if kernel == "softmin":
-        constants |= dict(SHIFTED=True, RAGGED=ragged, CENTRED=True, UPDATE=True)  # as iterations are run
-        types |= dict.fromkeys(("out", "shift", "centre", "offset", "potential"), "*fp64") | dict.fromkeys(("damping", "limit"), "fp64")
+        constants |= dict(SHIFTED=True, RAGGED=ragged, CENTRED=True, UPDATE=2)  # as iterations are run
+        types |= dict.fromkeys(("out", "shift", "centre", "offset", "potential", "logs", "next_centre"), "*fp64")
+        types |= dict.fromkeys(("eps_64", "damping", "limit"), "fp64") | dict(logs_stride="i32")
     else:
         chunk = D if same else min(C, tile.block_c)
         pairs = 2 if storage == "pair" or (kernel == "other" and constants["Q"]) else 1  # fp32 packs few coordinates, never w
         constants |= dict(WIDTH=C, C=chunk, W_PARTS=0 if C == 1 else pairs, SAME=same, RAGGED=ragged)
         column += 0 if C == 1 or same else 2 * chunk * pairs
         flops += 0 if C == 1 else 2 * chunk * (3 if pairs == 2 else 1)
-    function = softmin.softmin_kernel if kernel == "softmin" else apply_kernel
+    function = softmin.softmin_kernel if kernel == "softmin" else apply.apply_kernel
     return build(function, types, constants, target, tile.warps, tile.stages), column * tile.block_m, flops
 
 
@@ -258,8 +258,21 @@ def vector_kernels() -> list[tuple[str, object, dict, dict, int]]:
         rows.append((f"potentials {dtype}", absorbed.potentials_kernel, types, tile | dict(POWER=True, LONG=True), 4))
     constants = dict(HOLD=True, INEXACT=True, PROBLEMS=64, BLOCKS=32, BLOCK=absorbed.BLOCK)
     rows.append(("settle", absorbed.settle_kernel, types | flags, constants, 4))
-    centred = of("*fp64", "g logs beta centre") | dict(columns_used="*i32", eps="fp64")
+    found = of("*fp64", "f0 s") | of("fp64", "eps safe floor") | dict(exact="*i1")
+    rows.append(("absorbed softmin", absorbed.softmin_kernel, found, dict(BLOCK=absorbed.BLOCK), 4))
+    centred = of("*fp64", "g logs beta centre last last_logs last_offset last_centre") | of("fp64", "eps damping limit")
+    centred |= of("*i32", "columns_used last_used") | of("i32", "last_stride")
     rows.append(("centre", softmin.centre_kernel, centred, dict(BLOCK=2048), 16))
+    joined = of("*fp64", "parts out centre offset potential logs next_centre") | of("fp64", "eps_64 damping limit") | of("i32", "splits")
+    rows.append(("join", softmin.join_kernel, joined | dict(eps="fp32"), dict(UPDATE=2, SPLITS=64, BLOCK=128), 4))
+    wide = of("*fp64", "k h alpha beta factor") | of("*i32", "rows_used columns_used") | dict(eps="fp64")
+    rows.append(("exponents", apply.exponents_kernel, wide, dict(BLOCK=1024), 8))
+    valued = of("*fp64", "a b f g s D grad k h w grad_a grad_b") | of("fp64", "eps tau_a tau_b")
+    rows.append(("dual", dual.dual_kernel, valued, dict(ROWS=1, COLUMNS=2, BLOCK=512), 8))
+    rows.append(("pull", dual.pull_kernel, valued, dict(ROWS=1, COLUMNS=2, BLOCK=512), 8))
+    points = of("*fp64", "x top") | of("*fp16", "data") | of("i32", "d batch_stride row_stride stride columns width")
+    for q in (0, 10):
+        rows.append((f"points {q}", tiles.split_kernel, points, dict(Q=q, ROWS=32, COLUMNS=64), 4))
     return rows
 
 

@@ -27,7 +27,7 @@ def dual(a: Tensor, b: Tensor, f: Tensor, g: Tensor, s: Tensor, eps: float, rows
     with on_device_of(g):
         dual_kernel[(batch,)](
             a, b, f, g, s, D, n, m, *_strides(a, b), float(eps), float(rows[1]), float(columns[1]),
-            ROWS=rows[0], COLUMNS=columns[0], BLOCK=block, num_warps=max(1, block // 128),
+            ROWS=rows[0], COLUMNS=columns[0], BLOCK=block, num_warps=block // 64,
         )  # fmt: skip
     return D
 
@@ -47,13 +47,13 @@ def pull(
     with on_device_of(g):
         pull_kernel[(batch,)](
             a, b, f, g, s, grad, k, h, w, grad_a, grad_b, n, m, *_strides(a, b), float(eps), float(rows[1]), float(columns[1]),
-            ROWS=rows[0], COLUMNS=columns[0], BLOCK=block, num_warps=max(1, block // 128),
+            ROWS=rows[0], COLUMNS=columns[0], BLOCK=block, num_warps=block // 64,
         )  # fmt: skip
     return k, h, w, grad_a, grad_b
 
 
 def _block(n: int, m: int) -> int:
-    return min(1024, max(64, triton.next_power_of_2(max(n, m))))
+    return min(512, max(64, triton.next_power_of_2(max(n, m))))
 
 
 def _strides(a: Tensor, b: Tensor) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """s_i = -eps log sum_j exp((h_j + <u_i, v_j>) / eps), streamed over j: nothing n by m is ever stored."""
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -36,54 +37,123 @@ def softmin(
     return out if h.dim() == 2 else out[0]
 
 
-def update(
-    u: Cloud, v: Cloud, g: Tensor, log_b: Tensor, alpha: Tensor, beta: Tensor, eps: float, *,
-    damping: float = 1.0, limit: float = float("inf"), last: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(f, s), (B, n) each: s the softmin over j of h_j = g_j + eps log b_j - beta_j, and f = (alpha + s) / damping, kept within +-limit.
+@dataclass
+class Side:
+    """One side of an iteration on streamed points, for B problems.
 
-    g, beta   (B, m) float64, and alpha (B, n); log_b (B, m), or (m,) shared by the batch, -inf for an empty atom
-    last      the s of the previous update, (B, n)
-
-    Two launches, three where columns are split: no vector is touched by anything else.
+    cloud    its points, n of them
+    offset   (B, n) float64, alpha of the cost alpha_i + beta_j - <u_i, v_j>
+    logs     (B, n) float64, or (n,) shared by the batch: logarithms of the weights, -inf for an empty atom
+    damping  potentials are divided by it, and kept within +- limit
+    last     (B, n) float64: the last softmin found for it, without the offset; None at first
     """
-    batch, m = g.shape
-    h = torch.empty(batch, m, dtype=torch.float32, device=g.device)
-    centre = torch.empty(batch, dtype=torch.float64, device=g.device)
-    used = torch.empty(batch, dtype=torch.int32, device=g.device)
-    f, s = (torch.empty(batch, u.n, dtype=torch.float64, device=g.device) for _ in range(2))
-    block = min(2048, max(64, triton.next_power_of_2(m)))
+
+    cloud: Cloud
+    offset: Tensor
+    logs: Tensor
+    damping: float = 1.0
+    limit: float = float("inf")
+    last: Tensor | None = None
+
+    @property
+    def stride(self) -> int:
+        return self.logs.shape[-1] if self.logs.dim() > 1 else 0
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        return float(self.damping), float(self.limit)
+
+
+class _Level:
+    """h = g + eps log b - beta of one side in fp32, without `centre`, which stays wide: an offset costs the others no digits."""
+
+    def __init__(self, side: Side, batch: int) -> None:
+        device = side.offset.device
+        self.side = side
+        self.h = torch.empty(batch, side.cloud.n, dtype=torch.float32, device=device)
+        self.centre = torch.empty(batch, dtype=torch.float64, device=device)
+        self.used = torch.empty(batch, dtype=torch.int32, device=device)
+
+
+def update(rows: Side, columns: Side, g: Tensor, eps: float) -> Tensor:
+    """f (B, n), the damped softmin of g (B, m), in two launches, three where columns are split; and `rows.last` is brought up to date."""
+    level = _Level(columns, len(g))
     with on_device_of(g):
-        centre_kernel[(batch,)](
-            g, log_b, beta, h, centre, used, m, m if log_b.dim() > 1 else 0, float(eps), BLOCK=block, num_warps=max(1, block // 128)
-        )
-    _sweep(u, v, h, eps, s, last, used if batch > 1 else None, None, (centre, alpha, f, float(damping), float(limit)))
-    return f, s
+        _centre(level, g, eps)
+        return _update(rows, level, eps)
+
+
+def iterate(rows: Side, columns: Side, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(f, g, g_next) after k iterations from g (B, m), f the update of g and g_next that of f: 2 k + 1 launches, one more the first time.
+
+    No vector is touched by anything else: a sweep damps its result and writes it as the next one reads it. That one is centred at
+    the largest entry of the potential before, since nobody knows the new one's yet; iterations move it by less than its spread.
+    """
+    batch = len(g)
+    of_g, of_f = _Level(columns, batch), _Level(rows, batch)
+    known = rows.last is not None
+    f = g_next = g
+    with on_device_of(g):
+        _centre(of_g, g, eps, of_f if known else None)
+        for i in range(k):
+            g = g_next
+            f = _update(rows, of_g, eps, of_f if known else None)
+            if not known:
+                _centre(of_f, f, eps)
+                known = True
+            g_next = _update(columns, of_f, eps, of_g if i + 1 < k else None)
+    return f, g, g_next
+
+
+def _centre(level: _Level, g: Tensor, eps: float, other: _Level | None = None) -> None:
+    """The level of g; and of the other side's last potential its centre alone."""
+    side, m = level.side, g.shape[-1]
+    far = other or level
+    n, last = far.side.cloud.n, far.side.last
+    block = min(2048, max(64, triton.next_power_of_2(max(n, m) if other else m)))
+    centre_kernel[(len(g), 2 if other else 1)](
+        g, side.logs, side.offset, level.h, level.centre, level.used, m, side.stride,
+        g if last is None else last, far.side.logs, far.side.offset, far.centre, far.used, n, far.side.stride,
+        float(eps), *far.side.numbers, BLOCK=block, num_warps=max(1, block // 128),
+    )  # fmt: skip
+
+
+def _update(side: Side, level: _Level, eps: float, following: _Level | None = None) -> Tensor:
+    """The potential of a side from the level of the other; `following`, the side's own, is written for the next sweep."""
+    n = side.cloud.n
+    f, s = (torch.empty(len(level.h), n, dtype=torch.float64, device=level.h.device) for _ in range(2))
+    used = level.used if len(level.h) > 1 else None
+    _sweep(side.cloud, level.side.cloud, level.h, eps, s, side.last, used, None, (side, level, f, following))
+    side.last = s
+    return f
 
 
 def _sweep(
     u: Cloud, v: Cloud, h: Tensor, eps: float, out: Tensor, shift: Tensor | None, columns_used: Tensor | None, tile: Tile | None,
-    update: tuple[Tensor, Tensor, Tensor, float, float] | None = None,
+    update: tuple[Side, _Level, Tensor, _Level | None] | None = None,
 ) -> None:  # fmt: skip
-    """Writes the softmin to `out`. `update`: (centre, alpha, f, damping, limit), and f is written as well."""
+    """Writes the softmin to `out`; for an update (side, level, f, following) also f, and the level that follows."""
     batch, n, m = len(u.data), u.n, v.n
     tile = tile or tuning.tile("softmin", u.data, u.parts, u.width, n)
     splits, per_split = tuning.split(n, m, batch, tile, u.data)
     parts = torch.empty(batch, splits, n, dtype=out.dtype, device=h.device) if splits > 1 else out
-    centre, alpha, f, *numbers = update or (h, h, h, 1.0, 1.0)
+    kind, ends = 0, (h, h, h, h, h, h, 0, 1.0, 1.0, 1.0)
+    if update is not None:
+        side, level, f, following = update
+        kind, target = (1, level) if following is None else (2, following)
+        ends = level.centre, side.offset, f, side.logs, target.centre, target.h, side.stride, float(eps), *side.numbers
     with on_device_of(h):
         softmin_kernel[(batch * splits * triton.cdiv(n, tile.block_n),)](
             u.data, v.data, u.unit, v.unit, h, h if shift is None else shift, h if columns_used is None else columns_used, parts,
-            centre, alpha, f, n, m, u.data.shape[1], v.data.shape[1], splits, per_split, eps, *numbers,
+            n, m, u.data.shape[1], v.data.shape[1], splits, per_split, eps, *ends,
             D=u.width, PARTS=u.parts, Q=u.packed, SPARE=u.spare, SHIFTED=shift is not None, RAGGED=columns_used is not None,
-            CENTRED=update is not None, UPDATE=update is not None and splits == 1,
+            CENTRED=update is not None, UPDATE=kind if splits == 1 else 0,
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         if splits > 1:
             join_kernel[(triton.cdiv(n, 128), batch)](
-                parts, out, centre, alpha, f, n, splits, eps, *numbers,
-                UPDATE=update is not None, SPLITS=triton.next_power_of_2(splits), BLOCK=128,
-            )  # fmt: skip
+                parts, out, n, splits, eps, *ends, UPDATE=kind, SPLITS=triton.next_power_of_2(splits), BLOCK=128
+            )
 
 
 def on_device_of(x: Tensor):
@@ -93,8 +163,8 @@ def on_device_of(x: Tensor):
 
 @triton.jit
 def softmin_kernel(
-    u, v, unit_u, unit_v, h, shift, columns_used, out, centre, offset, potential, n, m, u_rows, v_rows, splits, per_split, eps,
-    damping: tl.float64, limit: tl.float64,
+    u, v, unit_u, unit_v, h, shift, columns_used, out, n, m, u_rows, v_rows, splits, per_split, eps,
+    centre, offset, potential, logs, next_centre, next_h, logs_stride, eps_64: tl.float64, damping: tl.float64, limit: tl.float64,
     D: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, SPARE: tl.constexpr, SHIFTED: tl.constexpr, RAGGED: tl.constexpr,
     CENTRED: tl.constexpr, UPDATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +173,7 @@ def softmin_kernel(
     Traffic n d + (n / BLOCK_N) m (d + 1) words, no n-by-m buffer. Per pair: a multiply-add, an add, one exp2 and one add,
     plus a maximum and the tensor instructions; state per row (top, total), the reference of the exponent and the sum.
 
-    CENTRED: `shift` is a float64 potential without the centre of h. UPDATE: the result is one, and `potential` is damped from it.
+    CENTRED: `shift` is a float64 softmin without the centre of h. UPDATE: so is the result, see `store_update`.
     """
     blocks = tl.cdiv(n, BLOCK_N)
     program = tl.program_id(0)
@@ -153,9 +223,11 @@ def softmin_kernel(
         )  # fmt: skip
     # Per row, doubles cost nothing. `total` is near 1 under a good shift, so its logarithm has digits far below the last of `top`.
     s = -(top.to(tl.float64) + tl.log2(total)) / scale
-    if UPDATE:
+    if UPDATE > 0:
         s -= tl.load(centre + batch)
-        tl.store(potential + at, damped(s, tl.load(offset + at, mask=rows < n, other=0.0), damping, limit), mask=rows < n)
+        store_update(
+            s, batch, rows, n, offset, potential, logs, next_centre, next_h, logs_stride, eps_64, damping, limit, UPDATE == 2
+        )  # fmt: skip
     tl.store(out + (batch * splits + split) * n + rows, s, mask=rows < n)
 
 
@@ -166,27 +238,60 @@ def damped(s, offset, damping, limit):
 
 
 @triton.jit
-def centre_kernel(
-    g, logs, beta, h, centre, columns_used, m, logs_stride, eps: tl.float64, BLOCK: tl.constexpr,
+def store_update(
+    s, batch, rows, n, offset, potential, logs, next_centre, next_h, logs_stride, eps, damping, limit, NEXT: tl.constexpr
 ):  # fmt: skip
-    """h = g + eps log b - beta in fp32 without its largest entry, `centre`; and the number of columns up to the last with weight."""
+    """The potential damped from a softmin s without its offset; NEXT: and as the next sweep reads it."""
+    at = batch * n + rows
+    alpha = tl.load(offset + at, mask=rows < n, other=0.0)
+    f = damped(s, alpha, damping, limit)
+    tl.store(potential + at, f, mask=rows < n)
+    if NEXT:
+        log_a = tl.load(logs + batch * logs_stride + rows, mask=rows < n, other=-float("inf"))
+        there = log_a > -float("inf")
+        h = tl.where(there, f, 0.0) + eps * log_a - alpha - tl.load(next_centre + batch)
+        tl.store(next_h + at, tl.where(there, h, -float("inf")).to(tl.float32), mask=rows < n)
+
+
+@triton.jit
+def centre_kernel(
+    g, logs, beta, h, centre, columns_used, m, logs_stride, last, last_logs, last_offset, last_centre, last_used, n, last_stride,
+    eps: tl.float64, damping: tl.float64, limit: tl.float64, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """h = g + eps log b - beta in fp32 without its largest entry, `centre`; and the number of columns up to the last with weight.
+
+    A second program per problem does the same for the other side's potential, that of its last softmin, and writes no h.
+    """
     problem = tl.program_id(0).to(tl.int64)
-    g += problem * m
-    beta += problem * m
-    logs += problem * logs_stride
     top = tl.full([], -float("inf"), tl.float64)
     used = tl.full([], 0, tl.int32)
-    for j in range(0, m, BLOCK):
-        cols = j + tl.arange(0, BLOCK)
-        wide = weighed(g, logs, beta, cols, m, eps)
-        top = tl.maximum(top, tl.max(wide, 0))
-        used = tl.maximum(used, tl.max(tl.where((cols < m) & (wide != -float("inf")), cols + 1, 0), 0))  # NaN is no empty atom
-    top = tl.where(top > -float("inf"), top, 0.0)
-    for j in range(0, m, BLOCK):
-        cols = j + tl.arange(0, BLOCK)
-        tl.store(h + problem * m + cols, (weighed(g, logs, beta, cols, m, eps) - top).to(tl.float32), mask=cols < m)
-    tl.store(centre + problem, top)
-    tl.store(columns_used + problem, used)
+    if tl.program_id(1) == 0:
+        g += problem * m
+        beta += problem * m
+        logs += problem * logs_stride
+        for j in range(0, m, BLOCK):
+            cols = j + tl.arange(0, BLOCK)
+            wide = weighed(g, logs, beta, cols, m, eps)
+            top = tl.maximum(top, tl.max(wide, 0))
+            used = tl.maximum(used, tl.max(tl.where((cols < m) & (wide != -float("inf")), cols + 1, 0), 0))  # NaN is no empty atom
+        top = tl.where(top > -float("inf"), top, 0.0)
+        for j in range(0, m, BLOCK):
+            cols = j + tl.arange(0, BLOCK)
+            tl.store(h + problem * m + cols, (weighed(g, logs, beta, cols, m, eps) - top).to(tl.float32), mask=cols < m)
+        tl.store(centre + problem, top)
+        tl.store(columns_used + problem, used)
+    else:
+        for i in range(0, n, BLOCK):
+            rows = i + tl.arange(0, BLOCK)
+            log_a = tl.load(last_logs + problem * last_stride + rows, mask=rows < n, other=-float("inf"))
+            there = log_a > -float("inf")
+            alpha = tl.load(last_offset + problem * n + rows, mask=there, other=0.0)
+            f = damped(tl.load(last + problem * n + rows, mask=there, other=0.0), alpha, damping, limit)
+            wide = tl.where(there & (f < float("inf")), f + eps * log_a - alpha, -float("inf"))
+            top = tl.maximum(top, tl.max(wide, 0))
+            used = tl.maximum(used, tl.max(tl.where(there, rows + 1, 0), 0))
+        tl.store(last_centre + problem, tl.where(top > -float("inf"), top, 0.0))
+        tl.store(last_used + problem, used)
 
 
 @triton.jit
@@ -231,8 +336,8 @@ def sweep(
 
 @triton.jit
 def join_kernel(
-    parts, out, centre, offset, potential, n, splits, eps, damping: tl.float64, limit: tl.float64,
-    UPDATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    parts, out, n, splits, eps, centre, offset, potential, logs, next_centre, next_h, logs_stride,
+    eps_64: tl.float64, damping: tl.float64, limit: tl.float64, UPDATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A softmin of softmins is a softmin: (B, splits, n) to (B, n)."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -242,8 +347,9 @@ def join_kernel(
     t = tl.load(parts + (batch * splits + split) * n + rows, mask=(split < splits) & (rows < n), other=float("inf")).to(tl.float64) * -scale
     top = tl.maximum(tl.max(t, 0), -1e38)[None, :]  # [1, N]
     s = -(top + tl.log2(tl.sum(tl.exp2((t - top).to(tl.float32)), 0))[None, :]) / scale
-    if UPDATE:
+    if UPDATE > 0:
         s -= tl.load(centre + batch)
-        at = batch * n + rows
-        tl.store(potential + at, damped(s, tl.load(offset + at, mask=rows < n, other=0.0), damping, limit), mask=rows < n)
+        store_update(
+            s, batch, rows, n, offset, potential, logs, next_centre, next_h, logs_stride, eps_64, damping, limit, UPDATE == 2
+        )  # fmt: skip
     tl.store(out + batch * n + rows, s, mask=rows < n)

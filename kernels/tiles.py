@@ -90,8 +90,8 @@ def _split(x: Tensor, weights: bool) -> Cloud:
     data = torch.empty(batch, _rows(n), parts * width, dtype=torch.float16, device=x.device)
     unit = torch.empty(batch, dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        split_kernel[(_rows(n) // ROWS, triton.cdiv(parts * width, CHUNK.value), batch)](
-            x, top, data, unit, n, d, *x.stride(), parts * width, width, Q=q, ROWS=ROWS, COLUMNS=min(CHUNK.value, parts * width)
+        split_kernel[(_rows(n) // 32, triton.cdiv(parts * width, CHUNK.value), batch)](
+            x, top, data, unit, n, d, *x.stride(), parts * width, width, Q=q, ROWS=32, COLUMNS=min(CHUNK.value, parts * width)
         )
     return Cloud(data, unit, n, d, "fp32", parts, packed=q)
 

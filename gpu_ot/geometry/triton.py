@@ -26,6 +26,7 @@ from .products import kernels_refused, serves_vectors, vectors
 from .protocol import Geometry, needed
 
 if TYPE_CHECKING:  # Triton is imported with the first cloud, so that without it the reason can still be given
+    from ..kernels.softmin import Side  # pyright: ignore[reportMissingImports]
     from ..kernels.tiles import Cloud  # pyright: ignore[reportMissingImports]
 
 
@@ -100,34 +101,29 @@ class Streaming(Geometry):
         return (rows.offset + last).view(*self.batch, rows.n).to(h.dtype)
 
     def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Two launches a side: weights, offsets, damping and types are taken care of where the kernels read and write."""
+        """A launch a sweep, two where columns are split, and one before: weights, offsets, damping and types are the sweeps' own business."""
         if not serves_vectors(g, problem.b) or g.shape != problem.b.shape or not all(isinstance(z, (KL, TV)) for z in problem.penalties):
             return super().iterate(problem, g, eps, k)
-        (rows, columns), (log_a, log_b), turned = problem.penalties, (vectors(problem.log_a), vectors(problem.log_b)), self.T
-        g_next = self._flat(g, 1).contiguous()
-        f = g_now = g_next
-        for _ in range(k):
-            g_now = g_next
-            f = self._update(rows, g_now, log_b, eps)
-            g_next = turned._update(columns, f, log_a, eps)
+        from ..kernels.softmin import iterate  # pyright: ignore[reportMissingImports]
+
+        sides = [
+            side.bound(vectors(logs), penalty, eps)
+            for side, logs, penalty in zip((self.rows, self.columns), (problem.log_a, problem.log_b), problem.penalties, strict=True)
+        ]
+        f, g_now, g_next = iterate(*sides, self._flat(g, 1).contiguous(), eps, k)
+        for side, bound in zip((self.rows, self.columns), sides, strict=True):
+            side.eps, side.last = eps, bound.last
         return f.view(problem.a.shape), g_now.view(g.shape), g_next.view(g.shape)
 
     def update(self, g: Tensor, b: Tensor, eps: float) -> Tensor:
         if not serves_vectors(g, b) or transforms.active() or g.ndim != len(self.batch) + 1:
             return super().update(g, b, eps)
-        return self._update(BALANCED, self._flat(g, 1).contiguous(), log(vectors(b)), eps).view(*self.batch, -1)
-
-    def _update(self, penalty: Penalty, g: Tensor, log_b: Tensor, eps: float) -> Tensor:
-        """The damped softmin (B, n) of g (B, m)."""
         from ..kernels.softmin import update  # pyright: ignore[reportMissingImports]
 
-        rows, columns = self.rows, self.columns
-        damping = 1 + eps / penalty.tau if isinstance(penalty, KL) else 1.0
-        limit = penalty.tau if isinstance(penalty, TV) else math.inf
-        last = rows.last if rows.eps == eps else None
-        f, last = update(rows.cloud, columns.cloud, g, log_b, rows.offset, columns.offset, eps, damping=damping, limit=limit, last=last)
-        rows.eps, rows.last = eps, last
-        return f
+        rows, columns = self.rows.bound(None, BALANCED, eps), self.columns.bound(log(vectors(b)), BALANCED, eps)
+        f = update(rows, columns, self._flat(g, 1).contiguous(), eps)
+        self.rows.eps, self.rows.last = eps, rows.last
+        return f.view(*self.batch, -1)
 
     def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
         lead = torch.broadcast_shapes(k.shape[:-1], h.shape[:-1], v.shape[:-2])
@@ -264,6 +260,15 @@ class _Side:
     @property
     def form(self) -> list[int]:
         return [self.cloud.d, self.cloud.parts, self.cloud.packed, int(self.cloud.spare)]
+
+    def bound(self, logs: Tensor | None, penalty: Penalty, eps: float) -> Side:
+        """The side as kernels take it, with logarithms of weights where they are needed."""
+        from ..kernels.softmin import Side  # pyright: ignore[reportMissingImports]
+
+        damping = 1 + eps / penalty.tau if isinstance(penalty, KL) else 1.0
+        limit = penalty.tau if isinstance(penalty, TV) else math.inf
+        last = self.last if self.eps == eps else None
+        return Side(self.cloud, self.offset, self.offset if logs is None else logs, damping, limit, last)
 
     def seen(self, batch: Sequence[int]) -> Tensor:
         """(*batch, n, d): the points as the kernels see them."""
