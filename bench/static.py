@@ -90,6 +90,7 @@ def streamed(kernel: str, storage: str, bucket: int, tile: tuning.Tile, target: 
     kernel is "softmin", "vector", "apply" for w = v (the gradient), or "other" for a w of its own in the rows of "apply"; ragged is
     the variant for batches that are padded.
     """
+    arch = next(name for name, known in TARGETS.items() if known == target)
     D, parts = bucket or 320, 2 if storage == "pair" else 1
     C = 1 if kernel == "vector" else D
     same = kernel == "apply" and storage != "tf32" and D <= 128
@@ -101,7 +102,9 @@ def streamed(kernel: str, storage: str, bucket: int, tile: tuning.Tile, target: 
     column = D * (4 if storage == "tf32" else 2 * parts)
     flops = 2 * D * {"pair": 3, "half": 1, "tf32": 2}[storage]
     if kernel == "softmin":
-        constants |= dict(SHIFTED=True, RAGGED=ragged, CENTRED=True, UPDATE=2)  # as iterations are run
+        constants |= dict(
+            SHIFTED=True, RAGGED=ragged, CENTRED=True, UPDATE=0 if (arch, storage, bucket) in tuning.FULL else 2
+        )  # as iterations are run
         types |= dict.fromkeys(("out", "shift", "centre", "offset", "potential", "logs", "next_centre"), "*fp64")
         types |= dict.fromkeys(("eps_64", "damping", "limit"), "fp64") | dict(logs_stride="i32")
     else:

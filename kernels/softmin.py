@@ -136,7 +136,8 @@ def _sweep(
     batch, n, m = len(u.data), u.n, v.n
     tile = tile or tuning.tile("softmin", u.data, u.parts, u.width, n)
     splits, per_split = tuning.split(n, m, batch, tile, u.data)
-    parts = torch.empty(batch, splits, n, dtype=out.dtype, device=h.device) if splits > 1 else out
+    apart = splits > 1 or (update is not None and tuning.full(u.data, u.parts, u.width))
+    parts = torch.empty(batch, splits, n, dtype=out.dtype, device=h.device) if apart else out
     kind, ends = 0, (h, h, h, h, h, h, 0, 1.0, 1.0, 1.0)
     if update is not None:
         side, level, f, following = update
@@ -147,10 +148,10 @@ def _sweep(
             u.data, v.data, u.unit, v.unit, h, h if shift is None else shift, h if columns_used is None else columns_used, parts,
             n, m, u.data.shape[1], v.data.shape[1], splits, per_split, eps, *ends,
             D=u.width, PARTS=u.parts, Q=u.packed, SPARE=u.spare, SHIFTED=shift is not None, RAGGED=columns_used is not None,
-            CENTRED=update is not None, UPDATE=kind if splits == 1 else 0,
+            CENTRED=update is not None, UPDATE=0 if apart else kind,
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
-        if splits > 1:
+        if apart:
             join_kernel[(triton.cdiv(n, 128), batch)](
                 parts, out, n, splits, eps, *ends, UPDATE=kind, SPLITS=triton.next_power_of_2(splits), BLOCK=128
             )
