@@ -143,9 +143,9 @@ def weights(batch):
     return a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
 
 
-#: (an iteration of Sinkhorn's own, an accelerated one) in a block of ten; for resident a whole block is one launch.
-ITERATION = {"triton": (2.2, 4), "dense": (2.2, 5), "resident": (0.1, 0.1)}
-KINDS = [(backend, penalty, batch) for backend in ITERATION for penalty, batch in ((KL(), ()), (KL(0.5), (3,)))]
+#: A block of five iterations of Sinkhorn's own, and of accelerated ones; for resident it is one launch.
+BLOCK = {"triton": (11, 20), "dense": (12, 25), "resident": (1, 1)}
+KINDS = [(backend, penalty, batch) for backend in BLOCK for penalty, batch in ((KL(), ()), (KL(0.5), (3,)))]
 
 
 @pytest.mark.parametrize("backend, penalty, batch", KINDS, ids=str)
@@ -158,13 +158,13 @@ def test_iterations(launches, like_a_gpu, backend, penalty, batch):
         state = plain.begin(geometry, Start(torch.zeros_like(problem.a), problem.a), None)
         state = geometry.run(plain, state, 3)
         geometry.stride = SURE  # a kernel that has been exact for long
-        own = launches(lambda: geometry.run(plain, state, 10))
+        own = launches(lambda: geometry.run(plain, state, 5))
         state = geometry.run(mixing, geometry.run(mixing, state, 1), 2)
-        mixed = launches(lambda: geometry.run(mixing, state, 10))
+        mixed = launches(lambda: geometry.run(mixing, state, 5))
         state = mixed.result
-        later = launches(lambda: geometry.run(mixing, state, 10))
-    assert own.launches <= 10 * ITERATION[backend][0], own.names
-    assert mixed.launches <= 10 * ITERATION[backend][1], mixed.names
+        later = launches(lambda: geometry.run(mixing, state, 5))
+    assert own.launches <= BLOCK[backend][0], own.names
+    assert mixed.launches <= BLOCK[backend][1], mixed.names
     assert mixed.reads + later.reads <= (backend == "dense"), (
         mixed.names,
         later.names,
@@ -181,7 +181,7 @@ def test_an_iteration_with_split_columns(launches, monkeypatch):
     with torch.no_grad():
         geometry = bind(problem, "triton")
         state = step.begin(geometry, Start(torch.zeros_like(problem.a), problem.a), None)
-        state = geometry.run(step, state, 2)
+        state = geometry.run(step, state, 1)
         found = launches(lambda: geometry.run(step, state, 1))
     assert found.names["join_kernel"] == 2 and found.launches <= 6 and not found.reads, found.names
 

@@ -101,7 +101,7 @@ class Streaming(Geometry):
         return (rows.offset + last).view(*self.batch, rows.n).to(h.dtype)
 
     def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A launch a sweep, two where columns are split, and one before: weights, offsets, damping and types are the sweeps' own business."""
+        """A launch a sweep, two where columns are split, and one before: weights, offsets, damping and types are the sweeps' business."""
         if not serves_vectors(g, problem.b) or g.shape != problem.b.shape or not all(isinstance(z, (KL, TV)) for z in problem.penalties):
             return super().iterate(problem, g, eps, k)
         from ..kernels.softmin import iterate  # pyright: ignore[reportMissingImports]
