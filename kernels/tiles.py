@@ -12,6 +12,7 @@ solve it exactly: their marginals still converge.
 """
 
 import contextlib
+import os
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,8 @@ def cloud(x: Tensor, precision: str = "fp32", *, weights: bool = False) -> Cloud
     x = x if x.dim() == 3 else x[None]
     batch, n, d = x.shape
     if precision == "fp32":
-        return _split(x, weights)
+        runs = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+        return (split if runs else split_by_torch)(x, weights)
     unit = x.new_ones(batch, dtype=torch.float32)
     if weights and precision == "tf32":
         # A half has the eleven bits of tf32, and tensor cores take it with either index running first.
@@ -81,10 +83,32 @@ def cloud(x: Tensor, precision: str = "fp32", *, weights: bool = False) -> Cloud
     return Cloud(_padded([x.to(_STORED[precision])], _width(d)), unit, n, d, precision)
 
 
-def _split(x: Tensor, weights: bool) -> Cloud:
-    """The points as halves, two or three a coordinate: a launch for the largest coordinate, and one for everything else."""
+def split_by_torch(x: Tensor, weights: bool) -> Cloud:
+    """The points as halves, x = unit (hi + lo), and a third for what is left where there is room; the twin of `split`."""
     batch, n, d = x.shape
-    q = min(q for q in PACKED if q >= d) if d <= max(PACKED) and not weights else 0
+    exponent = torch.frexp(x.abs().amax((1, 2)).float()).exponent
+    unit = torch.ldexp(x.new_ones(batch, dtype=torch.float32), exponent - 15)
+    x = x / unit[:, None, None]
+    hi = x.half()
+    lo = (x - hi).half()
+    if not (q := _run(d, weights)):
+        return Cloud(_padded([hi, lo], _width(d)), unit, n, d, "fp32", parts=2)
+    last = (x - hi - lo.to(x.dtype)).half()
+    data = x.new_zeros(batch, _rows(n), PACKED[q], dtype=torch.float16)
+    for k, part in enumerate((last, hi, lo, hi, lo, hi)):
+        data[:, :n, k * q : k * q + d] = part
+    return Cloud(data, unit, n, d, "fp32", packed=q)
+
+
+def _run(d: int, weights: bool) -> int:
+    """Features of one of six runs that a row is packed into, 0 for none."""
+    return min(q for q in PACKED if q >= d) if d <= max(PACKED) and not weights else 0
+
+
+def split(x: Tensor, weights: bool) -> Cloud:
+    """`split_by_torch` by one launch for the largest coordinate, and one for everything else."""
+    batch, n, d = x.shape
+    q = _run(d, weights)
     width, parts = (PACKED[q], 1) if q else (_width(d), 2)
     top = torch.linalg.vector_norm(x, float("inf"), (1, 2))
     data = torch.empty(batch, _rows(n), parts * width, dtype=torch.float16, device=x.device)

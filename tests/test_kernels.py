@@ -13,7 +13,7 @@ from gpu_ot.kernels import absorbed, scaling, tuning
 from gpu_ot.kernels.apply import apply
 from gpu_ot.kernels.resident import run
 from gpu_ot.kernels.softmin import softmin
-from gpu_ot.kernels.tiles import cloud
+from gpu_ot.kernels.tiles import cloud, split, split_by_torch
 
 from gpu_ot import KL, Problem, solve
 from gpu_ot.geometry.products import Power, Products
@@ -275,19 +275,6 @@ def test_a_dense_solve_by_whole_rows(monkeypatch, penalty, batch, dtype):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=tight, atol=tight)
 
 
-def naive_split(x, width, parts, q):
-    """Three halves a coordinate, x = unit (hi + lo + last): stored as [hi | lo], or q features each of [last hi lo hi lo hi]."""
-    unit = torch.ldexp(torch.ones(len(x)), torch.frexp(x.abs().amax((1, 2)).float()).exponent - 15)
-    z = x / unit[:, None, None]
-    hi = z.half()
-    lo = (z - hi).half()
-    last = (z - hi - lo.to(x.dtype)).half()
-    data = torch.zeros(len(x), -(-x.shape[1] // 128) * 128, parts * width, dtype=torch.float16)
-    for k, part in enumerate((last, hi, lo, hi, lo, hi) if q else (hi, lo)):
-        data[:, : x.shape[1], k * (q or width) : k * (q or width) + x.shape[2]] = part
-    return data, unit
-
-
 @pytest.mark.parametrize("n, d, batch", [(1, 1, 1), (130, 2, 1), (50, 4, 3), (128, 10, 2), (60, 17, 1), (140, 200, 1), (20, 300, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_points_are_stored_as_halves(n, d, batch, dtype):
@@ -295,8 +282,11 @@ def test_points_are_stored_as_halves(n, d, batch, dtype):
     x = torch.randn(batch, d, n, dtype=dtype).mT * 10.0 ** torch.randint(-9, 9, (batch, 1, 1))
     x[0, 0] = 0
     for weights in (False, True):
-        stored = cloud(x, weights=weights)
-        data, unit = naive_split(x, stored.width, stored.parts, stored.packed)
-        assert torch.equal(stored.unit, unit) and torch.equal(stored.data, data)
+        stored, twin = split(x, weights), split_by_torch(x, weights)
+        assert torch.equal(stored.unit, twin.unit) and torch.equal(stored.data, twin.data)
+        assert (stored.parts, stored.packed, stored.n, stored.d) == (twin.parts, twin.packed, n, d)
         assert stored.packed == (0 if weights or d > 10 else min(q for q in (2, 5, 10) if q >= d))
+        if not stored.packed:
+            seen = (stored.data[:, :n, :d].double() + stored.data[:, :n, stored.width : stored.width + d]) * stored.unit[:, None, None]
+            assert ((seen - x).abs().amax((1, 2)) <= 2.0**-21 * x.abs().amax((1, 2))).all()
     assert cloud(torch.zeros(3, 4)).data.abs().max() == 0
