@@ -81,6 +81,14 @@ class Problem:
         fields = bound.ranks.on_every_rank(work, eps=eps, penalties=pair, a=a, b=b, gradients=torch.is_grad_enabled())
         self.__dict__.update(fields)
 
+    @classmethod
+    def checked(cls, cost: Cost, eps: float, a: Tensor, b: Tensor) -> Problem:
+        """A balanced problem whose numbers have been checked elsewhere."""
+        fields = dict(cost=cost, eps=eps, a=a, b=b, penalties=(BALANCED, BALANCED), forbids=False, learnable=Learnable(None, None, None))
+        problem, dtype = object.__new__(cls), float_type(*cost.inputs.values())
+        problem.__dict__.update(fields, given_dtype=dtype, dtype=dtype)
+        return problem
+
     def restricted(self, cost: Cost, a: Tensor, b: Tensor, penalties: tuple[Penalty, Penalty] | None = None) -> Problem:
         """The problem between some of its points; not checked again."""
         return self._with(cost=cost, a=a, b=b, penalties=penalties or self.penalties)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from operator import attrgetter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,17 @@ T = TypeVar("T")
 
 #: Whether this runs inside a transform of torch.func.
 active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+class Function(torch.autograd.Function):
+    """An autograd function whose arguments are positional. torch reads the signature of `forward` in every call, which takes longer than
+    most of our forwards."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if active() or torch.compiler.is_compiling():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def batched(z: Tensor) -> bool:

@@ -45,8 +45,13 @@ def test_auto_keeps_arrays_while_they_are_small_and_says_so(monkeypatch):
     x, y = clouds(200, 300, 3)
     problem = Problem(SqEuclidean(x, y), 0.1)
     said = gpu_ot.explain(problem)
-    assert type(bind(problem)).__name__ == "Absorbed"
-    assert '"dense"' in said.split("\n")[0] and "fit in 256 MiB" in said and "960 kB" in said
+    assert type(bind(problem)).__name__ == ("Compiled" if gpu_ot.compiled.refused() is None else "Absorbed")
+    assert "960 kB" in said
+    with monkeypatch.context() as hidden:
+        hidden.setattr(gpu_ot.compiled, "refused", lambda: "numba is not installed")
+        said = gpu_ot.explain(problem)
+        assert type(bind(problem)).__name__ == "Absorbed" and '"dense"' in said.split("\n")[0] and "fit in 256 MiB" in said
+        assert 'instead of "compiled", which was refused' in said and "refused: numba is not installed" in said
     for name in BACKENDS:
         assert f"\n  {name} " in said
     monkeypatch.setattr(gpu_ot.geometry.select, "DENSE_BYTES", 10_000)
@@ -74,7 +79,7 @@ def test_auto_compiles_large_formulas_where_it_can(monkeypatch):
 
 def test_refusals_give_the_reason(monkeypatch):
     x, y = clouds(5, 6, 2)
-    with pytest.raises(ProblemError, match=r"'auto', 'dense', .*'chunked', 'keops'"):
+    with pytest.raises(ProblemError, match=r"'auto', 'compiled', 'dense', .*'chunked', 'keops'"):
         bind(Problem(SqEuclidean(x, y), 0.1), "cuda")
     with pytest.raises(BackendError, match=r'backend "keops" cannot serve this problem: .*a batch'):
         bind(Problem(SqEuclidean(x.expand(2, -1, -1), y.expand(2, -1, -1)), 0.1), "keops")

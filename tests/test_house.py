@@ -25,7 +25,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
 
 #: The rooms of each floor, from the ground up. A room imports from floors below; on the top floor also from its own, without circles.
 FLOORS = (
-    ("kernels", "errors", "communicator", "transforms", "vectors"),
+    ("kernels", "compiled", "errors", "communicator", "transforms", "vectors"),
     ("penalties", "costs"),
     ("problem",),
     ("geometry",),

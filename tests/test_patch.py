@@ -14,7 +14,7 @@ import ot.da
 import pytest
 import torch
 
-from gpu_ot.pot import arrays, balanced
+from gpu_ot.pot import arrays, bregman
 from gpu_ot.pot.patching import REPLACED, patch
 from problems import rand
 
@@ -82,8 +82,8 @@ def test_clients_get_the_plan_that_pot_could_not_compute(problem):
 
 def test_pots_own_classes_run_on_it(monkeypatch):
     x, y = rand(20, 2).numpy(), rand(15, 2, seed=1).numpy() + 0.5
-    calls, original = [], balanced.solve_balanced
-    monkeypatch.setattr(balanced, "solve_balanced", lambda *z, **k: calls.append(1) or original(*z, **k))
+    calls, original = [], bregman.run
+    monkeypatch.setattr(bregman, "run", lambda *z, **k: calls.append(1) or original(*z, **k))
     theirs = ot.da.SinkhornTransport(reg_e=0.5).fit(Xs=x, Xt=y).coupling_
     with patch():
         ours = ot.da.SinkhornTransport(reg_e=0.5).fit(Xs=x, Xt=y).coupling_

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..communicator import COLUMNS, ROWS
 from .base import Axis, Cost, Folded, unmatched
 
@@ -53,7 +54,7 @@ class _Clouds(_Pointed):
         return self.of((self.y, self.x))
 
 
-class _Distances(torch.autograd.Function):
+class _Distances(transforms.Function):
     """|x_i - y_j| or its square, (*batch, n, m). torch's own has no second derivative, and of the square it could not have the right one
     where points coincide."""
 
@@ -82,11 +83,15 @@ class _Distances(torch.autograd.Function):
             back = torch.ops.aten._cdist_backward
             grad_x = back(G.contiguous(), x, y, 2.0, D) if need_x else None
             return grad_x, back(G.mT.contiguous(), y, x, 2.0, D.mT.contiguous()) if need_y else None, None
-        # The derivatives again are products, about a common centre.
-        W = 2 * G if ctx.squared else torch.where(C > 0, G / torch.where(C > 0, C, 1.0), 0.0)
-        centre = torch.cat((x, y), -2).mean(-2, keepdim=True).detach()
-        x, y = x - centre, y - centre
-        return W.sum(-1, keepdim=True) * x - W @ y, W.sum(-2).unsqueeze(-1) * y - W.mT @ x, None
+        return *_pull(x, y, C, G, ctx.squared), None
+
+
+def _pull(x: Tensor, y: Tensor, C: Tensor, G: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
+    """The derivatives in x and y of a function whose derivative in C is G, as products about a common centre."""
+    W = 2 * G if squared else torch.where(C > 0, G / torch.where(C > 0, C, 1.0), 0.0)
+    centre = torch.cat((x, y), -2).mean(-2, keepdim=True).detach()
+    x, y = x - centre, y - centre
+    return W.sum(-1, keepdim=True) * x - W @ y, W.sum(-2).unsqueeze(-1) * y - W.mT @ x
 
 
 def _squares(x: Tensor, y: Tensor) -> Tensor:
@@ -111,6 +116,10 @@ class SqEuclidean(_Clouds):
     def dense(self) -> Tensor:
         return _Distances.apply(self.x, self.y, True)
 
+    def pull(self, G: Tensor) -> tuple[Tensor, Tensor]:
+        """The derivatives in x and y of a function whose derivative in C is G (*batch, n, m)."""
+        return _pull(self.x, self.y, G, G, True)
+
     def formula(self, i: Axis, j: Axis) -> Any:
         return (i(self.x) - j(self.y)).square().sum(-1)
 
@@ -127,6 +136,10 @@ class Euclidean(_Clouds):
 
     def dense(self) -> Tensor:
         return _Distances.apply(self.x, self.y, False)
+
+    def pull(self, G: Tensor) -> tuple[Tensor, Tensor]:
+        """As `SqEuclidean.pull`; 0 where the points coincide."""
+        return _pull(self.x, self.y, self.dense(), G, False)
 
     def formula(self, i: Axis, j: Axis) -> Any:
         return (i(self.x) - j(self.y)).square().sum(-1).sqrt()

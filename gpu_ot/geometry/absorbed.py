@@ -7,6 +7,7 @@ after which an iteration is two matrix-vector products and no exponential. The s
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,16 @@ from .protocol import weigh
 LONGEST_STRIDE = 64
 #: After this many exact iterations, stop waiting for the exactness check.
 SURE = 16
+
+
+@functools.cache
+def range_of(itemsize: int) -> tuple[float, float]:
+    """(the exponent up to which entries are dropped, the part of the weights' total from which on a sum is exact) for float32, float64.
+
+    exp(-64) and exp(-650) keep even K_ij v_j clear of subnormal numbers, which CPUs multiply slowly.
+    """
+    dropped, dtype = (-64.0, torch.float32) if itemsize == 4 else (-650.0, torch.float64)
+    return dropped, math.exp(dropped) / torch.finfo(dtype).eps
 
 
 @dataclass
@@ -63,9 +74,7 @@ class Absorbed(Dense):
         self.kernel = _Kernel()
         self.stride = 1  # iterations to run before looking at the range; doubled while it holds
         self._told: list[Callable[[], list[Any]]] = []  # whether the last blocks were inexact, on their way to the host
-        # exp(-64) and exp(-650) keep even K_ij v_j clear of subnormal numbers, which CPUs multiply slowly.
-        self.log_dropped = -64.0 if self.dtype == torch.float32 else -650.0
-        self.safe = math.exp(self.log_dropped) / torch.finfo(self.dtype).eps
+        self.log_dropped, self.safe = range_of(self.dtype.itemsize)
 
     @property
     def T(self) -> Dense:

@@ -11,6 +11,7 @@ from .. import errors
 from ..problem import Problem, vector_dtype
 from . import chunked, keops, triton
 from .absorbed import Absorbed
+from .compiled import Compiled
 from .dense import Dense
 from .protocol import Geometry
 from .resident import Resident
@@ -66,6 +67,7 @@ def _block_bytes(problem: Problem) -> int:
 #: By name, in order of preference where nothing else decides. "dense" runs the absorbed form; "softmin" is the same algorithm as it is
 #: written in papers, the truth in tests.
 BACKENDS = {
+    "compiled": Backend(Compiled.refuse, lambda problem: Compiled(problem.cost), lambda problem: 2 * _matrix_bytes(problem)),
     "dense": Backend(lambda problem: None, lambda problem: Absorbed(problem.cost), lambda problem: 2 * _matrix_bytes(problem)),
     "resident": Backend(Resident.refuse, lambda problem: Resident(problem.cost.dense()), Resident.memory),
     "triton": Backend(triton.Streaming.refuse, triton.Streaming, lambda problem: 2 * _cloud_bytes(problem)),
@@ -96,6 +98,8 @@ def _rules(problem: Problem) -> Iterator[Rule]:
             "resident",
             "the problems are so small that launches take longer than the work, and one launch runs many iterations of all of them",
         )
+    if _on(problem, "cpu") and (cost.stored or _fits(problem)):
+        yield Rule("compiled", "its n-by-m arrays fit in memory, and on a CPU machine code runs all iterations in one call")
     if cost.stored:
         yield Rule("dense", "the cost is a matrix that is in memory already")
     if _fits(problem):
@@ -180,6 +184,8 @@ def _choose(problem: Problem) -> tuple[Rule, list[Rule]]:
 def _passed_over(name: str, problem: Problem) -> str:
     if name == "softmin":
         return 'the readable form of "dense", for tests: slower, and never chosen'
+    if name == "compiled":
+        return f"its n-by-m arrays exceed {DENSE_BYTES >> 20} MiB"
     if name == "resident":
         return f"for problems of up to {RESIDENT} by {RESIDENT} on a GPU"
     if name == "dense" and problem.cost.backend is not None:

@@ -75,7 +75,7 @@ class _Along(Each):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if torch.is_grad_enabled() and not transforms.active():
-            raise NotImplementedError(_HELD)
+            raise NotImplementedError(HELD)
         return _AlongGradient.apply(*ctx.saved_tensors, grad_outputs[0]), None
 
 
@@ -90,7 +90,7 @@ class _AlongGradient(Each):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise NotImplementedError(_HELD)
+        raise NotImplementedError(HELD)
 
 
 def refuse_learnable(problem: Problem, mode: str) -> None:
@@ -169,7 +169,7 @@ class _Envelope(Each):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if torch.is_grad_enabled() and not transforms.active():
-            raise NotImplementedError(_HELD)
+            raise NotImplementedError(HELD)
         f, g, a, b, s, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[5:]
         found = iter(_EnvelopeGradients.apply(*ctx.fixed, tuple(needed), f, g, a, b, s, grad_outputs[0], *inputs))
@@ -194,10 +194,10 @@ class _EnvelopeGradients(Each):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise NotImplementedError(_HELD)
+        raise NotImplementedError(HELD)
 
 
-_HELD = (
+HELD = (
     "second derivatives of a value are not in its envelope, which holds the potentials still: solve with "
     'grad="implicit", or leave out create_graph=True.'
 )

@@ -25,7 +25,7 @@ from .. import transforms
 from ..geometry.protocol import Attached, Geometry, attach, folds, weigh
 
 
-class Each(torch.autograd.Function):
+class Each(transforms.Function):
     """An operation that torch.vmap runs for one of its many after the other, as for the rows of a Jacobian."""
 
     @classmethod

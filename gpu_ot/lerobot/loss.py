@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from .. import errors
 from ..costs import Cost, Matrix, SqEuclidean
 from ..errors import ProblemError
+from ..losses import direct
 from ..penalties import KL
 from ..problem import Problem, vector_dtype
 from ..solution.solution import Solution
 from ..solve import solve
-from ..solver.status import CONVERGED, STALLED
+from ..solver.status import CONVERGED, STALLED, Status
 from .config import COST_SCALES, REFERENCES, OTCostConfig, OTLossConfig, TransportConfig, call
 from .features import Term, terms, weighted
 
@@ -202,6 +203,8 @@ def _of_terms(
     x, y = weighted(term[1:] for term in found)
     units = scale.of(SqEuclidean(x.detach(), y.detach()), cfg).to(x)
     x, y = x / units.sqrt(), y / units.sqrt()
+    if not metrics and reference is None and cfg.reference == "product" and (known := _directly(SqEuclidean(x, y), cfg)) is not None:
+        return known[0], {}, lambda: known[1]
     loss, plan, solution = _transport(SqEuclidean(x, y), cfg, reference, lambda: (x - y).square().sum(-1))
     if not metrics:
         return loss, {}, plan.to_dense
@@ -220,6 +223,28 @@ def _of_terms(
         return loss, _metrics(loss, plan, solution, parts), plan.to_dense
 
 
+def _directly(cost: Cost, cfg: TransportConfig) -> tuple[Tensor, Tensor] | None:
+    """(<P, cost> with P detached, P) in one piece, where that serves."""
+    problem = Problem(cost, _eps(cost, cfg), penalties=(KL(cfg.taus[0]), KL(cfg.taus[1])))
+    if cfg.backend != "auto" or not direct.serves(problem):
+        return None
+    known = direct.held_cost(problem, cfg.tol, cfg.max_iter)
+    if known is None:
+        return None
+    loss, P, status, n_iter = known
+    _warn(status, n_iter)
+    return loss, P
+
+
+def _eps(cost: Cost, cfg: TransportConfig) -> float:
+    return cfg.reg[1] * float(cost.scale(cfg.reg[0])) if isinstance(cfg.reg, list) else cfg.reg
+
+
+def _warn(status: Status, n_iter: int) -> None:
+    if status not in (CONVERGED, STALLED):
+        warnings.warn(f"OT loss, {n_iter} iterations, {status}", RuntimeWarning, stacklevel=5)
+
+
 def _transport(cost: Cost, cfg: TransportConfig, r: Tensor | None, paired: Callable[[], Tensor]) -> tuple[Tensor, Any, Solution | None]:
     """<P, cost> with P detached, the plan P, and what found it where it was looked for; `paired` gives the costs of pairs (i, i) alone."""
     n, m = cost.shape
@@ -229,7 +254,7 @@ def _transport(cost: Cost, cfg: TransportConfig, r: Tensor | None, paired: Calla
             f"reference: {cfg.reference} compares pairs (i, i), and this batch has {n} source and {m} target rows: pass as many of both, "
             "pair by pair, or use reference: product."
         )
-    eps = cfg.reg[1] * float(cost.scale(cfg.reg[0])) if isinstance(cfg.reg, list) else cfg.reg
+    eps = _eps(cost, cfg)
     if r is None and named == "diagonal":  # n P_ii = exp(-M_ii / (eps + tau_src + tau_tgt))
         D = paired()
         p = (-wide(D.detach()) / (eps + sum(cfg.taus))).exp() / n
@@ -263,8 +288,7 @@ def _solved(cost: Cost, eps: float, cfg: TransportConfig, r: Tensor | None) -> S
                 why = "is 0 throughout, and its mass must move: give both taus, or let it go somewhere"
                 raise ProblemError(f"a {side} of the reference {why}.")
     solution = solve(Problem(cost, eps, a, b, penalties), backend=cfg.backend, tol=cfg.tol, max_iter=cfg.max_iter)
-    if solution.status not in (CONVERGED, STALLED):
-        warnings.warn(f"OT loss, {solution.n_iter} iterations, {solution.status}", RuntimeWarning, stacklevel=4)
+    _warn(solution.status, solution.n_iter)
     return solution
 
 

@@ -65,7 +65,7 @@ def _(grad: Tensor, a: Tensor, x: Tensor, b: Tensor, y: Tensor, *settings: Any) 
     return a.new_empty(a.shape), x.new_empty(x.shape), b.new_empty(b.shape), y.new_empty(y.shape)
 
 
-class Transformable(torch.autograd.Function):
+class Transformable(transforms.Function):
     """The operation with its derivative, in the form that torch.func and torch.compile accept."""
 
     generate_vmap_rule = True
@@ -87,7 +87,7 @@ class Transformable(torch.autograd.Function):
         return (*derivative(grad_outputs[0], *ctx.saved_tensors, *ctx.settings), *[None] * 7)
 
 
-class _Derivative(torch.autograd.Function):
+class _Derivative(transforms.Function):
     """The first derivative. It refuses the second."""
 
     generate_vmap_rule = True

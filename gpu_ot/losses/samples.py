@@ -17,6 +17,7 @@ from ..errors import ProblemError
 from ..penalties import KL
 from ..problem import MASS_RTOL_HALF, Problem, float_type, matched
 from ..solve import solve
+from . import direct
 from .compiled import Transformable
 from .divergence import SelfTerm, divergence
 from .measures import Sides, backend_for, between_samples, flags, measures, real, report
@@ -125,6 +126,13 @@ class SamplesLoss(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             kept = self._kept_term(target) if self.debias else None
             problem, unit = self._problem(a, x, b, y)
+            plain = not (self.cost or self.group or self.potentials or self.plan or self.static_y) and self.grad == "envelope"
+            if plain and self.backend == "auto" and direct.serves(problem):
+                known = direct.divergence(problem, self.debias, self.tol, self.max_iter)
+                if known is not None:
+                    value, status, n_sweeps = known
+                    report(status, n_sweeps, self.verbose)
+                    return (unit * value).to(given)
             options: dict[str, Any] = dict(backend=backend_for(self.backend, problem), grad=self.grad, tol=self.tol, max_iter=self.max_iter)
             if self.debias:
                 cost_aa, cost_bb = self._within(problem.cost, x, y, kept is None)

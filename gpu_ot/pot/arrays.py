@@ -42,7 +42,7 @@ def take(**named: Any) -> tuple[list[Any], Callable[[Tensor], Any]]:
     taken = [_tensor(name, z, first, kind) for name, z in named.items()]
     if kind is Tensor or (kind is None and any(isinstance(z, Cost) for z in taken)):
         return taken, tensors
-    return taken, _to_numpy if kind in (None, np.ndarray) else _from_dlpack(first)
+    return taken, to_numpy if kind in (None, np.ndarray) else _from_dlpack(first)
 
 
 def take_problem(a: Any, b: Any, M: Any, **others: Any) -> tuple[list[Any], Callable[[Tensor], Any]]:
@@ -132,7 +132,7 @@ def tensors(z: Tensor) -> Tensor:
     return z
 
 
-def _to_numpy(z: Tensor) -> Any:
+def to_numpy(z: Tensor) -> Any:
     return z.detach().cpu().numpy()[()]  # [()] turns a 0-d array into a scalar, as numpy's own reductions return
 
 

@@ -20,6 +20,7 @@ from ..solve import find, needs_gradient
 from ..solver.annealing import Anneal
 from ..solver.criterion import Marginal
 from ..solver.step import scaled
+from . import direct, unrolled
 from .answer import Answer
 from .arrays import number, take_problem, take_start
 from .refusals import print_error, warn_unless_converged
@@ -58,20 +59,32 @@ def run(
         rules = rules._replace(check_every=print_period)
     if method == "sinkhorn_epsilon_scaling":
         numItermax = max(36, numItermax) * numInnerItermax  # POT's stages, each of so many iterations
+    gradients = unrolled.required(a, b, M)
+    if not verbose and warmstart is None and not (gradients and log):
+        found = direct.balanced(a, b, M, reg, rules, numItermax, stopThr, math.inf if gradients else _after(accelerate, stopThr), gradients)
+        if found is not None:
+            if warn:
+                warn_unless_converged(found.status)
+            if gradients:
+                options = (reg, rules, numItermax, stopThr, False, False, None)
+                P = unrolled.plan(a, b, M, found, lambda a, b, M: solve_balanced(a, b, M, *options, accelerate=False).plan())
+                return (P.double() * M.double()).sum().to(P.dtype) if loss else P
+            result = found.cost() if loss else found.plan()
+            return (result, _log(found.answer(), rules)) if log else result
     done = solve_balanced(a, b, M, reg, rules, numItermax, stopThr, verbose, warn, warmstart, accelerate=accelerate)
     lazy = not done.solution.problem.cost.stored
     result = done.give(done.linear()) if loss or done.many else done.lazy_plan() if lazy else done.plan()
-    return (result, {**_log(done, rules), **done.report()}) if log else result
+    return (result, _log(done, rules)) if log else result
 
 
 def _log(done: Answer, rules: Method) -> dict[str, Any]:
-    """POT's `log`."""
+    """POT's `log`, and how the loop ended."""
     log_u, log_v = done.logarithms()
     alpha, beta = done.logarithms(done.solution.problem.eps * number(done.unit))
     logs = {"log_u": log_u, "log_v": log_v, "logu": log_u, "logv": log_v, "alpha": alpha, "beta": beta, "warmstart": (alpha, beta)}
     log = {"err": done.err(rules.check_every), "niter": done.last_iteration, **logs, **done.scalings()}
     absent = ("err", "niter") if done.many and not rules.joint else ()
-    return {key: log[key] for key in rules.log.split() if key not in absent}
+    return {**{key: log[key] for key in rules.log.split() if key not in absent}, **done.report()}
 
 
 def solve_balanced(
@@ -108,17 +121,23 @@ def solve_balanced(
         problem = Problem(cost, eps, wa, matched(wa.double(), wb.double()).to(wb.dtype))
 
     unrolled = unroll and needs_gradient(problem)
-    # A tolerance of 0 cannot be met: all of `max_iter` are then POT's iterations.
-    plain = unrolled or accelerate is False or (accelerate is None and tol <= 0)
+    after = math.inf if unrolled else _after(accelerate, tol)
     solution = find(
         problem, criterion=Marginal(tol, "l2_joint" if rules.joint else "l2"), grad="unroll" if unrolled else "envelope",
         start=scaled(_start(problem, rules, warmstart, many, eps * number(unit))), schedule=schedule, max_iter=max(max_iter, 1),
-        check_every=rules.check_every, accelerate="none" if plain else "mixing", after=0 if accelerate else PLAIN,
+        check_every=rules.check_every, accelerate="none" if after == math.inf else "mixing", after=after,
         on_check=(lambda n_iter, error: print_error(n_iter - 1, error, rules.check_every)) if verbose else None,
     )  # fmt: skip
     if warn:
         warn_unless_converged(solution.status)
     return Answer(solution, back, unit, many, entropy)
+
+
+def _after(accelerate: bool | None, tol: float) -> float:
+    """The plain iterations before acceleration sets in."""
+    if accelerate is None:
+        return PLAIN if tol > 0 else math.inf  # a tolerance of 0 cannot be met: all iterations are then POT's
+    return 0 if accelerate else math.inf
 
 
 def _smallest_eps(M: Tensor) -> float:

@@ -69,7 +69,7 @@ def solve_batch(
     value, P, potentials = with_gradients(done, grad, others)
     return OTResult(
         value=done.give(value),
-        value_linear=done.give(loss_linear_batch(torch.where(tM.isinf(), 0.0, tM), P)),
+        value_linear=done.give(loss_linear_batch(torch.where(tM.isinf(), 0.0, tM) if problem.forbids else tM, P)),
         potentials=potentials,
         plan=done.give(P),
         log={"n_iter": done.last_iteration},

@@ -167,7 +167,7 @@ def run(
     accelerate  True: translated to the best mass in each iteration; False: never; None: from iteration `PLAIN` on.
     """
     rules = METHODS[method]
-    after = 0 if rules.translate or accelerate else PLAIN if accelerate is None and penalty is KL else math.inf
+    after = settled_after(rules, accelerate if penalty is KL else bool(accelerate))
     (ta, tb, tM, tc), back = take_problem(a, b, M, c=c)
     if isinstance(tM, Cost):
         raise errors.ProblemError("relaxed marginals of a Cost: gpu_ot.solve(M, a, b, reg, unbalanced=reg_m) solves them lazily.")
@@ -223,6 +223,11 @@ def run(
     kept = reg if isinstance(reg, Tensor) and reg.requires_grad else number(reg)
     many = tb is not None and tb.ndim == 2
     return Unbalanced(found, back, 1.0, many, entropy, M=tM, reg=kept, taus=taus, a=wa, b=wb, reference_mass=mass)
+
+
+def settled_after(rules: Method, accelerate: bool | None) -> float:
+    """The iteration after which every iterate is translated to its best mass."""
+    return 0 if rules.translate or accelerate else PLAIN if accelerate is None else math.inf
 
 
 def pair(reg_m: Any) -> tuple[Tensor | float, Tensor | float]:

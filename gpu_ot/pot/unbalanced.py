@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from .. import errors
+from . import direct, unrolled
+from .arrays import number
 from .forwarding import forward
-from .refusals import known_method, warn
-from .relaxed import ELSEWHERE, METHODS, run
+from .refusals import known_method, warn, warn_unless_converged
+from .relaxed import ELSEWHERE, METHODS, NOT_CONVERGED, pair, run, settled_after
 
 __all__ = [
     "sinkhorn_knopp_unbalanced",
@@ -75,6 +80,10 @@ def sinkhorn_unbalanced(
 
     Chizat et al. 2018, arXiv:1607.05816.
     """
+    plain = not (log or verbose) and warmstart is None and c is None
+    found = _directly(a, b, M, reg, reg_m, method, reg_type, numItermax, stopThr, kwargs.get("accelerate")) if plain else None
+    if found is not None:
+        return found.plan()
     done = run(
         a, b, M, reg, reg_m, method=_known(method), reg_type=reg_type, c=c, warmstart=warmstart, numItermax=numItermax, stopThr=stopThr,
         verbose=verbose, log=log, accelerate=kwargs.get("accelerate"),
@@ -93,12 +102,32 @@ def sinkhorn_unbalanced2(
     """
     if returnCost not in ("linear", "total"):
         raise errors.ProblemError(f"Unknown returnCost = {returnCost}. Choose 'linear' or 'total'.")
+    plain = not (log or verbose) and warmstart is None and c is None and returnCost == "linear"
+    found = _directly(a, b, M, reg, reg_m, method, reg_type, numItermax, stopThr, kwargs.get("accelerate")) if plain else None
+    if found is not None:
+        return found.cost()
     done = run(
         a, b, M, reg, reg_m, method=_known(method), reg_type=reg_type, c=c, warmstart=warmstart, numItermax=numItermax, stopThr=stopThr,
         verbose=verbose, log=log, accelerate=kwargs.get("accelerate"),
     )  # fmt: skip
     result = done.give(done.objective() if returnCost == "total" else done.linear())
     return (result, done.log()) if log else result
+
+
+def _directly(
+    a: Any, b: Any, M: Any, reg: Any, reg_m: Any, method: str, reg_type: Any, max_iter: int, tol: float, accelerate: bool | None
+) -> direct.Found | None:
+    """The problem in one piece, if it is that plain."""
+    if not isinstance(reg_type, str) or reg_type.lower() != "kl":
+        return None
+    rules, pairs = METHODS[_known(method)], pair(reg_m)
+    taus = number(pairs[0]), number(pairs[1])
+    if math.inf in taus or unrolled.required(*pairs):
+        return None
+    found = direct.relaxed(a, b, M, reg, taus, rules, max_iter, tol, settled_after(rules, accelerate))
+    if found is not None and rules.warns:
+        warn_unless_converged(found.status, NOT_CONVERGED)
+    return found
 
 
 def _known(method: str) -> str:

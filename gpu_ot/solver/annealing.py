@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -66,46 +67,61 @@ class Block(NamedTuple):
     restart: bool = False
 
 
-def blocks(
+class Stretch(NamedTuple):
+    """A part of a run in which nothing is decided but whether to end it.
+
+    k         iterations of `step`, checked after 1, every, every, ... of them and after the last; of a descent none.
+    descent   values of eps, one iteration each, begun anew from the start and not checked.
+    predict   whether they continue along the line through the last two.
+    leap      LEAP iterations at a time while the end is not near (plain iterations and a pairwise criterion).
+    """
+
+    step: Alternating
+    k: int = 0
+    every: int = 1
+    descent: tuple[float, ...] = ()
+    predict: bool = False
+    leap: bool = False
+
+    def blocks(self, monitor: Monitor) -> Iterator[Block]:
+        """The stretch as it is run where the host looks after each check."""
+        step, left = self.step, self.k
+        for eps, following in pairwise((*self.descent, step.eps)):
+            yield Block(step.at(eps, following, self.predict), 1, check=False, restart=eps == self.descent[0])
+        while self.leap and left >= LEAP and not monitor.near:
+            yield Block(step, LEAP, check="ahead")
+            left -= 0 if monitor.near else LEAP
+        k, forget = 1, True
+        while left > 0:
+            if not monitor.criterion.pairwise or k == 1:
+                yield Block(step, k, forget=forget)
+            else:
+                short = k < self.every
+                yield Block(step, k if short else k - 1, check=False)
+                if not short:
+                    yield Block(step, 1)
+            left -= k
+            k, forget = min(self.every, left), False
+
+
+def stretches(
     step: Alternating, monitor: Monitor, schedule: Constant | Anneal, max_iter: int, check_every: int, auto: bool, leap: bool
-) -> Iterator[Block]:
-    """The blocks of a run, of at least one iteration: those on the way to the target, then 1, check_every, check_every, ... at it.
+) -> Iterator[Stretch]:
+    """The stretches of a run, of at least one iteration: those on the way to the target, and the one at it.
 
     auto   a few plain iterations first, then eps annealed where they show that this pays.
-    leap   LEAP iterations at a time while the end is not near (plain iterations and a pairwise criterion).
     """
-    left, warm = max(max_iter, 1), list(schedule.approach())
+    left, warm = max(max_iter, 1), tuple(schedule.approach())
+    if auto and not warm:
+        probe = min(PROBE_ITERATIONS, left)
+        yield Stretch(replace(step, accelerator=PLAIN), probe)
+        left -= probe
+        found = tuple(_worth_annealing(step, monitor))
+        warm = found if len(found) < left else ()
     if warm:
-        yield from _descent(step, warm, predict=False)
+        yield Stretch(step, descent=warm, predict=auto)
         left -= len(warm)
-    elif auto:
-        plain = replace(step, accelerator=PLAIN)
-        for i in range(min(PROBE_ITERATIONS, left)):
-            yield Block(plain, 1, forget=i == 0)
-        left -= PROBE_ITERATIONS
-        if 0 < len(warm := _worth_annealing(step, monitor)) < left:
-            yield from _descent(step, warm, predict=True)
-            left -= len(warm)
-    while leap and left >= LEAP and not monitor.near:
-        yield Block(step, LEAP, check="ahead")
-        left -= 0 if monitor.near else LEAP
-    k, forget = 1, True
-    while left > 0:
-        if not monitor.criterion.pairwise or k == 1:
-            yield Block(step, k, forget=forget)
-        else:
-            short = k < check_every
-            yield Block(step, k if short else k - 1, check=False)
-            if not short:
-                yield Block(step, 1)
-        left -= k
-        k, forget = min(check_every, left), False
-
-
-def _descent(step: Alternating, warm: list[float], predict: bool) -> Iterator[Block]:
-    """One iteration at each eps of `warm`, from the start."""
-    for eps, following in zip(warm, [*warm[1:], step.eps], strict=True):
-        yield Block(step.at(eps, following, predict), 1, check=False, restart=eps == warm[0])
+    yield Stretch(step, left, check_every, leap=leap)
 
 
 def _worth_annealing(step: Alternating, monitor: Monitor) -> list[float]:

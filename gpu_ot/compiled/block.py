@@ -1,0 +1,343 @@
+"""Blocks of iterations for problems that share a cost, with their checks: the compiled twin of `solver.step` and `solver.monitor`.
+
+One call runs until the rule is met or its checks are used up. State lives in the caller's arrays, so that the next call goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from .crew import both_shared
+from .exponential import exp64, log64
+from .kernel import absorb_at, both, first, largest, smallest, softmin_columns, softmin_rows, sums_of_rows
+from .machine import compiled
+from .mixing import forget, propose
+from .watch import RUNNING, change, judge, log_mass, marginal, seen
+
+
+class Measures(NamedTuple):
+    """H problems between weights a (H, n) and b (H, m), at one eps. tau is inf for a hard marginal."""
+
+    a: np.ndarray
+    b: np.ndarray
+    eps: float
+    tau_a: float
+    tau_b: float
+
+
+class State(NamedTuple):
+    """As `solver.step.State`: (H, n), (H, m), (H, m)."""
+
+    f: np.ndarray
+    g: np.ndarray
+    g_next: np.ndarray
+
+
+class Sweep(NamedTuple):
+    """What an iteration leaves: weights times scalings, w and u, and the sums s and t in the type of the kernel; the scalings v of g and
+    v_next of g_next."""
+
+    w: np.ndarray
+    s: np.ndarray
+    u: np.ndarray
+    t: np.ndarray
+    weights: np.ndarray  # a in the type of the kernel
+    v: np.ndarray
+    v_next: np.ndarray
+
+
+@compiled
+def _buffers(k, problem):
+    H, n, m = len(problem.a), len(k.f0), len(k.g0)
+    w, s, t = np.empty((H, m), k.K.dtype), np.empty((H, n), k.K.dtype), np.empty((H, m), k.K.dtype)
+    return Sweep(w, s, np.empty_like(s), t, problem.a.astype(k.K.dtype), np.empty((H, m)), np.empty((H, m)))
+
+
+@compiled
+def _multiply(k, problem, sweep):
+    """An iteration from the scalings v by products alone: s, t and v_next. Whether every sum is exact."""
+    H, n, m = len(problem.a), len(k.f0), len(k.g0)
+    eps, tau_a, tau_b = problem.eps, problem.tau_a, problem.tau_b
+    c, p = np.empty(n), 0.0
+    if tau_a < np.inf:
+        p = 1 / (1 + eps / tau_a)
+        for i in range(n):
+            c[i] = -k.f0[i] / (tau_a + eps)
+    exact = True
+    for h in range(H):
+        w, s, u, t = sweep.w[h], sweep.s[h], sweep.u[h], sweep.t[h]
+        total = 0.0
+        for j in range(m):
+            w[j] = problem.b[h, j] * sweep.v[h, j] if problem.b[h, j] > 0 else 0.0
+            total += w[j]
+        if len(k.crew.t):
+            both_shared(k.K, w, sweep.weights[h], p, c, s, u, t, k.crew)
+        else:
+            both(k.K, w, sweep.weights[h], p, c, s, u, t)
+        mass = 0.0
+        for i in range(n):
+            mass += u[i]
+        exact &= smallest(s) >= k.safe * total and largest(s) < np.inf and math.isfinite(mass)
+        reached = 0.0
+        for j in range(m):
+            reached += t[j]
+        exact &= smallest(t) >= k.safe * mass and math.isfinite(reached)
+        v = sweep.v_next[h]
+        if tau_b < np.inf:
+            shift, q = -1 / (tau_b + eps), 1 / (1 + eps / tau_b)
+            for j in range(m):
+                v[j] = exp64(shift * k.g0[j] - q * log64(t[j]))
+        else:
+            for j in range(m):
+                v[j] = 1 / t[j]
+    return exact
+
+
+@compiled
+def _damp(z, tau, eps):
+    return z / (1 + eps / tau)
+
+
+@compiled
+def _levels(k, problem, sweep, state):
+    """The potentials of an iteration by products."""
+    eps, p = problem.eps, 1 / (1 + problem.eps / problem.tau_a)
+    for h in range(len(problem.a)):
+        for i in range(len(k.f0)):
+            state.f[h, i] = p * (k.f0[i] - eps * log64(sweep.s[h, i]))
+        _columns(k, eps, sweep.v[h], state.g[h])
+        _columns(k, eps, sweep.v_next[h], state.g_next[h])
+
+
+@compiled
+def _columns(k, eps, v, out):
+    for j in range(len(v)):
+        out[j] = k.g0[j] + eps * log64(v[j])
+
+
+@compiled
+def _scale(k, problem, g, sweep):
+    """The scalings of g."""
+    scale = 1 / problem.eps
+    for h in range(len(g)):
+        for j in range(len(k.g0)):
+            sweep.v[h, j] = exp64((g[h, j] - k.g0[j]) * scale)
+
+
+@compiled
+def _in_logarithms(k, problem, state):
+    """An iteration from state.g in the log domain."""
+    eps, n, m = problem.eps, len(k.f0), len(k.g0)
+    level, columns = np.empty(n), np.empty(m)
+    for h in range(len(problem.a)):
+        for j in range(m):
+            columns[j] = state.g[h, j] + eps * math.log(problem.b[h, j]) if problem.b[h, j] > 0 else -np.inf
+        softmin_rows(k.C, columns, eps, state.f[h])
+        for i in range(n):
+            state.f[h, i] = _damp(state.f[h, i], problem.tau_a, eps)
+            level[i] = state.f[h, i] + eps * math.log(problem.a[h, i]) if problem.a[h, i] > 0 else -np.inf
+        softmin_columns(k.C, level, eps, state.g_next[h])
+        for j in range(m):
+            state.g_next[h, j] = _damp(state.g_next[h, j], problem.tau_b, eps)
+
+
+@compiled
+def iterate(k, problem, sweep, state, follow):
+    """An iteration from state.g, or with `follow` from what the last one left in v_next. Where it was by products, the potentials are
+    still to be had by `_levels`. (whether by products, sweeps)."""
+    eps, H, m = problem.eps, len(problem.a), len(k.g0)
+    sweeps = 2
+    fresh = k.at[0] != eps
+    if follow and not fresh:
+        sweep.v[:] = sweep.v_next
+    else:
+        if fresh:
+            absorb_at(k, state.g, eps)
+            sweeps += 1
+        _scale(k, problem, state.g, sweep)
+    if _multiply(k, problem, sweep):
+        return True, sweeps
+    if not fresh:
+        if follow:
+            for h in range(H):
+                _columns(k, eps, sweep.v[h], state.g[h])
+                for j in range(m):
+                    state.g[h, j] = state.g[h, j] if math.isfinite(state.g[h, j]) else 0.0
+        absorb_at(k, state.g, eps)
+        _scale(k, problem, state.g, sweep)
+        sweeps += 3
+        if _multiply(k, problem, sweep):
+            return True, sweeps
+    _in_logarithms(k, problem, state)
+    k.at[0] = np.nan
+    return False, sweeps + 2
+
+
+@compiled
+def _gap(problem, sweep, state, products, gap):
+    """b * gap is the excess of the column marginal."""
+    for h in range(len(gap)):
+        for j in range(gap.shape[1]):
+            gap[h, j] = (
+                sweep.v[h, j] / sweep.v_next[h, j] - 1 if products else math.expm1((state.g[h, j] - state.g_next[h, j]) / problem.eps)
+            )
+
+
+@compiled
+def begin(k, problem, f, weight, state):
+    """The state before the first iteration, from row potentials f (H, n) with their weights."""
+    state.f[:] = f
+    first(k, f, weight, problem.eps, state.g_next)
+    for h in range(len(f)):
+        for j in range(len(k.g0)):
+            state.g_next[h, j] = _damp(state.g_next[h, j], problem.tau_b, problem.eps)
+    state.g[:] = state.g_next
+
+
+@compiled
+def descend(k, problem, schedule, predict, state):
+    """One plain iteration at each eps of schedule[:-1] from state.g_next, as `solver.step.Annealing`; schedule[-1] is the target's."""
+    H, m = state.g.shape
+    last = np.empty((H, m))
+    sweeps = 0
+    for i in range(len(schedule) - 1):
+        at = Measures(problem.a, problem.b, schedule[i], problem.tau_a, problem.tau_b)
+        sweep = _buffers(k, at)
+        state.g[:] = state.g_next
+        products, visits = iterate(k, at, sweep, state, False)
+        sweeps += visits
+        if products:
+            _levels(k, at, sweep, state)
+        if predict:
+            slope = (schedule[i + 1] - schedule[i]) / (schedule[i] - schedule[i - 1]) if i else 0.0
+            for h in range(H):
+                for j in range(m):
+                    now = state.g_next[h, j]
+                    state.g_next[h, j] = now + (now - last[h, j]) * slope if i else now
+                    last[h, j] = now
+    return sweeps
+
+
+@compiled
+def see(rule, problem, state, n_iter, out):
+    """`Change.seen`: f and g of a state as they are returned."""
+    out.f[:], out.g[:] = state.f, state.g
+    if n_iter > rule.translate_after:
+        seen(problem.a, problem.b, out.f, out.g, problem.tau_a, problem.tau_b, problem.eps)
+
+
+@compiled
+def go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, max_iter, every, plain_until, errors):
+    """Iterations with a check after 1, `every`, `every`, ... of them, until the rule is met, max_iter is reached or `errors` is full.
+
+    before  State, of which f and g are those of the last check or, for a rule that compares, of one iteration earlier, as seen.
+    counts  (4,) int64: iterations so far, those since the accelerator last began, sweeps, and iterations to the next check.
+    errors  (checks, H), filled from the top.
+
+    (RUNNING or how the run ended, how many checks were made). plain_until < 0 is never accelerated.
+    """
+    H, m = problem.b.shape
+    pairwise, sweep = rule.norm < 0, _buffers(k, problem)
+    error, floor, gap, share = np.empty(H), np.empty(H), np.empty((H, m)), problem.b.copy()
+    target = np.empty(m)
+    for h in range(H):
+        share[h] /= problem.b[h].sum()
+    follow, products, levels, checks, status = False, False, True, 0, RUNNING
+    while counts[0] < max_iter and checks < len(errors) and status == RUNNING:
+        n_iter = counts[0]
+        plain = plain_until < 0 or n_iter < plain_until
+        if plain or counts[1] == 0 or n_iter == plain_until:
+            if not plain or counts[1] == 0:
+                for h in range(H):
+                    forget(memory, h)
+            if not follow:
+                state.g[:] = state.g_next
+        else:
+            follow = False
+            for h in range(H):
+                if watch.done[h]:
+                    continue
+                shift = 0.0
+                if problem.tau_a < np.inf or problem.tau_b < np.inf:
+                    shift = log_mass(problem.a[h], state.f[h], -1 / problem.tau_a) - log_mass(
+                        problem.b[h], state.g_next[h], -1 / problem.tau_b
+                    )
+                    shift /= 1 / problem.tau_a + 1 / problem.tau_b
+                for j in range(m):
+                    target[j] = state.g_next[h, j] - shift
+                propose(tuning, memory, h, state.g[h].copy(), target, problem.b[h], share[h], problem.eps, state.g[h])
+        products, visits = iterate(k, problem, sweep, state, follow)
+        due = counts[3] == 1 or (n_iter + 1 == max_iter and (not pairwise or counts[3] == every))
+        levels = due or not plain or n_iter + 1 == plain_until or (pairwise and counts[3] == 2)
+        if products and levels:
+            _levels(k, problem, sweep, state)
+        follow = plain and products and n_iter + 1 != plain_until
+        counts[0], counts[1], counts[2], counts[3] = n_iter + 1, counts[1] + 1, counts[2] + visits, counts[3] - 1
+        if not due:
+            if pairwise and counts[3] == 1:
+                see(rule, problem, state, counts[0], before)
+            continue
+        counts[3] = every
+        f, g = state.f, state.g
+        if pairwise:
+            f, g = state.f.copy(), state.g.copy()
+            see(rule, problem, state, counts[0], State(f, g, g))
+            change(rule, problem.a, problem.b, f, g, before.f, before.g, problem.eps, counts[0], error, floor)
+            before.f[:], before.g[:] = f, g
+        else:
+            _gap(problem, sweep, state, products, gap)
+            marginal(rule, problem.b, gap, g, problem.eps, error, floor)
+        status = judge(rule, watch, plain, f, g, error, floor, strict)
+        errors[checks] = error
+        checks += 1
+    if products and not levels:
+        _levels(k, problem, sweep, state)
+    return status, checks
+
+
+@compiled
+def go_symmetric(k, problem, state, memory, tuning, watch, rule, strict, counts, max_iter, errors):
+    """As `go`, for the iterations of `solver.step.Symmetric`, each with a check."""
+    H, n = problem.a.shape
+    eps, checks, status = problem.eps, 0, RUNNING
+    scale = 1 / eps
+    error, floor, gap, share = np.empty(H), np.empty(H), np.empty((H, n)), problem.a.copy()
+    w, s, level = np.empty(n, k.K.dtype), np.empty(n, k.K.dtype), np.empty(n)
+    for h in range(H):
+        share[h] /= problem.a[h].sum()
+    while counts[0] < max_iter and checks < len(errors) and status == RUNNING:
+        for h in range(H):
+            g = state.g[h]
+            if counts[0] and not watch.done[h]:
+                propose(tuning, memory, h, g.copy(), state.g_next[h], problem.a[h], share[h], eps, g)
+        if k.at[0] != eps:
+            absorb_at(k, state.g, eps)
+            counts[2] += 1
+        for h in range(H):
+            g, halfway, total, exact = state.g[h], state.g_next[h], 0.0, True
+            for j in range(n):
+                w[j] = problem.a[h, j] * exp64((g[j] - k.g0[j]) * scale) if problem.a[h, j] > 0 else 0.0
+                total += w[j]
+            sums_of_rows(k.K, w, s)
+            for i in range(n):
+                exact &= s[i] >= k.safe * total and s[i] < np.inf
+                halfway[i] = k.f0[i] - eps * log64(s[i])
+            if not exact:
+                for j in range(n):
+                    level[j] = g[j] + eps * math.log(problem.a[h, j]) if problem.a[h, j] > 0 else -np.inf
+                softmin_rows(k.C, level, eps, halfway)
+                k.at[0] = np.nan
+            for i in range(n):
+                halfway[i] = (g[i] + _damp(halfway[i], problem.tau_a, eps)) / 2
+                gap[h, i] = math.expm1(2 * (g[i] - halfway[i]) / eps)
+            state.f[h] = g
+        counts[0] += 1
+        counts[2] += 1
+        marginal(rule, problem.a, gap, state.g, eps, error, floor)
+        status = judge(rule, watch, False, state.f, state.g, error, floor, strict)
+        errors[checks] = error
+        checks += 1
+    return status, checks

@@ -1,0 +1,280 @@
+"""The absorbed kernel K_ij = exp((f0_i + g0_j - C_ij) / eps) of one cost, and its sums: the compiled twin of geometry/absorbed.py.
+
+C and K are (n, m), both in the type of the sweeps; vectors are (H, n) and (H, m), of H problems that share the cost, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types  # pyright: ignore[reportMissingImports]
+from numba.extending import overload  # pyright: ignore[reportMissingImports]
+
+from .exponential import exp32, exp64, log64
+from .machine import compiled, extreme
+
+#: Four rows up to this size stay in the first cache.
+NEAR_BYTES = 2**15
+
+
+class Kernel(NamedTuple):
+    """A cost and its kernel. `at` (1,) is the eps that K was absorbed at, NaN where there is none."""
+
+    C: np.ndarray
+    K: np.ndarray
+    f0: np.ndarray  # (n,)
+    g0: np.ndarray  # (m,)
+    at: np.ndarray
+    dropped: float  # exponents up to here are 0 in K
+    safe: float  # a sum is exact from this part of the weights' total on
+    crew: Any  # a `crew.Crew`
+
+
+def narrow_exp(z, like):
+    """exp(z) in the type of `like`."""
+
+
+@overload(narrow_exp)
+def _(z, like):
+    if like == types.float32:
+        return lambda z, like: exp32(np.float32(z))
+    return lambda z, like: exp64(z)
+
+
+@extreme
+def smallest(z):
+    low = np.inf
+    for j in range(len(z)):
+        low = z[j] if z[j] < low else low
+    return low
+
+
+@extreme
+def largest(z):
+    high = -np.inf
+    for j in range(len(z)):
+        high = z[j] if z[j] > high else high
+    return high
+
+
+@extreme
+def _cheapest(C, g):
+    """min_j C_j - g_j."""
+    low = np.inf
+    for j in range(len(g)):
+        z = C[j] - g[j]
+        low = z if z < low else low
+    return low
+
+
+@extreme
+def _nearest(C, g):
+    """max_j g_j - C_j."""
+    top = -np.inf
+    for j in range(len(g)):
+        z = g[j] - C[j]
+        top = z if z > top else top
+    return top
+
+
+@compiled
+def _absorb_row(k, i, scale):
+    """Row i of K, at the f0 and g0 that are there."""
+    C, K, f, g, zero, dropped = k.C[i], k.K[i], k.f0[i], k.g0, k.C.dtype.type(0), k.dropped
+    for j in range(len(g)):
+        z = (f + g[j] - C[j]) * scale
+        e = narrow_exp(z, zero)
+        K[j] = zero if z <= dropped else e
+
+
+@compiled
+def absorb_at(k, g, eps):
+    """K at the mean g of the H problems, and the cheapest pair of each row."""
+    n, m = k.C.shape
+    H = len(g)
+    for j in range(m):
+        k.g0[j] = 0
+        for h in range(H):
+            k.g0[j] += g[h, j] / H
+    for i in range(n):
+        k.f0[i] = _cheapest(k.C[i], k.g0)
+        _absorb_row(k, i, 1 / eps)
+    k.at[0] = eps
+
+
+@compiled
+def first(k, f, a, eps, out):
+    """out = the softmin of f + eps log a over rows, (H, m), which leaves K absorbed there where H = 1 and all weights are positive."""
+    n, m = k.C.shape
+    H, usable = len(f), True
+    h0 = np.empty(n)
+    for i in range(n):
+        h0[i] = f[0, i] + eps * math.log(a[0, i])
+        usable &= math.isfinite(h0[i])
+    if H > 1 or not usable:
+        level = np.empty(n)
+        for h in range(H):
+            for i in range(n):
+                level[i] = f[h, i] + eps * math.log(a[h, i]) if a[h, i] > 0 else -np.inf
+            softmin_columns(k.C, level, eps, out[h])
+        k.at[0] = np.nan
+        return
+    k.f0[:] = h0
+    k.g0[:] = np.inf
+    for i in range(n):
+        for j in range(m):
+            z = k.C[i, j] - h0[i]
+            k.g0[j] = z if z < k.g0[j] else k.g0[j]
+    t = out[0]
+    t[:] = 0
+    for i in range(n):
+        _absorb_row(k, i, 1 / eps)
+        K = k.K[i]
+        for j in range(m):
+            t[j] += K[j]
+    k.at[0] = eps
+    for j in range(m):
+        t[j] = k.g0[j] - eps * log64(t[j])
+
+
+@compiled
+def softmin_columns(C, level, eps, out):
+    """out_j = -eps log sum_i exp((level_i - C_ij) / eps)."""
+    n, m = C.shape
+    top, scale = np.full(m, -np.inf), 1 / eps
+    for i in range(n):
+        for j in range(m):
+            z = level[i] - C[i, j]
+            top[j] = z if z > top[j] else top[j]
+    for j in range(m):
+        top[j] = top[j] if math.isfinite(top[j]) else 0.0
+    out[:] = 0
+    for i in range(n):
+        for j in range(m):
+            z = (level[i] - C[i, j] - top[j]) * scale
+            e = exp64(z)
+            out[j] += 0.0 if z < -700 else e
+    for j in range(m):
+        out[j] = -top[j] - eps * log64(out[j])
+
+
+@compiled
+def softmin_rows(C, level, eps, out):
+    """out_i = -eps log sum_j exp((level_j - C_ij) / eps)."""
+    n, m = C.shape
+    scale = 1 / eps
+    for i in range(n):
+        top = _nearest(C[i], level)
+        top = top if math.isfinite(top) else 0.0
+        total = 0.0
+        for j in range(m):
+            z = (level[j] - C[i, j] - top) * scale
+            e = exp64(z)
+            total += 0.0 if z < -700 else e
+        out[i] = -top - eps * math.log(total)
+
+
+@compiled
+def sums_of_rows(K, w, s):
+    """s = K w, (m,) -> (n,)."""
+    n, m = K.shape
+    for i in range(n):
+        total = K.dtype.type(0)
+        for j in range(m):
+            total += K[i, j] * w[j]
+        s[i] = total
+
+
+@compiled
+def both(K, w, a, p, c, s, u, t):
+    """s = K w, u = a / s for p = 0, the hard marginal, and a exp(c - p log s) otherwise, and t = K^T u, in one read of K.
+
+    Some rows' part of t is added while the next rows are summed: half as long again in turns, where rows fit the first cache. Longer
+    rows come from memory, and there each four are finished first.
+    """
+    n, m = K.shape
+    t[:] = K.dtype.type(0)
+    long = 4 * m * K.itemsize > NEAR_BYTES
+    whole = 0 if long else _eights(K, w, a, p, c, s, u, t) if p > 0 else _fours(K, w, a, s, u, t)
+    zero = K.dtype.type(0)
+    for block in range(whole // 4, n // 4):
+        i = 4 * block
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        for j in range(m):
+            s0 += K[i, j] * w[j]
+            s1 += K[i + 1, j] * w[j]
+            s2 += K[i + 2, j] * w[j]
+            s3 += K[i + 3, j] * w[j]
+        s[i], s[i + 1], s[i + 2], s[i + 3] = s0, s1, s2, s3
+        for r in range(i, i + 4):
+            u[r] = a[r] / s[r] if p == 0 else a[r] * exp64(c[r] - p * log64(s[r]))
+        u0, u1, u2, u3 = u[i], u[i + 1], u[i + 2], u[i + 3]
+        for j in range(m):
+            t[j] += (u0 * K[i, j] + u1 * K[i + 1, j]) + (u2 * K[i + 2, j] + u3 * K[i + 3, j])
+    for i in range(n // 4 * 4, n):
+        total = zero
+        for j in range(m):
+            total += K[i, j] * w[j]
+        s[i] = total
+        u[i] = a[i] / s[i] if p == 0 else a[i] * exp64(c[i] - p * log64(s[i]))
+        last = u[i]
+        for j in range(m):
+            t[j] += last * K[i, j]
+
+
+@compiled
+def _fours(K, w, a, s, u, t):
+    """`both` for a hard marginal and all fours of rows, whose number is returned: the four before are added meanwhile."""
+    n, m = K.shape
+    zero, whole = K.dtype.type(0), n // 4 * 4
+    if not whole:
+        return 0
+    u0, u1, u2, u3 = zero, zero, zero, zero
+    for block in range(n // 4):
+        i = 4 * block
+        q = i - 4 if block else 0
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        for j in range(m):
+            s0 += K[i, j] * w[j]
+            s1 += K[i + 1, j] * w[j]
+            s2 += K[i + 2, j] * w[j]
+            s3 += K[i + 3, j] * w[j]
+            t[j] += (u0 * K[q, j] + u1 * K[q + 1, j]) + (u2 * K[q + 2, j] + u3 * K[q + 3, j])
+        u0, u1, u2, u3 = a[i] / s0, a[i + 1] / s1, a[i + 2] / s2, a[i + 3] / s3
+        s[i], s[i + 1], s[i + 2], s[i + 3] = s0, s1, s2, s3
+        u[i], u[i + 1], u[i + 2], u[i + 3] = u0, u1, u2, u3
+    i = whole - 4
+    for j in range(m):
+        t[j] += (u0 * K[i, j] + u1 * K[i + 1, j]) + (u2 * K[i + 2, j] + u3 * K[i + 3, j])
+    return whole
+
+
+@compiled
+def _eights(K, w, a, p, c, s, u, t):
+    """`both` for a relaxed marginal and all eights of rows, whose logarithms are then taken at once."""
+    n, m = K.shape
+    zero, whole = K.dtype.type(0), n // 8 * 8
+    for block in range(n // 8):
+        for half in range(2):
+            i = 8 * block + 4 * half
+            q = i - 8 if block else i
+            u0, u1, u2, u3 = u[q], u[q + 1], u[q + 2], u[q + 3]
+            if not block:
+                u0, u1, u2, u3 = zero, zero, zero, zero
+            s0, s1, s2, s3 = zero, zero, zero, zero
+            for j in range(m):
+                s0 += K[i, j] * w[j]
+                s1 += K[i + 1, j] * w[j]
+                s2 += K[i + 2, j] * w[j]
+                s3 += K[i + 3, j] * w[j]
+                t[j] += (u0 * K[q, j] + u1 * K[q + 1, j]) + (u2 * K[q + 2, j] + u3 * K[q + 3, j])
+            s[i], s[i + 1], s[i + 2], s[i + 3] = s0, s1, s2, s3
+        for r in range(8 * block, 8 * block + 8):
+            u[r] = a[r] * exp64(c[r] - p * log64(s[r]))
+    for i in range(max(0, whole - 8), whole):
+        last = u[i]
+        for j in range(m):
+            t[j] += last * K[i, j]
+    return whole

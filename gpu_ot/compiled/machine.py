@@ -1,0 +1,75 @@
+"""How the functions of this room become machine code: by numba, kept on disk, and none of it before somebody needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numba  # pyright: ignore[reportMissingImports]
+from numba.core import config  # pyright: ignore[reportMissingImports]
+
+#: Sums may be taken in any order, as every vector unit and every BLAS does. NaN and inf keep their meaning.
+ANY_ORDER = {"reassoc", "contract", "nsz"}
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Machine code at the first call, which lets other threads run. Sums in any order."""
+    with _cache_directory() as cache:
+        return numba.njit(cache=cache, nogil=True, fastmath=ANY_ORDER, error_model="numpy")(function)
+
+
+def extreme(function: Callable[..., Any]) -> Any:
+    """The same for a largest or smallest number, which compilers find in vectors only where they may take it that there is no NaN."""
+    return numba.njit(nogil=True, fastmath=ANY_ORDER | {"nnan"}, error_model="numpy")(function)
+
+
+def in_order(function: Callable[..., Any]) -> Any:
+    """The same for arithmetic whose order matters."""
+    return numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")(function)
+
+
+@contextlib.contextmanager
+def _cache_directory() -> Iterator[bool]:
+    """Whether there is a place to keep machine code.
+
+    numba keeps a function as long as its own file stays the same, not the functions that it calls. So the place has a name that changes
+    with any file of this room.
+    """
+    kept, place = config.CACHE_DIR, PLACE  # pyright: ignore[reportAttributeAccessIssue]
+    if place is None:
+        yield False
+        return
+    config.CACHE_DIR = str(place)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield True
+    finally:
+        config.CACHE_DIR = kept  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _place() -> Path | None:
+    """Beside this file, or where the user's caches are; None where nothing can be written."""
+    room = Path(__file__).parent
+    digest = hashlib.sha256()
+    for source in sorted(room.glob("*.py")):
+        digest.update(source.read_bytes())
+    name = digest.hexdigest()[:16]
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for parent in (room / "__pycache__", caches / "gpu_ot"):
+        with contextlib.suppress(OSError):
+            (parent / name).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=parent / name):
+                pass
+            for old in parent.iterdir():
+                if old.is_dir() and old.name != name and len(old.name) == 16:
+                    shutil.rmtree(old, ignore_errors=True)
+            return parent / name
+    return None
+
+
+PLACE = _place()

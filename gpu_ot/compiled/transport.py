@@ -1,0 +1,104 @@
+"""A problem between arrays in one call: checked, solved, and its plan formed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .block import Measures, State, begin, go, see
+from .crew import alone
+from .exponential import exp64
+from .kernel import Kernel, narrow_exp
+from .machine import compiled
+from .mixing import Memory
+from .watch import RUNNING, Watch
+
+#: Instead of a status: some number is not an ordinary one, or the masses differ.
+UNUSUAL = -1
+
+
+@compiled
+def ordinary(M, a, b, rtol):
+    """Whether all costs are finite, all weights too and >= 0, and for rtol >= 0 both have one mass, up to that: b then gets that of a."""
+    n, m = M.shape
+    broken = 0.0 * M[0, 0]
+    for i in range(n):
+        for j in range(m):
+            broken += 0 * M[i, j]  # 0, or NaN
+    least, mass_a, mass_b = 0.0, 0.0, 0.0
+    for i in range(n):
+        least, mass_a = a[i] if a[i] < least else least, mass_a + a[i]
+    for j in range(m):
+        least, mass_b = b[j] if b[j] < least else least, mass_b + b[j]
+    if not (broken == 0 and least >= 0 and mass_a > 0 and mass_b > 0 and mass_a < np.inf and mass_b < np.inf):
+        return False
+    if rtol < 0:
+        return True
+    if not abs(mass_a - mass_b) <= rtol * max(mass_a, mass_b):
+        return False
+    ratio = mass_a / mass_b
+    for j in range(m):
+        b[j] *= ratio
+    return True
+
+
+@compiled
+def inner(P, M):
+    """<P, M>, summed in float64."""
+    total = 0.0
+    for i in range(P.shape[0]):
+        for j in range(P.shape[1]):
+            total += float(P[i, j]) * float(M[i, j])
+    return total
+
+
+@compiled
+def write_plan(k, problem, state, P):
+    """P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps), by the kernel where there is one. P may be K."""
+    n, m = k.C.shape
+    scale, a, b, f, g = 1 / problem.eps, problem.a[0], problem.b[0], state.f[0], state.g[0]
+    if k.at[0] == problem.eps:
+        w = np.empty(m, k.K.dtype)
+        for j in range(m):
+            w[j] = b[j] * exp64((g[j] - k.g0[j]) * scale) if b[j] > 0 else 0.0
+        for i in range(n):
+            u = k.K.dtype.type(a[i] * exp64((f[i] - k.f0[i]) * scale) if a[i] > 0 else 0.0)
+            for j in range(m):
+                P[i, j] = u * k.K[i, j] * w[j]
+        return
+    zero, h = P.dtype.type(0), np.empty(m)
+    for j in range(m):
+        h[j] = g[j] + problem.eps * math.log(b[j]) if b[j] > 0 else -np.inf
+    for i in range(n):
+        top = f[i] + problem.eps * math.log(a[i]) if a[i] > 0 else -np.inf
+        for j in range(m):
+            z = (top + h[j] - k.C[i, j]) * scale
+            P[i, j] = zero if z < -700 else narrow_exp(z, zero)
+
+
+@compiled
+def solve(M, a, b, eps, tau_a, tau_b, start, weight, before_g, rtol, rule, strict, tuning, dropped, safe, max_iter, every, plain_until):
+    """The plan of one problem from row potentials `start` (n,) with their weights; a and b, (n,) and (m,) of float64, are overwritten.
+
+    before_g (m,) is what a rule that compares takes for the g at the start; rtol as in `ordinary`, the rest as in `block.go`.
+    (plan, f, g, errors (checks,), counts, status). UNUSUAL: nothing was done.
+    """
+    n, m = M.shape
+    K, counts, errors = np.empty_like(M), np.array([0, 0, 1, 1]), np.empty((max_iter // every + 2, 1))
+    watch = Watch(np.empty((1, n)), np.empty((1, m)), np.empty(1), np.zeros(1, np.bool_), np.array([0.0, np.inf, 0.0]))
+    if not ordinary(M, a, b, rtol):
+        return K, watch.f[0], watch.g[0], errors[:0, 0], counts, UNUSUAL
+    k = Kernel(M, K, np.empty(n), np.empty(m), np.full(1, np.nan), dropped, safe, alone(M))
+    problem = Measures(a.reshape((1, n)), b.reshape((1, m)), eps, tau_a, tau_b)
+    state = State(np.empty((1, n)), np.empty((1, m)), np.empty((1, m)))
+    before = State(start.copy().reshape((1, n)), before_g.copy().reshape((1, m)), np.empty((1, 0)))
+    mixed = m if plain_until >= 0 else 0
+    memory = Memory(np.zeros((1, 3, mixed)), np.zeros((1, 3, mixed)), np.empty((1, 2, mixed)), np.empty((1, 2, mixed)), np.zeros((1, 6)))
+    begin(k, problem, start.reshape((1, n)), weight.reshape((1, n)), state)
+    status, checks = go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, max_iter, every, plain_until, errors)
+    kept = State(watch.f, watch.g, watch.g)
+    if status == RUNNING and rule.norm < 0:
+        see(rule, problem, state, counts[0], kept)
+    write_plan(k, problem, kept, K)
+    return K, watch.f[0], watch.g[0], errors[:checks, 0], counts, status
