@@ -26,7 +26,7 @@ from .products import kernels_refused, serves_vectors, vectors
 from .protocol import Geometry, needed
 
 if TYPE_CHECKING:  # Triton is imported with the first cloud, so that without it the reason can still be given
-    from ..kernels.softmin import Side  # pyright: ignore[reportMissingImports]
+    from ..kernels.streamed import Side  # pyright: ignore[reportMissingImports]
     from ..kernels.tiles import Cloud  # pyright: ignore[reportMissingImports]
 
 
@@ -104,7 +104,7 @@ class Streaming(Geometry):
         """A launch a sweep, two where columns are split, and one before: weights, offsets, damping and types are the sweeps' business."""
         if not serves_vectors(g, problem.b) or g.shape != problem.b.shape or not all(isinstance(z, (KL, TV)) for z in problem.penalties):
             return super().iterate(problem, g, eps, k)
-        from ..kernels.softmin import iterate  # pyright: ignore[reportMissingImports]
+        from ..kernels.streamed import iterate  # pyright: ignore[reportMissingImports]
 
         sides = [
             side.bound(vectors(logs), penalty, eps)
@@ -118,7 +118,7 @@ class Streaming(Geometry):
     def update(self, g: Tensor, b: Tensor, eps: float) -> Tensor:
         if not serves_vectors(g, b) or transforms.active() or g.ndim != len(self.batch) + 1:
             return super().update(g, b, eps)
-        from ..kernels.softmin import update  # pyright: ignore[reportMissingImports]
+        from ..kernels.streamed import update  # pyright: ignore[reportMissingImports]
 
         rows, columns = self.rows.bound(None, BALANCED, eps), self.columns.bound(log(vectors(b)), BALANCED, eps)
         f = update(rows, columns, self._flat(g, 1).contiguous(), eps)
@@ -263,7 +263,7 @@ class _Side:
 
     def bound(self, logs: Tensor | None, penalty: Penalty, eps: float) -> Side:
         """The side as kernels take it, with logarithms of weights where they are needed."""
-        from ..kernels.softmin import Side  # pyright: ignore[reportMissingImports]
+        from ..kernels.streamed import Side  # pyright: ignore[reportMissingImports]
 
         damping = 1 + eps / penalty.tau if isinstance(penalty, KL) else 1.0
         limit = penalty.tau if isinstance(penalty, TV) else math.inf
