@@ -25,11 +25,9 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 os.environ.pop("TRITON_INTERPRET", None)  # nothing compiles in the interpreter
 
 import triton
-from gpu_ot.kernels import resident, scaling, tuning
-from gpu_ot.kernels.apply import apply_kernel
-from gpu_ot.kernels.resident import sinkhorn_kernel
+from gpu_ot.kernels import absorbed, apply, check, dual, resident, scaling, softmin, step, tiles, tuning
+from gpu_ot.kernels import streamed as streamed_kernels
 from gpu_ot.kernels.scaling import both_kernel
-from gpu_ot.kernels.softmin import softmin_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -64,7 +62,7 @@ PIPES = (
 )
 
 
-def build(kernel, types: dict, constants: dict, target: GPUTarget, warps: int, stages: int = 2):
+def build(kernel, types: dict, constants: dict, target: GPUTarget, warps: int, stages: int = 2, **more):
     """The compiled kernel. Pointers and strides are taken as multiples of 16, as those of the launchers are."""
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -74,12 +72,15 @@ def build(kernel, types: dict, constants: dict, target: GPUTarget, warps: int, s
         signature[name] = types.get(name, "*fp32")
         if signature[name].startswith("*") or name in ("u_rows", "v_rows", "w_rows", "per_split"):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    options = dict(num_warps=warps, num_stages=stages)
+    options = dict(num_warps=warps, num_stages=stages, **more)
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 
 INTEGERS = dict.fromkeys(
     ("n", "m", "c", "u_rows", "v_rows", "w_rows", "splits", "per_split", "C_stride", "parts", "per_part", "max_iter"), "i32"
+)
+WHOLE = dict.fromkeys(
+    ("n", "m", "batch", "a_stride", "b_stride", "logs_stride", "C_stride", "parts", "blocks", "iterations", "plain", "known"), "i32"
 )
 SCALARS = INTEGERS | dict.fromkeys(("eps", "loss_a", "loss_b", "tol"), "fp32")
 
@@ -90,6 +91,7 @@ def streamed(kernel: str, storage: str, bucket: int, tile: tuning.Tile, target: 
     kernel is "softmin", "vector", "apply" for w = v (the gradient), or "other" for a w of its own in the rows of "apply"; ragged is
     the variant for batches that are padded.
     """
+    arch = next(name for name, known in TARGETS.items() if known == target)
     D, parts = bucket or 320, 2 if storage == "pair" else 1
     C = 1 if kernel == "vector" else D
     same = kernel == "apply" and storage != "tf32" and D <= 128
@@ -101,15 +103,18 @@ def streamed(kernel: str, storage: str, bucket: int, tile: tuning.Tile, target: 
     column = D * (4 if storage == "tf32" else 2 * parts)
     flops = 2 * D * {"pair": 3, "half": 1, "tf32": 2}[storage]
     if kernel == "softmin":
-        constants |= dict(SHIFTED=True, RAGGED=ragged)
-        types["out"] = "*fp64"  # as the backend asks for it
+        constants |= dict(
+            SHIFTED=True, RAGGED=ragged, CENTRED=True, UPDATE=0 if (arch, storage, bucket) in tuning.FULL else 2
+        )  # as iterations are run
+        types |= dict.fromkeys(("out", "shift", "centre", "offset", "potential", "logs", "next_centre"), "*fp64")
+        types |= dict.fromkeys(("eps_64", "damping", "limit"), "fp64") | dict(logs_stride="i32")
     else:
         chunk = D if same else min(C, tile.block_c)
         pairs = 2 if storage == "pair" or (kernel == "other" and constants["Q"]) else 1  # fp32 packs few coordinates, never w
         constants |= dict(WIDTH=C, C=chunk, W_PARTS=0 if C == 1 else pairs, SAME=same, RAGGED=ragged)
         column += 0 if C == 1 or same else 2 * chunk * pairs
         flops += 0 if C == 1 else 2 * chunk * (3 if pairs == 2 else 1)
-    function = softmin_kernel if kernel == "softmin" else apply_kernel
+    function = softmin.softmin_kernel if kernel == "softmin" else apply.apply_kernel
     return build(function, types, constants, target, tile.warps, tile.stages), column * tile.block_m, flops
 
 
@@ -138,7 +143,7 @@ def resources(binary, architecture: str) -> dict:
         registers=registers,
         spilled=spilled,
         shared=shared,
-        blocks=min(blocks, SHARED_SM[architecture] // (shared + RESERVED[architecture])),
+        blocks=min(blocks, SHARED_SM[architecture] // max(1, shared + RESERVED[architecture])),
     )
 
 
@@ -216,19 +221,74 @@ def summary(used: dict) -> str:
     return f"{used['registers']:4} regs {used['spilled']:4} B spilled {used['shared'] / 1024:6.1f} KiB {used['blocks']:2} blocks"
 
 
-def examine_resident(arch: str, n: int, m: int) -> tuple[str, list[str]]:
-    block_n, block_m, warps = resident.shape(n, m)
-    types = SCALARS | dict(steps="*i32") | dict.fromkeys(("a", "b", "start", "f", "g", "fresh_g"), "*fp64")
-    constants = dict(LOSS=True, BLOCK_N=block_n, BLOCK_M=block_m)
-    used = resources(build(sinkhorn_kernel, types, constants, TARGETS[arch], warps), arch)
-    line = f"{arch:7}resident {n}x{m}".ljust(26) + f"{block_n}x{block_m}x{warps}".ljust(15) + summary(used)
+def of(kind: str, names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), kind)
+
+
+def examine_resident(arch: str, n: int, m: int, mixing: bool) -> tuple[str, list[str]]:
+    block_n, block_m, warps = resident.shape(n, m, mixing)
+    more = resident.REGISTERS if mixing and arch != "gfx942" else {}
+    vectors = of("*fp64", "a b f_before g_before start f g fresh_g changes moves last trial numbers proposed")
+    types = SCALARS | WHOLE | vectors | of("fp64", "eps_64 tau_a tau_b") | dict(done="*i1")
+    constants = dict(
+        LOSS=True, MIXING=mixing, GAUGE=False, SHIFT=True, DONE=True, MEMORY=3, SLOTS=4, STEP=min(block_m, 32 * warps),
+        BLOCK_N=block_n, BLOCK_M=block_m,
+    )  # fmt: skip
+    used = resources(build(resident.run_kernel, types, constants, TARGETS[arch], warps, **more), arch)
+    line = f"{arch:7}resident {n}x{m}{' mixing' * mixing}".ljust(33) + f"{block_n}x{block_m}x{warps}".ljust(15) + summary(used)
     return line, ["spills"] * (used["spilled"] > 0)
+
+
+def vector_kernels() -> list[tuple[str, object, dict, dict, int]]:
+    """What an iteration and a check do to vectors: (name, kernel, types, constants, warps), each in its most demanding form."""
+    numbers = of("*fp64", "a b f g g_next changes moves last trial numbers out") | of("fp64", "eps tau_a tau_b")
+    flags = dict(done="*i1", inexact="*i1", old_done="*i1", exact="*i1")
+    checked = of("*fp64", "b f g g_next old_f old_g old_error new_f new_g error sizes flags") | of("fp64", "slope tol sums differences")
+    rows = []
+    for m in (64, 5000):
+        block, warps = step.shape(m)
+        constants = dict(KNOWN=1, GAUGE=True, SHIFT=True, DONE=True, INEXACT=True, MEMORY=3, SLOTS=4, BLOCK=block)
+        rows.append((f"propose {m}", step.propose_kernel, numbers | flags, constants, warps))
+    for norm in range(len(check.NORMS)):
+        constants = dict(NORM=norm, LAST=True, TOGETHER=False, INEXACT=True, ALONE=False, BLOCK=1024)
+        rows.append((f"check {check.NORMS[norm]}", check.check_kernel, checked | flags, constants, 8))
+    rows.append(("flags", check.flags_kernel, checked, dict(BLOCK=1024), 4))
+    rows.append(("sizes", check.size_kernel, checked, dict(SQUARE=True, BLOCK=1024), 8))
+    for dtype in ("*fp32", "*fp64"):
+        types = of("*fp64", "a b p c f0 g0 f g g_next sizes") | of("fp64", "eps damping_a damping_b safe") | of(dtype, "s sums before w t")
+        tile = dict(BLOCK=absorbed.BLOCK)
+        rows.append((f"weigh {dtype}", absorbed.weigh_kernel, types, tile, 4))
+        rows.append((f"again {dtype}", absorbed.again_kernel, types, tile | dict(POWER=True), 4))
+        rows.append((f"potentials {dtype}", absorbed.potentials_kernel, types, tile | dict(POWER=True, LONG=True), 4))
+    constants = dict(HOLD=True, INEXACT=True, PROBLEMS=64, BLOCKS=32, BLOCK=absorbed.BLOCK)
+    rows.append(("settle", absorbed.settle_kernel, types | flags, constants, 4))
+    found = of("*fp64", "f0 s") | of("fp64", "eps safe floor") | dict(exact="*i1")
+    rows.append(("absorbed softmin", absorbed.softmin_kernel, found, dict(BLOCK=absorbed.BLOCK), 4))
+    centred = of("*fp64", "g logs beta centre last last_logs last_offset last_centre") | of("fp64", "eps damping limit")
+    centred |= of("*i32", "columns_used last_used") | of("i32", "last_stride")
+    rows.append(("centre", streamed_kernels.centre_kernel, centred, dict(BLOCK=2048), 16))
+    joined = of("*fp64", "parts out centre offset potential logs next_centre") | of("fp64", "eps_64 damping limit") | of("i32", "splits")
+    rows.append(("join", softmin.join_kernel, joined | dict(eps="fp32"), dict(UPDATE=2, SPLITS=64, BLOCK=128), 4))
+    wide = of("*fp64", "k h alpha beta factor") | of("*i32", "rows_used columns_used") | dict(eps="fp64")
+    rows.append(("exponents", apply.exponents_kernel, wide, dict(BLOCK=1024), 8))
+    valued = of("*fp64", "a b f g s D grad k h w grad_a grad_b") | of("fp64", "eps tau_a tau_b")
+    rows.append(("dual", dual.dual_kernel, valued, dict(ROWS=1, COLUMNS=2, BLOCK=512), 8))
+    rows.append(("pull", dual.pull_kernel, valued, dict(ROWS=1, COLUMNS=2, BLOCK=512), 8))
+    points = of("*fp64", "x top") | of("*fp16", "data") | of("i32", "d batch_stride row_stride stride columns width")
+    for q in (0, 10):
+        rows.append((f"points {q}", tiles.split_kernel, points, dict(Q=q, ROWS=32, COLUMNS=64), 4))
+    return rows
+
+
+def examine_vectors(arch: str, name: str, kernel, types: dict, constants: dict, warps: int) -> tuple[str, list[str]]:
+    used = resources(build(kernel, WHOLE | types, constants, TARGETS[arch], warps), arch)
+    return f"{arch:7}{name}".ljust(33) + f"x{warps}".ljust(15) + summary(used), ["spills"] * (used["spilled"] > 0)
 
 
 def examine_scaling(arch: str, dtype: str, m: int) -> tuple[str, list[str]]:
     """Both products of an iteration on a stored matrix, for a KL penalty: the hard one needs less."""
     block_n, block_m, warps, ahead = scaling.shape(2**15, m, 4 if dtype == "fp32" else 8, 64 if arch == "gfx942" else 32)
-    types = SCALARS | dict.fromkeys(("K", "w", "a", "s", "t"), f"*{dtype}") | dict.fromkeys(("p", "c"), "*fp64")
+    types = SCALARS | dict.fromkeys(("K", "w", "s", "t"), f"*{dtype}") | dict.fromkeys(("a", "p", "c"), "*fp64") | dict(a_stride="i32")
     constants = dict(POWER=True, AHEAD=ahead, BLOCK_N=block_n, BLOCK_M=block_m)
     used = resources(build(both_kernel, types, constants, TARGETS[arch], warps), arch)
     line = f"{arch:7}scaling {dtype} {m}".ljust(26) + f"{block_n}x{block_m}x{warps}".ljust(15) + summary(used)
@@ -260,12 +320,15 @@ def main() -> int:
                 wrong += [f"costs more than {BACKWARD} softmins"] * (issued[key] / forward > BACKWARD)
             failures += report(line, wrong)
     for arch in TARGETS:
+        if options.arch not in (None, arch):
+            continue
         for n, m in small:
-            if options.arch in (None, arch):
-                failures += report(*examine_resident(arch, n, m))
+            for mixing in (False, True):
+                failures += report(*examine_resident(arch, n, m, mixing))
+        for row in vector_kernels():
+            failures += report(*examine_vectors(arch, *row))
         for dtype, m in long:
-            if options.arch in (None, arch):
-                failures += report(*examine_scaling(arch, dtype, m))
+            failures += report(*examine_scaling(arch, dtype, m))
     print(f"{failures} rows fail" if failures else "every row fits, without spills, within its bars")
     return failures > 0
 

@@ -19,6 +19,8 @@ from .vectors import log, vector_dtype
 
 #: Largest relative difference between two masses that is taken for rounding: of halves, and of longer numbers.
 MASS_RTOL_HALF, MASS_RTOL = 1e-2, 1e-5
+#: Up to so many problems the masses of all go to the host, which compares them.
+FEW_MASSES = 1024
 
 
 def float_type(*tensors: Tensor) -> torch.dtype:
@@ -251,10 +253,20 @@ def _check_values(cost: Cost, a: Tensor, b: Tensor, balanced: bool, mass_rtol: f
     """
     a, b = a.detach(), b.detach()
     mass_a, mass_b = a.sum(-1), b.sum(-1)
-    gap = ((mass_a - mass_b).abs() / torch.maximum(mass_a, mass_b)).amax()
-    seen = [z.amin() for z in (a, b, mass_a, mass_b)] + [mass_a.amax(), mass_b.amax(), gap]
-    seen += [z.to(a.dtype) for z in _extremes(cost)]
-    low_a, low_b, least_a, least_b, most_a, most_b, uneven, *extremes = torch.stack(seen).tolist()
+    seen = [z.amin() for z in (a, b)] + _extremes(cost)
+    few = mass_a.numel() <= FEW_MASSES
+    if not few:
+        gap = ((mass_a - mass_b).abs() / torch.maximum(mass_a, mass_b)).amax()
+        seen += [mass_a.amin(), mass_b.amin(), mass_a.amax(), mass_b.amax(), gap]
+    numbers = torch.cat([z.reshape(-1) for z in (*seen, *((mass_a, mass_b) if few else ()))]).tolist()
+    low_a, low_b, *extremes = numbers[: len(seen)]
+    if few:
+        masses = numbers[len(seen) :]
+        masses = masses[: len(masses) // 2], masses[len(masses) // 2 :]
+        (least_a, least_b), (most_a, most_b) = map(min, masses), map(max, masses)
+        uneven = max(abs(x - y) / max(x, y, 1e-300) for x, y in zip(*masses, strict=True))
+    else:
+        *extremes, least_a, least_b, most_a, most_b, uneven = extremes
 
     for name, w, low, least, most in (("a", a, low_a, least_a, most_a), ("b", b, low_b, least_b, most_b)):
         if not (low >= 0 and most < math.inf):

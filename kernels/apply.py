@@ -59,6 +59,59 @@ def apply(
     return out if h.dim() == 2 else out[0]
 
 
+def exponents(k: Tensor, h: Tensor, alpha: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(k, h, factor, rows_used, columns_used) for `apply`, from k and alpha (B, n), h and beta (B, m) in float64: one launch.
+
+    The exponent k_i - alpha_i + h_j - beta_j + <u_i, v_j>, of which k - alpha and h - beta may both be large and cancel. So neither is
+    rounded with an offset it need not carry, the largest h. What rounding k still costs is the same for a whole row, and is given back
+    by `factor` (B, n), float64; that of h is of the size of the kernel's own.
+    """
+    (batch, n), m = k.shape, h.shape[-1]
+    near_k = torch.empty(batch, n, dtype=torch.float32, device=k.device)
+    near_h = torch.empty(batch, m, dtype=torch.float32, device=k.device)
+    factor = torch.empty(batch, n, dtype=torch.float64, device=k.device)
+    rows_used, columns_used = (torch.empty(batch, dtype=torch.int32, device=k.device) for _ in range(2))
+    block = min(1024, max(64, triton.next_power_of_2(max(n, m))))
+    with on_device_of(k):
+        exponents_kernel[(batch,)](
+            k, h, alpha, beta, near_k, near_h, factor, rows_used, columns_used, n, m, float(eps),
+            BLOCK=block, num_warps=max(1, block // 128),
+        )  # fmt: skip
+    return near_k, near_h, factor, rows_used, columns_used
+
+
+@triton.jit
+def exponents_kernel(
+    k, h, alpha, beta, near_k, near_h, factor, rows_used, columns_used, n, m, eps: tl.float64, BLOCK: tl.constexpr
+):  # fmt: skip
+    problem = tl.program_id(0).to(tl.int64)
+    nothing = -float("inf")
+    top = tl.full([], nothing, tl.float64)
+    used = tl.full([], 0, tl.int32)
+    for j in range(0, m, BLOCK):
+        at = j + tl.arange(0, BLOCK)
+        z = tl.load(h + problem * m + at, mask=at < m, other=nothing) - tl.load(beta + problem * m + at, mask=at < m, other=0.0)
+        top = tl.maximum(top, tl.max(z, 0))
+        used = tl.maximum(used, tl.max(tl.where((at < m) & (z != nothing), at + 1, 0), 0))  # NaN is no empty atom
+    top = tl.where(top > nothing, top, 0.0)  # only empty atoms
+    tl.store(columns_used + problem, used)
+    for j in range(0, m, BLOCK):
+        at = j + tl.arange(0, BLOCK)
+        z = tl.load(h + problem * m + at, mask=at < m, other=0.0) - tl.load(beta + problem * m + at, mask=at < m, other=0.0)
+        tl.store(near_h + problem * m + at, (z - top).to(tl.float32), mask=at < m)
+    used = tl.full([], 0, tl.int32)
+    for i in range(0, n, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        z = tl.load(k + problem * n + at, mask=at < n, other=nothing) - tl.load(alpha + problem * n + at, mask=at < n, other=0.0) + top
+        near = z.to(tl.float32)
+        lost = z - near.to(tl.float64)
+        lost = tl.where(lost == lost, lost, 0.0)  # an empty atom: -inf - -inf
+        tl.store(near_k + problem * n + at, near, mask=at < n)
+        tl.store(factor + problem * n + at, tl.exp(lost / eps), mask=at < n)
+        used = tl.maximum(used, tl.max(tl.where((at < n) & (z != nothing), at + 1, 0), 0))
+    tl.store(rows_used + problem, used)
+
+
 # The plan is scaled row by row to at most 2^LIFT: just inside the range of a half, so that its low half stays in range too.
 LIFT = tl.constexpr(15.0)
 

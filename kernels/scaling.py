@@ -20,10 +20,16 @@ def both(K: Tensor, w: Tensor, a: Tensor, power: tuple[Tensor, Tensor] | None = 
 
     n m words are read, and written once for every 8 rows a program has at the least: its column sums, which torch then adds up.
     """
-    batch, (n, m) = K.shape[:-2].numel(), K.shape[-2:]
+    n, m = K.shape[-2:]
     if not fits(K):
         raise ValueError(f"a row of K is {m} numbers of {K.dtype}, and a program holds fp32 or fp64 rows of up to {ROW_BYTES >> 10} KiB.")
-    K, w, a = K.contiguous(), w.contiguous(), a.contiguous()
+    s, t = parts_of_both(K.contiguous(), w.contiguous(), a.contiguous(), n, power)
+    return s.view(a.shape), (t.sum(1) if t.shape[1] > 1 else t).view(w.shape)
+
+
+def parts_of_both(K: Tensor, w: Tensor, a: Tensor, a_stride: int, power: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """s (B, n), and t as parts (B, parts, m) that are to be summed. All is contiguous, and a is (B, n), or (n,) with a_stride 0."""
+    batch, (n, m) = K.shape[:-2].numel(), K.shape[-2:]
     p, c = (a, a) if power is None else (power[0], power[1].contiguous())
     block_n, block_m, warps, ahead = shape(n, m, K.itemsize, 64 if torch.version.hip else 32)
     parts, per_part = split(n, batch, block_n, K.device)
@@ -31,10 +37,10 @@ def both(K: Tensor, w: Tensor, a: Tensor, power: tuple[Tensor, Tensor] | None = 
     t = torch.empty(batch, parts, m, dtype=K.dtype, device=K.device)
     with on_device_of(K):
         both_kernel[(batch * parts,)](
-            K, w, a, p, c, s, t, n, m, parts, per_part,
+            K, w, a, p, c, s, t, n, m, parts, per_part, a_stride,
             POWER=power is not None, AHEAD=ahead, BLOCK_N=block_n, BLOCK_M=block_m, num_warps=warps,
         )  # fmt: skip
-    return s.view(a.shape), (t.sum(1) if parts > 1 else t).view(w.shape)
+    return s, t
 
 
 def fits(K: Tensor) -> bool:
@@ -66,7 +72,7 @@ def split(n: int, batch: int, block_n: int, device: torch.device) -> tuple[int, 
 
 @triton.jit
 def both_kernel(
-    K, w, a, p, c, s, t, n, m, parts, per_part,
+    K, w, a, p, c, s, t, n, m, parts, per_part, a_stride,
     POWER: tl.constexpr, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program walks down its share of the rows, whole ones: their sums are known while they are still in registers.
@@ -83,7 +89,7 @@ def both_kernel(
     K += (problem * n + start) * m  # it walks: no index to overflow
     at = tl.arange(0, BLOCK_N)[:, None] * m + cols[None, :]  # [N, M]
     s += problem * n
-    a += problem * n
+    a += problem * a_stride
     c += problem * n
     w += problem * m
     x = tl.load(w + cols, mask=live, other=0.0)  # [M]
@@ -100,7 +106,7 @@ def both_kernel(
             x = tl.load(w + cols, mask=live, other=0.0)  # again, from the cache: no room for it beside a long row
             K += BLOCK_N * m
         total = tl.sum(tile * x[None, :], 1)  # [N]
-        weight = tl.load(a + rows, mask=rows < stop, other=0.0)  # [N]
+        weight = tl.load(a + rows, mask=rows < stop, other=0.0).to(x.dtype)  # [N]
         if POWER:
             weight *= powered(total, tl.load(p), tl.load(c + rows, mask=rows < stop, other=0.0))
         else:

@@ -1,6 +1,7 @@
 """s_i = -eps log sum_j exp((h_j + <u_i, v_j>) / eps), streamed over j: nothing n by m is ever stored."""
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -10,6 +11,9 @@ from torch import Tensor
 from . import tuning
 from .tiles import Cloud, cloud, products, row_tile
 from .tuning import Tile
+
+if TYPE_CHECKING:
+    from .streamed import Level, Side
 
 
 def softmin(
@@ -31,22 +35,38 @@ def softmin(
     u, v = (x if isinstance(x, Cloud) else cloud(x, precision) for x in (u, v))
     h = h.float().contiguous()
     shift = shift if shift is None else shift.float().contiguous()
+    out = torch.empty(len(u.data), u.n, dtype=torch.float64 if wide else torch.float32, device=h.device)
+    sweep_into(u, v, h, eps, out, shift, columns_used, tile)
+    return out if h.dim() == 2 else out[0]
+
+
+def sweep_into(
+    u: Cloud, v: Cloud, h: Tensor, eps: float, out: Tensor, shift: Tensor | None, columns_used: Tensor | None, tile: Tile | None,
+    update: "tuple[Side, Level, Tensor, Level | None] | None" = None,
+) -> None:  # fmt: skip
+    """Writes the softmin to `out`; for an update (side, level, f, following) also f, and the level that follows."""
     batch, n, m = len(u.data), u.n, v.n
     tile = tile or tuning.tile("softmin", u.data, u.parts, u.width, n)
     splits, per_split = tuning.split(n, m, batch, tile, u.data)
-    dtype = torch.float64 if wide else torch.float32
-    out = torch.empty(batch, n, dtype=dtype, device=h.device)
-    parts = torch.empty(batch, splits, n, dtype=dtype, device=h.device) if splits > 1 else out
+    apart = splits > 1 or (update is not None and tuning.full(u.data, u.parts, u.width))
+    parts = torch.empty(batch, splits, n, dtype=out.dtype, device=h.device) if apart else out
+    kind, ends = 0, (h, h, h, h, h, h, 0, 1.0, 1.0, 1.0)
+    if update is not None:
+        side, level, f, following = update
+        kind, target = (1, level) if following is None else (2, following)
+        ends = level.centre, side.offset, f, side.logs, target.centre, target.h, side.stride, float(eps), *side.numbers
     with on_device_of(h):
         softmin_kernel[(batch * splits * triton.cdiv(n, tile.block_n),)](
             u.data, v.data, u.unit, v.unit, h, h if shift is None else shift, h if columns_used is None else columns_used, parts,
-            n, m, u.data.shape[1], v.data.shape[1], splits, per_split, eps,
+            n, m, u.data.shape[1], v.data.shape[1], splits, per_split, eps, *ends,
             D=u.width, PARTS=u.parts, Q=u.packed, SPARE=u.spare, SHIFTED=shift is not None, RAGGED=columns_used is not None,
+            CENTRED=update is not None, UPDATE=0 if apart else kind,
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
-        if splits > 1:
-            join_kernel[(triton.cdiv(n, 128), batch)](parts, out, n, splits, eps, SPLITS=triton.next_power_of_2(splits), BLOCK=128)
-    return out if h.dim() == 2 else out[0]
+        if apart:
+            join_kernel[(triton.cdiv(n, 128), batch)](
+                parts, out, n, splits, eps, *ends, UPDATE=kind, SPLITS=triton.next_power_of_2(splits), BLOCK=128
+            )
 
 
 def on_device_of(x: Tensor):
@@ -57,13 +77,16 @@ def on_device_of(x: Tensor):
 @triton.jit
 def softmin_kernel(
     u, v, unit_u, unit_v, h, shift, columns_used, out, n, m, u_rows, v_rows, splits, per_split, eps,
-    D: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, SPARE: tl.constexpr, SHIFTED: tl.constexpr,
-    RAGGED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    centre, offset, potential, logs, next_centre, next_h, logs_stride, eps_64: tl.float64, damping: tl.float64, limit: tl.float64,
+    D: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, SPARE: tl.constexpr, SHIFTED: tl.constexpr, RAGGED: tl.constexpr,
+    CENTRED: tl.constexpr, UPDATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_N rows and streams its share of the columns once; the row tile stays on chip.
 
     Traffic n d + (n / BLOCK_N) m (d + 1) words, no n-by-m buffer. Per pair: a multiply-add, an add, one exp2 and one add,
     plus a maximum and the tensor instructions; state per row (top, total), the reference of the exponent and the sum.
+
+    CENTRED: `shift` is a float64 softmin without the centre of h. UPDATE: so is the result, see `store_update`.
     """
     blocks = tl.cdiv(n, BLOCK_N)
     program = tl.program_id(0)
@@ -90,7 +113,10 @@ def softmin_kernel(
     tl.assume(start < stop)  # without it ptxas sees a path around the loop and serialises the tensor instructions
     none = tl.zeros([BLOCK_N], tl.float32)
     if SHIFTED:
-        lift = tl.load(shift + at, mask=rows < n, other=0.0) * scale  # [N]
+        lift = tl.load(shift + at, mask=rows < n, other=0.0)  # [N]
+        if CENTRED:
+            lift = (lift + tl.load(centre + batch)).to(tl.float32)
+        lift = lift * scale
         u_hi, u_lo = row_tile(row, lift / (scale * unit), D, PARTS, Q, SPARE, BLOCK_N)
         top, total = sweep(
             u_hi, u_lo, row, col, h, lift, start, stop, m, unit, scale, D, PARTS, SPARE, False, BLOCK_N, BLOCK_M, STAGES
@@ -109,7 +135,35 @@ def softmin_kernel(
             u_hi, u_lo, row, col, h, none, start, stop, m, unit, scale, D, PARTS, SPARE, True, BLOCK_N, BLOCK_M, STAGES
         )  # fmt: skip
     # Per row, doubles cost nothing. `total` is near 1 under a good shift, so its logarithm has digits far below the last of `top`.
-    tl.store(out + (batch * splits + split) * n + rows, -(top.to(tl.float64) + tl.log2(total)) / scale, mask=rows < n)
+    s = -(top.to(tl.float64) + tl.log2(total)) / scale
+    if UPDATE > 0:
+        s -= tl.load(centre + batch)
+        store_update(
+            s, batch, rows, n, offset, potential, logs, next_centre, next_h, logs_stride, eps_64, damping, limit, UPDATE == 2
+        )  # fmt: skip
+    tl.store(out + (batch * splits + split) * n + rows, s, mask=rows < n)
+
+
+@triton.jit
+def damped(s, offset, damping, limit):
+    """A penalty's potential from the softmin offset + s: divided by `damping`, and no further from 0 than `limit`."""
+    return tl.minimum(tl.maximum((offset + s) / damping, -limit), limit)
+
+
+@triton.jit
+def store_update(
+    s, batch, rows, n, offset, potential, logs, next_centre, next_h, logs_stride, eps, damping, limit, NEXT: tl.constexpr
+):  # fmt: skip
+    """The potential damped from a softmin s without its offset; NEXT: and as the next sweep reads it."""
+    at = batch * n + rows
+    alpha = tl.load(offset + at, mask=rows < n, other=0.0)
+    f = damped(s, alpha, damping, limit)
+    tl.store(potential + at, f, mask=rows < n)
+    if NEXT:
+        log_a = tl.load(logs + batch * logs_stride + rows, mask=rows < n, other=-float("inf"))
+        there = log_a > -float("inf")
+        h = tl.where(there, f, 0.0) + eps * log_a - alpha - tl.load(next_centre + batch)
+        tl.store(next_h + at, tl.where(there, h, -float("inf")).to(tl.float32), mask=rows < n)
 
 
 @triton.jit
@@ -144,7 +198,10 @@ def sweep(
 
 
 @triton.jit
-def join_kernel(parts, out, n, splits, eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def join_kernel(
+    parts, out, n, splits, eps, centre, offset, potential, logs, next_centre, next_h, logs_stride,
+    eps_64: tl.float64, damping: tl.float64, limit: tl.float64, UPDATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A softmin of softmins is a softmin: (B, splits, n) to (B, n)."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     split = tl.arange(0, SPLITS)[:, None]
@@ -153,4 +210,9 @@ def join_kernel(parts, out, n, splits, eps, SPLITS: tl.constexpr, BLOCK: tl.cons
     t = tl.load(parts + (batch * splits + split) * n + rows, mask=(split < splits) & (rows < n), other=float("inf")).to(tl.float64) * -scale
     top = tl.maximum(tl.max(t, 0), -1e38)[None, :]  # [1, N]
     s = -(top + tl.log2(tl.sum(tl.exp2((t - top).to(tl.float32)), 0))[None, :]) / scale
+    if UPDATE > 0:
+        s -= tl.load(centre + batch)
+        store_update(
+            s, batch, rows, n, offset, potential, logs, next_centre, next_h, logs_stride, eps_64, damping, limit, UPDATE == 2
+        )  # fmt: skip
     tl.store(out + batch * n + rows, s, mask=rows < n)

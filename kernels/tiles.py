@@ -11,6 +11,8 @@ Both sides of a transpose see the same rounded points. So the lower precisions s
 solve it exactly: their marginals still converge.
 """
 
+import contextlib
+import os
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +62,9 @@ def cloud(x: Tensor, precision: str = "fp32", *, weights: bool = False) -> Cloud
     """
     x = x if x.dim() == 3 else x[None]
     batch, n, d = x.shape
+    if precision == "fp32":
+        runs = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+        return (split if runs else split_by_torch)(x, weights)
     unit = x.new_ones(batch, dtype=torch.float32)
     if weights and precision == "tf32":
         # A half has the eleven bits of tf32, and tensor cores take it with either index running first.
@@ -68,17 +73,6 @@ def cloud(x: Tensor, precision: str = "fp32", *, weights: bool = False) -> Cloud
         exponent = torch.frexp(x.abs().amax((1, 2)).float()).exponent
         unit = torch.ldexp(unit, exponent - 15)
         x = x / unit[:, None, None]
-    if precision == "fp32":
-        hi = x.half()
-        lo = (x - hi).half()
-        if d <= max(PACKED) and not weights:
-            last = (x - hi - lo.to(x.dtype)).half()
-            q = min(q for q in PACKED if q >= d)
-            data = x.new_zeros(batch, _rows(n), PACKED[q], dtype=torch.float16)
-            for k, part in enumerate((last, hi, lo, hi, lo, hi)):
-                data[:, :n, k * q : k * q + d] = part
-            return Cloud(data, unit, n, d, precision, packed=q)
-        return Cloud(_padded([hi, lo], _width(d)), unit, n, d, precision, parts=2)
     if precision == "tf32":
         # Round to nearest here: the tensor cores truncate, and a truncated cloud is a shifted cloud.
         data = _padded([_tf32(x.float())], _width(d + 2 if d <= 16 else d))
@@ -87,6 +81,77 @@ def cloud(x: Tensor, precision: str = "fp32", *, weights: bool = False) -> Cloud
             data[..., -2:] = 1
         return Cloud(data, unit, n, d, precision, spare=spare)
     return Cloud(_padded([x.to(_STORED[precision])], _width(d)), unit, n, d, precision)
+
+
+def split_by_torch(x: Tensor, weights: bool) -> Cloud:
+    """The points as halves, x = unit (hi + lo), and a third for what is left where there is room; the twin of `split`."""
+    batch, n, d = x.shape
+    exponent = torch.frexp(x.abs().amax((1, 2)).float()).exponent
+    unit = torch.ldexp(x.new_ones(batch, dtype=torch.float32), exponent - 15)
+    x = x / unit[:, None, None]
+    hi = x.half()
+    lo = (x - hi).half()
+    if not (q := _run(d, weights)):
+        return Cloud(_padded([hi, lo], _width(d)), unit, n, d, "fp32", parts=2)
+    last = (x - hi - lo.to(x.dtype)).half()
+    data = x.new_zeros(batch, _rows(n), PACKED[q], dtype=torch.float16)
+    for k, part in enumerate((last, hi, lo, hi, lo, hi)):
+        data[:, :n, k * q : k * q + d] = part
+    return Cloud(data, unit, n, d, "fp32", packed=q)
+
+
+def _run(d: int, weights: bool) -> int:
+    """Features of one of six runs that a row is packed into, 0 for none."""
+    return min(q for q in PACKED if q >= d) if d <= max(PACKED) and not weights else 0
+
+
+def split(x: Tensor, weights: bool) -> Cloud:
+    """`split_by_torch` by one launch for the largest coordinate, and one for everything else."""
+    batch, n, d = x.shape
+    q = _run(d, weights)
+    width, parts = (PACKED[q], 1) if q else (_width(d), 2)
+    top = torch.linalg.vector_norm(x, float("inf"), (1, 2))
+    data = torch.empty(batch, _rows(n), parts * width, dtype=torch.float16, device=x.device)
+    unit = torch.empty(batch, dtype=torch.float32, device=x.device)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        split_kernel[(_rows(n) // 32, triton.cdiv(parts * width, CHUNK.value), batch)](
+            x, top, data, unit, n, d, *x.stride(), parts * width, width, Q=q, ROWS=32, COLUMNS=min(CHUNK.value, parts * width)
+        )
+    return Cloud(data, unit, n, d, "fp32", parts, packed=q)
+
+
+@triton.jit
+def split_kernel(
+    x, top, data, unit, n, d, batch_stride, row_stride, stride, columns, width, Q: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """[hi | lo], or [last hi lo hi lo hi] of Q features each: x = unit (hi + lo + last), in units of a power of two."""
+    problem = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [N, 1]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]  # [1, K]
+    # 2^15 above the largest coordinate, whose exponent is read from its bits; 0 has none.
+    bits = tl.load(top + problem).to(tl.float32).to(tl.int32, bitcast=True)
+    exponent = tl.where(bits == 0, 0, ((bits >> 23) & 255) - 126)
+    exponent = tl.minimum(tl.maximum(exponent - 15, -126), 127)
+    scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    if Q > 0:
+        part = column // Q
+        feature = column % Q
+    else:
+        part = column // width
+        feature = column % width
+    at = x + problem * batch_stride + rows.to(tl.int64) * row_stride + feature * stride
+    z = tl.load(at, mask=(rows < n) & (feature < d) & (column < columns), other=0.0) / scale  # [N, K]
+    hi = z.to(tl.float32).to(tl.float16)
+    rest = z - hi.to(z.dtype)
+    lo = rest.to(tl.float32).to(tl.float16)
+    if Q > 0:
+        last = (rest - lo.to(z.dtype)).to(tl.float32).to(tl.float16)
+        out = tl.where(part > 5, 0.0, tl.where(part == 0, last, tl.where(part % 2 == 1, hi, lo)))
+    else:
+        out = tl.where(part == 0, hi, lo)
+    tl.store(data + (problem * tl.num_programs(0) * ROWS + rows) * columns + column, out.to(tl.float16), mask=column < columns)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(unit + problem, scale)
 
 
 def _tf32(x: Tensor) -> Tensor:

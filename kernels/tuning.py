@@ -86,10 +86,23 @@ TABLE: dict[tuple[str, str, str], tuple[Tile, ...]] = {
 }
 
 
+#: Softmins whose loop leaves no register to what follows it: a launch of its own damps their result. Counted by bench/static.py.
+FULL = {("sm_80", "pair", 128), ("sm_80", "half", 64)}
+
+
+def full(x: Tensor, parts: int, width: int) -> bool:
+    """Whether the softmin on points stored as x is one of those."""
+    return (architecture(x), *_stored(x, parts, width)) in FULL
+
+
+def _stored(x: Tensor, parts: int, width: int) -> tuple[str, int]:
+    storage = "pair" if parts == 2 else "tf32" if x.dtype == torch.float32 else "half"
+    return storage, next((b for b in BUCKETS if width <= b), 0)
+
+
 def tile(kernel: str, x: Tensor, parts: int, width: int, n: int) -> Tile:
     """The row for `kernel` ("softmin", "apply", or "vector" for apply with one column) on points stored as x."""
-    storage = "pair" if parts == 2 else "tf32" if x.dtype == torch.float32 else "half"
-    bucket = next((b for b in BUCKETS if width <= b), 0)
+    storage, bucket = _stored(x, parts, width)
     if x.is_cuda and (rows := timed().get(machine(x.device), {}).get((kernel, storage, bucket))):
         near = min(rows, key=lambda size: max(size / n, n / size))
         if max(near / n, n / near) <= NEAR:

@@ -101,6 +101,11 @@ class Cost:
         """The folded form, or None when the cost has none."""
         return None
 
+    @property
+    def folds(self) -> bool:
+        """Whether `fold` gives a form. Kinds that know it without numbers say so."""
+        return self.fold() is not None
+
     def formula(self, i: Axis, j: Axis) -> Any:
         """The cost as a LazyTensor of KeOps: `i(x)` and `j(y)` are points as lazy tensors over rows and over columns."""
         raise NotImplementedError(f"{type(self).__name__} has no formula")
@@ -243,7 +248,7 @@ class Cost:
 
     def describe(self) -> str:
         """In words, for `explain`."""
-        return "a matrix" if self.stored else "a cost that folds" if self.fold() is not None else "a cost that does not fold"
+        return "a matrix" if self.stored else "a cost that folds" if self.folds else "a cost that does not fold"
 
     # Its own.
 

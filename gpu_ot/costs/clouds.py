@@ -111,6 +111,8 @@ def _squares(x: Tensor, y: Tensor) -> Tensor:
 class SqEuclidean(_Clouds):
     """C_ij = |x_i - y_j|^2."""
 
+    folds = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
     def dense(self) -> Tensor:
         return _Distances.apply(self.x, self.y, True)
 
@@ -146,6 +148,8 @@ class Euclidean(_Clouds):
 class Dot(_Clouds):
     """C_ij = -<x_i, y_j>."""
 
+    folds = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
     def dense(self) -> Tensor:
         return -(self.x @ self.y.mT)
 
@@ -158,6 +162,8 @@ class Dot(_Clouds):
 
 class Cosine(_Clouds):
     """C_ij = 1 - <x_i, y_j> / (|x_i| |y_j|); a point at the origin is at cost 1 from everything."""
+
+    folds = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
     def dense(self) -> Tensor:
         _, _, u, v = self.fold()

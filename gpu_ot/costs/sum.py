@@ -56,6 +56,10 @@ class Sum(Cost):
         v = torch.cat([weight**0.5 * part.v for weight, part in parts], -1)
         return Folded(alpha, beta, u, v)
 
+    @property
+    def folds(self) -> bool:
+        return all(cost.folds and not weight < 0 for weight, cost in self.terms)
+
     def of(self, inputs: Iterable[Tensor]) -> Sum:
         left = iter(inputs)
         return Sum(tuple((weight, cost.of([next(left) for _ in cost.inputs])) for weight, cost in self.terms))

@@ -41,6 +41,10 @@ class Transposed(Cost):
         folded = self.cost.fold()
         return None if folded is None else folded.T
 
+    @property
+    def folds(self) -> bool:
+        return self.cost.folds
+
     def formula(self, i: Axis, j: Axis) -> Any:
         return self.cost.formula(j, i)
 

@@ -20,6 +20,7 @@ from ..costs import Cost
 from ..penalties import KL, Penalty
 from ..problem import Problem
 from ..vectors import PIECE, exp, log, to_host
+from . import absorbed_launches
 from .dense import Dense
 from .products import Power, Products, Scaling
 from .protocol import weigh
@@ -49,6 +50,7 @@ class _Kernel:
     f0: Tensor = field(init=False)
     g0: Tensor = field(init=False)
     sides: tuple[tuple[Penalty, Penalty], _Side, _Side] | None = None  # for the penalties they were made of
+    launched: tuple[Problem, Any, Any] | None = None  # the same for Triton's kernels, and the problem
 
 
 class Absorbed(Dense):
@@ -61,7 +63,7 @@ class Absorbed(Dense):
 
     Where the host would wait for the device to learn whether products are exact, accelerated iterations go on without knowing once the
     kernel has been exact SURE times: an inexact one marks the state on the device (`State.inexact`), which then stays where it was, and
-    the next block starts from there with a new kernel.
+    a later block starts from there with a new kernel: the host reads the answer of a block when the next has been launched.
     """
 
     #: Treat this device as one whose numbers the host must wait for, as a GPU's: for tests.
@@ -71,7 +73,7 @@ class Absorbed(Dense):
         super().__init__(C)
         self.kernel = _Kernel()
         self.stride = 1  # iterations to run before looking at the range; doubled while it holds
-        self._told: Callable[[], list[float]] | None = None  # whether the last block was inexact, on its way to the host
+        self._told: list[Callable[[], list[Any]]] = []  # whether the last blocks were inexact, on their way to the host
         self.log_dropped, self.safe = range_of(self.dtype.itemsize)
 
     @property
@@ -105,28 +107,34 @@ class Absorbed(Dense):
     def run(self, step: Any, state: Any, k: int) -> Any:
         if not (self.waits or self.C.is_cuda) or step.one_sided or step.plain_among(state, k):
             return super().run(step, state, k)
-        if self._told is not None and self._told()[0]:
+        # The answer of the block before the last has arrived; an inexact state stays where it is until it has.
+        if len(self._told) > 1 and self._told.pop(0)()[0]:
             self._drop()
-            state = replace(state, memory=None)  # the accelerator has seen updates of 0
-        state = replace(state, inexact=None)
-        waiting = _Unchecked(self)
+            self._told.clear()
+            state = replace(state, memory=None, inexact=None)  # the accelerator has seen updates of 0
+        waiting = _Unchecked(self, state.inexact)
         for _ in range(k):
             state = step.advance(waiting if state.n_iter and self._at(step.eps) and self.stride >= SURE else self, state)
             state = replace(state, inexact=waiting.inexact)
-        self._told = None if waiting.inexact is None else to_host(waiting.inexact.view(1).to(self.dtype))
+        if waiting.inexact is not None:
+            self._told.append(to_host(waiting.inexact.view(1)))
         return self.counted(state)
 
     def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:
         """Absorbed at the start and the cheapest pair of each column, so that the start costs no second round of exponentials."""
         h = weigh(f, a, eps)
-        finite, level = torch.stack([h.isfinite().all(), (h == h[..., :1]).all()]).tolist()
-        if h.ndim != self.C.ndim - 1 or self._shared(h) or not finite:
+        if h.ndim != self.C.ndim - 1 or self._shared(h):
+            return super().first(f, a, eps)
+        # Where the host would wait for it nobody asks: an empty row gives a row of zeros, right here and inexact in the first iteration.
+        waits = self.waits or self.C.is_cuda
+        finite, level = (True, False) if waits else torch.stack([h.isfinite().all(), (h == h[..., :1]).all()]).tolist()
+        if not finite:
             return super().first(f, a, eps)
         if level:  # the usual start: no need to subtract before looking for the cheapest
             g0 = self.C.amin(-2).to(h.dtype) - h[..., :1]
         else:
             lows = [(self.C[..., rows, :].to(h.dtype) - h[..., rows].unsqueeze(-1)).amin(-2) for rows in self._blocks(h)]
-            g0 = torch.stack(lows).amin(0)
+            g0 = lows[0] if len(lows) == 1 else torch.stack(lows).amin(0)
         t = self._build(h, g0, eps).K.sum(-2)  # each column holds an entry 1: no precision to lose
         return g0 - eps * log(t.to(h.dtype))
 
@@ -134,6 +142,8 @@ class Absorbed(Dense):
         """(f, g, g_next) after k iterations by products alone, and whether every sum stayed in the range in which it is exact (0-d)."""
         kernel, products = self.kernel, self.kernel.products
         assert products is not None
+        if absorbed_launches.serve(self, problem, g):
+            return absorbed_launches.iterate(self, problem, g, eps, k)
         if kernel.sides is None or kernel.sides[0] is not problem.penalties:
             rows, columns = problem.penalties
             kernel.sides = problem.penalties, _Side(rows, kernel.f0, eps), _Side(columns, kernel.g0, eps)
@@ -168,7 +178,7 @@ class Absorbed(Dense):
             block = K[..., rows, :].copy_(self._gaps(g0, rows).add_(f0[..., rows].unsqueeze(-1)).div_(eps))
             torch.threshold_(block, self.log_dropped, -math.inf).exp_()
         products, kernel = Products(K), self.kernel
-        kernel.products, kernel.f0, kernel.g0, kernel.eps, kernel.sides = products, f0, g0, eps, None
+        kernel.products, kernel.f0, kernel.g0, kernel.eps, kernel.sides, kernel.launched = products, f0, g0, eps, None, None
         self.extra_sweeps += 1
         return products
 
@@ -184,6 +194,10 @@ class Absorbed(Dense):
         self.kernel.products, self.stride = None, 1
 
     # The verbs, by the kernel where it serves.
+
+    def update(self, g: Tensor, b: Tensor, eps: float) -> Tensor:
+        s = absorbed_launches.softmin(self, g, b, eps) if self._at(eps) else None
+        return super().update(g, b, eps) if s is None else s
 
     def softmin(self, h: Tensor, eps: float) -> Tensor:
         sums = self.sums(h, eps)
@@ -247,10 +261,13 @@ class Absorbed(Dense):
 class _Unchecked:
     """Single iterations of an absorbed kernel that nobody waits for. An inexact one moves nothing, and says so in `inexact`."""
 
-    def __init__(self, geometry: Absorbed) -> None:
-        self.geometry, self.inexact = geometry, None
+    def __init__(self, geometry: Absorbed, inexact: Tensor | None = None) -> None:
+        self.geometry, self.inexact = geometry, inexact
 
     def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        if absorbed_launches.serve(self.geometry, problem, g):
+            f, g, g_next, self.inexact = absorbed_launches.iterate(self.geometry, problem, g, eps, k, hold=True, inexact=self.inexact)
+            return f, g, g_next
         f, _, g_next, exact = self.geometry._multiply(problem, g, eps, k)
         self.inexact = ~exact if self.inexact is None else self.inexact | ~exact
         return torch.where(exact, f, self.geometry.kernel.f0), g, torch.where(exact, g_next, g)

@@ -36,7 +36,7 @@ def refuse(problem: Problem) -> str | None:
         return f"the cost is {cost.describe()} that is already in memory; there is nothing to save"
     if cost.backend not in (None, "chunked"):
         return f'the cost is {cost.describe()}, which "{cost.backend}" runs without blocks'
-    if cost.fold() is None:
+    if not cost.folds:
         try:
             cost.part(slice(0, 1), slice(0, 1))
         except NotImplementedError as why:

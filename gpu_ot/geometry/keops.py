@@ -45,7 +45,7 @@ def refuse(problem: Problem) -> str | None:
         return "its formulas are compiled, and no C++ compiler was found (set CXX, or install g++)"
     if problem.a.device.type not in ("cpu", "cuda"):
         return f"it runs on cpu and cuda, and the tensors are on {problem.a.device.type}"
-    if cost.fold() is not None:
+    if cost.folds:
         return None
     try:
         keops = _pykeops()

@@ -8,6 +8,7 @@ there and u is 1 / s or a `Power`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -162,6 +163,30 @@ def kernels_refused(device: torch.device) -> str | None:
     except ImportError as missing:
         return f"its kernels cannot be imported: {missing}"
     return None
+
+
+def serves_vectors(*tensors: Tensor) -> bool:
+    """Whether kernels may work on vectors like these. They know no derivatives, and what a transform makes of tensors they cannot read."""
+    if any(z.device.type != "cuda" for z in tensors) and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    return not torch.is_grad_enabled() and all(z.dtype == torch.float64 for z in tensors) and _run_on(tensors[0].device)
+
+
+@functools.cache
+def _run_on(device: torch.device) -> bool:
+    return kernels_refused(device) is None
+
+
+def flatten(z: Tensor) -> Tensor:
+    """(*batch, n) -> (B, n), as kernels take it."""
+    return z.reshape(-1, z.shape[-1]).contiguous()
+
+
+def vectors(z: Tensor) -> Tensor:
+    """`flatten`, or (n,) where all of the batch is one vector in memory."""
+    if z.ndim == 1 or any(stride for stride, size in zip(z.stride()[:-1], z.shape[:-1], strict=True) if size > 1):
+        return flatten(z)
+    return z[(0,) * (z.ndim - 1)].contiguous()
 
 
 def by_rows(stop: int, block: int, start: int = 0) -> list[slice]:

@@ -8,6 +8,7 @@ save the sweep that absorbs, and cost d more products a pair in every iteration.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor
 from ..penalties import KL
 from ..problem import Problem
 from .dense import Dense
-from .products import kernels_refused
+from .products import kernels_refused, vectors
 
 
 class Resident(Dense):
-    """`Dense` in all but `iterate`, which is one launch. C is (n, m), shared by the batch, or (*batch, n, m) with batch axes that
-    broadcast to the problem's."""
+    """`Dense` in all but `iterate` and `run`, which are one launch.
+
+    C is (n, m), shared by the batch, or (*batch, n, m) with batch axes that broadcast to the problem's.
+    """
 
     single_launch = True
 
@@ -33,18 +36,36 @@ class Resident(Dense):
         a, b = problem.a, problem.b
         if g.shape != b.shape:  # more potentials than problems
             return super().iterate(problem, g, eps, k)
-        (n, m), batch = self.C.shape[-2:], b.shape[:-1]
-        C = self.C if self.C.numel() == n * m else self.C.expand(*batch, n, m)
-        tau_a, tau_b = (penalty.tau if isinstance(penalty, KL) else math.inf for penalty in problem.penalties)
-        a, b, g = (z.reshape(-1, z.shape[-1]) for z in (a, b, g))
-        f, g, g_next = resident_iterate(C.reshape(-1, n, m), a, b, g, eps, tau_a, tau_b, k)
-        return f.view(*batch, n), g.view(*batch, m), g_next.view(*batch, m)
+        f, g_now, g_next = resident_iterate(
+            self._costs(problem), vectors(a), vectors(b), g.reshape(-1, g.shape[-1]), eps, *_taus(problem), k
+        )
+        return f.view(a.shape), g_now.view(g.shape), g_next.view(g.shape)
 
     def run(self, step: Any, state: Any, k: int) -> Any:
-        """One launch: the accelerator proposes once a block, and plain iterations follow, k at the price of one."""
-        if step.one_sided or step.plain_among(state, k):
+        """One launch, acceleration included."""
+        problem, plain = step.problem, step.unproposed(state, k)
+        if plain is None or plain == k or torch.is_grad_enabled() or state.g.shape != problem.b.shape or state.inexact is not None:
             return super().run(step, state, k)
-        return step.advance(self, state, k)
+        from ..kernels import resident  # pyright: ignore[reportMissingImports]
+        from ..kernels.step import Memory  # pyright: ignore[reportMissingImports]
+
+        f, g, g_next = (z.reshape(-1, z.shape[-1]).contiguous() for z in (state.f, state.g, state.g_next))
+        memory = state.memory
+        if plain or memory is None:
+            memory = Memory.of(g, len(g), step.accelerator.memory)
+        moved = resident.run(
+            self._costs(problem), vectors(problem.a), vectors(problem.b), f, g, g_next, step.eps, k,
+            taus=_taus(problem), plain=plain, memory=memory, gauge=step.accelerator.gauge, shifted=not problem.balanced,
+            done=None if state.done is None else state.done.reshape(-1),
+        )  # fmt: skip
+        f, g, g_next = (z.view(old.shape) for z, old in zip(moved, (state.f, state.g, state.g_next), strict=True))
+        n_iter, age, n_sweeps = state.n_iter + k, state.age + k, state.n_sweeps + 2 * k
+        return replace(state, f=f, g=g, g_next=g_next, memory=memory, n_iter=n_iter, age=age, n_sweeps=n_sweeps, plain=False)
+
+    def _costs(self, problem: Problem) -> Tensor:
+        """(B, n, m), or (1, n, m) shared by the batch."""
+        n, m = self.C.shape[-2:]
+        return (self.C if self.C.numel() == n * m else self.C.expand(*problem.shape)).reshape(-1, n, m)
 
     @classmethod
     def refuse(cls, problem: Problem) -> str | None:
@@ -71,6 +92,11 @@ class Resident(Dense):
         return problem.dtype.itemsize * problem.shape[:-2].numel() * (n * m + height * width)
 
 
+def _taus(problem: Problem) -> tuple[float, float]:
+    tau_a, tau_b = (penalty.tau if isinstance(penalty, KL) else math.inf for penalty in problem.penalties)
+    return tau_a, tau_b
+
+
 # As an operator, so that torch.compile passes over the launch instead of breaking its graph there.
 @torch.library.custom_op(
     "gpu_ot::resident_iterate",
@@ -80,13 +106,12 @@ class Resident(Dense):
 def resident_iterate(
     C: Tensor, a: Tensor, b: Tensor, g: Tensor, eps: float, tau_a: float, tau_b: float, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """f (B, n), g and g_next (B, m) after k iterations, from C (B or 1, n, m), a (B, n), b and g (B, m): gpu_ot.kernels.resident."""
-    from ..kernels.resident import iterate  # pyright: ignore[reportMissingImports]
+    """f (B, n), g and g_next (B, m) after k plain iterations, from C (B or 1, n, m), a (B, n), b and g (B, m): gpu_ot.kernels.resident."""
+    from ..kernels.resident import run  # pyright: ignore[reportMissingImports]
 
-    f, g, g_next, *_ = iterate(C, a, b, g, eps, tau_a=tau_a, tau_b=tau_b, max_iter=k)
-    return f, g, g_next
+    return run(C, a, b, None, None, g, eps, k, taus=(tau_a, tau_b))
 
 
 @resident_iterate.register_fake
 def _(C, a, b, g, eps, tau_a, tau_b, k):  # type: ignore[no-untyped-def]
-    return g.new_empty(a.shape), g.new_empty(g.shape), g.new_empty(g.shape)
+    return g.new_empty(len(g), a.shape[-1]), g.new_empty(g.shape), g.new_empty(g.shape)

@@ -108,7 +108,7 @@ def _rules(problem: Problem) -> Iterator[Rule]:
             f"both n-by-m arrays fit in {DENSE_BYTES >> 20} MiB, and products on stored arrays are the fastest iterations there are",
         )
     large = "the n-by-m arrays are too large to keep"
-    if gpu and cost.fold() is not None:
+    if gpu and cost.folds:
         yield Rule("triton", f"{large}, the cost folds, and the kernels stream it through the tensor cores")
     if gpu:
         yield Rule("keops", "the cost does not go through the kernels, and KeOps compiles a loop for it")

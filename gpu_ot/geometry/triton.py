@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import errors
+from .. import errors, transforms
+from ..penalties import BALANCED, KL, TV, Penalty
 from ..problem import Problem
-from .products import kernels_refused
+from ..vectors import log
+from .products import kernels_refused, serves_vectors, vectors
 from .protocol import Geometry, needed
 
 if TYPE_CHECKING:  # Triton is imported with the first cloud, so that without it the reason can still be given
+    from ..kernels.streamed import Side  # pyright: ignore[reportMissingImports]
     from ..kernels.tiles import Cloud  # pyright: ignore[reportMissingImports]
 
 
@@ -56,7 +59,7 @@ class Streaming(Geometry):
         sides = []
         for offset, points in ((alpha, u), (beta, v)):
             points = points.detach().reshape(-1, *points.shape[-2:])
-            sides.append(_Side(offset.detach().reshape(-1, offset.shape[-1]), points, cloud(points, precision)))
+            sides.append(_Side(offset.detach().reshape(-1, offset.shape[-1]).contiguous(), points, cloud(points, precision)))
         self.rows, self.columns = sides
 
     @classmethod
@@ -69,7 +72,7 @@ class Streaming(Geometry):
         if any(0 in z.shape for z in problem.cost.inputs.values()):
             return "its points have no coordinates."
         with torch.no_grad():
-            return _NO_FOLD if problem.cost.fold() is None else None
+            return None if problem.cost.folds else _NO_FOLD
 
     @property
     def exact(self) -> Geometry:
@@ -97,6 +100,31 @@ class Streaming(Geometry):
         rows.eps, rows.last = eps, last
         return (rows.offset + last).view(*self.batch, rows.n).to(h.dtype)
 
+    def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A launch a sweep, two where columns are split, and one before: weights, offsets, damping and types are the sweeps' business."""
+        if not serves_vectors(g, problem.b) or g.shape != problem.b.shape or not all(isinstance(z, (KL, TV)) for z in problem.penalties):
+            return super().iterate(problem, g, eps, k)
+        from ..kernels.streamed import iterate  # pyright: ignore[reportMissingImports]
+
+        sides = [
+            side.bound(vectors(logs), penalty, eps)
+            for side, logs, penalty in zip((self.rows, self.columns), (problem.log_a, problem.log_b), problem.penalties, strict=True)
+        ]
+        f, g_now, g_next = iterate(*sides, self._flat(g, 1).contiguous(), eps, k)
+        for side, bound in zip((self.rows, self.columns), sides, strict=True):
+            side.eps, side.last = eps, bound.last
+        return f.view(problem.a.shape), g_now.view(g.shape), g_next.view(g.shape)
+
+    def update(self, g: Tensor, b: Tensor, eps: float) -> Tensor:
+        if not serves_vectors(g, b) or transforms.active() or g.ndim != len(self.batch) + 1:
+            return super().update(g, b, eps)
+        from ..kernels.streamed import update  # pyright: ignore[reportMissingImports]
+
+        rows, columns = self.rows.bound(None, BALANCED, eps), self.columns.bound(log(vectors(b)), BALANCED, eps)
+        f = update(rows, columns, self._flat(g, 1).contiguous(), eps)
+        self.rows.eps, self.rows.last = eps, rows.last
+        return f.view(*self.batch, -1)
+
     def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
         lead = torch.broadcast_shapes(k.shape[:-1], h.shape[:-1], v.shape[:-2])
         if len(lead) > len(self.batch):
@@ -110,13 +138,22 @@ class Streaming(Geometry):
     def _apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor | None) -> Tensor:
         """The plan times v, or times the points of the columns where they can be multiplied as they are stored."""
         rows, columns = self.rows, self.columns
+        w = None if v is None else self._flat(v, 2).float()
+        if serves_vectors(k, h) and not transforms.active() and not torch.compiler.is_compiling():
+            from ..kernels.apply import exponents  # pyright: ignore[reportMissingImports]
+
+            flat = (self._flat(z, 1).contiguous() for z in (k, h))
+            narrow, near, factor, *used = exponents(*flat, rows.offset, columns.offset, eps)
+            ends = used if len(narrow) > 1 else (None, None)
+            out = streamed_apply(*rows.stored, *columns.stored, rows.form, self.precision, rows.n, narrow, near, w, *ends, eps)
+            out = out * factor.unsqueeze(-1)
+            return out.view(*self.batch, *out.shape[1:])
         near, top = self._centred(h)
         wide = self._flat(k, 1) - rows.offset + top
         # k - alpha and h - beta may both be large and cancel, so neither is rounded with an offset it need not carry. What rounding k still
         # costs is the same for a whole row, and is given back below; that of h is of the size of the kernel's own.
         narrow = wide.float()
         lost = (wide - narrow).nan_to_num(nan=0.0)  # an empty atom: -inf - -inf
-        w = None if v is None else self._flat(v, 2).float()
         out = streamed_apply(
             *rows.stored, *columns.stored, rows.form, self.precision, rows.n, narrow, near, w, _used(narrow), _used(near), eps
         )
@@ -139,7 +176,8 @@ class Streaming(Geometry):
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
         """dL/dC_ij = w_i p_ij gives w (P 1), P^T w, -w (P v) and -P^T (w u): two to four sweeps, half of them for one cloud."""
         wanted = needed(self.inputs)
-        alpha, beta, u, v = grads = [torch.zeros_like(z) for z in self.inputs]  # of those that autograd drops
+        nothing = self.inputs[0].new_zeros(())  # for those that autograd drops
+        alpha, beta, u, v = (nothing.expand(z.shape) for z in self.inputs)
         columns = w.unsqueeze(-1)
         if wanted[0] or wanted[2]:
             sums, points = self._with_points(k, h, eps)
@@ -151,7 +189,7 @@ class Streaming(Geometry):
                 beta, v = both[..., -1], -both[..., :-1]
             else:
                 beta, v = transposed.apply(h, k, eps, columns).squeeze(-1), -transposed.apply(h, k, eps, columns * side)
-        return tuple(grad.sum_to_size(z.shape) for grad, z in zip((alpha, beta, u, v), grads, strict=True))
+        return tuple(grad.sum_to_size(z.shape) for grad, z in zip((alpha, beta, u, v), self.inputs, strict=True))
 
     def _with_points(self, k: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """The plan's row sums, and the plan times the points of the columns."""
@@ -222,6 +260,15 @@ class _Side:
     @property
     def form(self) -> list[int]:
         return [self.cloud.d, self.cloud.parts, self.cloud.packed, int(self.cloud.spare)]
+
+    def bound(self, logs: Tensor | None, penalty: Penalty, eps: float) -> Side:
+        """The side as kernels take it, with logarithms of weights where they are needed."""
+        from ..kernels.streamed import Side  # pyright: ignore[reportMissingImports]
+
+        damping = 1 + eps / penalty.tau if isinstance(penalty, KL) else 1.0
+        limit = penalty.tau if isinstance(penalty, TV) else math.inf
+        last = self.last if self.eps == eps else None
+        return Side(self.cloud, self.offset, self.offset if logs is None else logs, damping, limit, last)
 
     def seen(self, batch: Sequence[int]) -> Tensor:
         """(*batch, n, d): the points as the kernels see them."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .. import transforms
 from ..errors import ProblemError
+from ..geometry.products import serves_vectors, vectors
 from ..geometry.protocol import Geometry
-from ..penalties import KL, Penalty
+from ..penalties import KL, TV, Penalty
 from ..problem import Problem
 from .coupling import plan_cost, plan_product
 from .operators import Each, pull_softmin, softmin
@@ -108,6 +109,12 @@ def dual(penalties: Penalties, eps: float, geometry: Geometry, f: Tensor, g: Ten
     """(D, s) of `value`."""
     penalty_a, penalty_b = penalties
     s = softmin(geometry, g, b, eps)
+    if (kinds := _kinds(penalties, f, g, a, b, s)) is not None:
+        from ..kernels.dual import dual  # pyright: ignore[reportMissingImports]
+
+        return dual(vectors(a), vectors(b), *(z.reshape(-1, z.shape[-1]).contiguous() for z in (f, g, s)), eps, *kinds).view(
+            f.shape[:-1]
+        ), s
     rows = torch.where(s.isfinite(), ((f - s) / eps).exp(), 0.0)
     mass = a.sum(-1) * b.sum(-1)
     return (a * penalty_a.reward(f)).sum(-1) + (b * penalty_b.reward(g)).sum(-1) - eps * ((a * rows).sum(-1) - mass), s
@@ -119,6 +126,13 @@ def pull_dual(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients in a, b and each input of a function whose derivative in D is `grad`, f and g held."""
     penalty_a, penalty_b = penalties
+    if not needed[1] and (kinds := _kinds(penalties, f, g, a, b, s)) is not None:  # one launch, and the sweeps
+        from ..kernels.dual import pull  # pyright: ignore[reportMissingImports]
+
+        flat = (z.reshape(-1, z.shape[-1]).contiguous() for z in (f, g, s))
+        k, h, w, grad_a, _ = pull(vectors(a), vectors(b), *flat, grad.reshape(-1).to(f.dtype).contiguous(), eps, *kinds)
+        grads = geometry.pull_back(k.view(f.shape), h.view(g.shape), eps, w.view(f.shape)) if any(needed[2:]) else (None,) * len(needed[2:])
+        return grad_a.view(f.shape) if needed[0] else None, None, *grads
     grad = grad.unsqueeze(-1)
     rows = torch.where(s.isfinite(), ((f - s) / eps).exp(), 0.0)
     _, grad_b, *grads = pull_softmin(geometry, g, b, eps, s, grad * a * rows, [False, *needed[1:]])
@@ -126,6 +140,15 @@ def pull_dual(
     if grad_b is not None:
         grad_b = grad_b + grad * (penalty_b.reward(g) + eps * a.sum(-1, keepdim=True))
     return grad_a, grad_b, *grads
+
+
+def _kinds(penalties: Penalties, f: Tensor, g: Tensor, a: Tensor, b: Tensor, s: Tensor) -> list[tuple[int, float]] | None:
+    """The penalties as kernels take them, where they serve."""
+    if not serves_vectors(f, g, a, b, s) or f.shape != a.shape or g.shape != b.shape or s.shape != a.shape:
+        return None
+    if transforms.active() or not all(isinstance(penalty, (KL, TV)) for penalty in penalties):
+        return None
+    return [(0 if penalty.balanced else 1 if isinstance(penalty, KL) else 2, penalty.tau) for penalty in penalties]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Envelope(Each):

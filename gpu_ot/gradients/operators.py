@@ -51,7 +51,7 @@ class _Operator(Each):
 class _Softmin(_Operator):
     @staticmethod
     def forward(geometry: Geometry, eps: float, g: Tensor, b: Tensor, *inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return geometry.softmin(weigh(g, b, eps), eps)
+        return geometry.update(g, b, eps)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,11 @@ from torch import Tensor
 from ..errors import unknown
 from ..penalties import translate
 from ..vectors import expm1
+from . import fused
 from .step import Alternating, State
+
+if TYPE_CHECKING:
+    from .monitor import Monitor
 
 #: A sum of rounded numbers is off by a few of their last digits; below `ROUNDING` of them there is nothing to gain.
 ROUNDING = 8.0
@@ -47,6 +51,10 @@ class Criterion(ABC):
         """How far the state is from the end. `before` is the state at the last check, which is one iteration earlier for a pairwise
         criterion; `dtype` the type of the sweeps."""
 
+    def check(self, monitor: Monitor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+        """What `Monitor` makes of a measurement, by a kernel; None where none does."""
+        return None
+
     def next_error(self, step: Alternating, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(a lower bound of the error of the next iteration, the floor), 0-d, at no sweep. Asked of pairwise criteria only."""
         raise NotImplementedError
@@ -79,6 +87,12 @@ class Marginal(Criterion):
         # Exponents rounded to more than a tenth: no sum over them means anything, however small it comes out.
         error = torch.where(floor > 0.1 * unit, torch.maximum(error, floor), error)
         return Measured(state.f, g, error, floor)
+
+    def check(self, monitor: Monitor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+        if type(self) is not Marginal:
+            return None
+        slope = 1 / (monitor.step.part * monitor.step.eps)
+        return fused.check(monitor, state, slope, self.norm, ROUNDING * torch.finfo(monitor.dtype).eps)
 
     def _sizes(self, z: Tensor, b: Tensor) -> Tensor:
         """The norms of several vectors, stacked in front."""

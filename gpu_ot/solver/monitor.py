@@ -63,6 +63,23 @@ class Monitor:
 
     def check(self, state: State, before: State) -> State:
         """The state, in which problems that are done are marked."""
+        f, g, error, done, flags = self.criterion.check(self, state) or self._check(state, before)
+        self.kept, self.done = (f, g), done
+        self.errors.append(error)
+        if self.on_check is not None:
+            self.on_check(state.n_iter, error)
+        if self.keep is not None:
+            self.keep(state.n_iter, self.step.eps, f, g)
+        if not flags.is_cuda:
+            self.status = self.progress.judge(flags.tolist())
+        else:
+            pending, self._pending = self._pending, to_host(flags)
+            if pending is not None:
+                self.status = self.progress.judge(pending())
+        return replace(state, done=self.done)
+
+    def _check(self, state: State, before: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(f, g, error, done) of the best state so far, and the flags."""
         f, g, error, floor = self.criterion.measure(self.step, state, before, self.dtype)
         if self.kept is not None and self.done is not None:
             # Plain iterations only improve, and go on together. An accelerated one may be a trial, and a problem that is done stays.
@@ -71,25 +88,13 @@ class Monitor:
             error = torch.where(worse, self.errors[-1], error)
             worse, (old_f, old_g) = worse.expand_as(error).unsqueeze(-1), self.kept
             f, g = torch.where(worse, old_f, f), torch.where(worse, old_g, g)
-        self.kept, self.done = (f, g), error < self.criterion.tol if self.criterion.strict else error <= self.criterion.tol
-        self.errors.append(error)
-        if self.on_check is not None:
-            self.on_check(state.n_iter, error)
-        if self.keep is not None:
-            self.keep(state.n_iter, self.step.eps, f, g)
+        self.kept, done = (f, g), error < self.criterion.tol if self.criterion.strict else error <= self.criterion.tol
         # All done; all done, at the rounding floor or infeasible; the largest error in floors; anything infeasible.
-        worst, settled = (error / floor).amax(), self.done | (error <= floor)
+        worst, settled = (error / floor).amax(), done | (error <= floor)
         infeasible = self._infeasible() if self.step.problem.forbids and state.n_iter >= INFEASIBILITY_AFTER else None
         settled = settled if infeasible is None else settled | infeasible
         some = torch.zeros_like(worst) if infeasible is None else infeasible.any().to(worst)
-        flags = torch.stack([self.done.all().to(worst), settled.all().to(worst), worst, some])
-        if not flags.is_cuda:
-            self.status = self.progress.judge(flags.tolist())
-        else:
-            pending, self._pending = self._pending, to_host(flags)
-            if pending is not None:
-                self.status = self.progress.judge(pending())
-        return replace(state, done=self.done)
+        return f, g, error, done, torch.stack([done.all().to(worst), settled.all().to(worst), worst, some])
 
     def end_is_near(self, state: State) -> bool:
         """Whether one of the last iterations, or the next, may have met the criterion. Costs no sweep."""

@@ -21,7 +21,8 @@ from .. import transforms
 from ..geometry.protocol import Geometry, weigh
 from ..penalties import best_shift
 from ..problem import Problem
-from .acceleration import PLAIN, Accelerator, Plain
+from . import fused
+from .acceleration import PLAIN, Accelerator, Anderson, Plain
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Alternating:
 
     #: Whether an iteration is a single sweep.
     one_sided = False
+    #: What part of the way to the update an iteration goes: g_next - g is this part of it.
+    part = 1.0
 
     def begin(self, geometry: Geometry, start: Start, state: State | None) -> State:
         """The state before the first iteration, or, given one, before the first of a new beginning."""
@@ -107,13 +110,23 @@ class Alternating:
             return k
         return max(0, min(k, self.plain_until - state.n_iter))
 
+    def unproposed(self, state: State, k: int) -> int | None:
+        """How many of the next k iterations start from g_next, before Anderson's mixing proposes the others; None for other rules."""
+        if type(self) is not Alternating or type(self.accelerator) not in (Plain, Anderson):
+            return None
+        if isinstance(self.accelerator, Plain):
+            return k
+        return min(k, max(int(state.age == 0), self.plain_until + 1 - state.n_iter, 0))
+
     def propose(self, state: State) -> tuple[Tensor, Any]:
         """The g of the next iteration, and the accelerator's memory."""
         if state.age == 0 or self.plain_among(state, 1) or state.n_iter == self.plain_until:
             return state.g_next, None
-        problem = self.problem
+        problem, accelerator = self.problem, self.accelerator
+        if type(accelerator) is Anderson and (found := fused.propose(self, state, accelerator.gauge, accelerator.memory)):
+            return found
         target = state.g_next - best_shift(problem.penalties, problem.a, problem.b, state.f, state.g_next)
-        g, memory = self.accelerator.next(self, state.memory, state.g, target)
+        g, memory = accelerator.next(self, state.memory, state.g, target)
         return _hold(state, g), memory
 
     def advance(self, geometry: Geometry, state: State, k: int = 1) -> State:
@@ -181,6 +194,7 @@ class Symmetric(Alternating):
     """
 
     one_sided = True
+    part = 0.5
 
     def start(self, geometry: Geometry, start: Start) -> State:
         f = self.problem.penalties[0].damp(start.f, self.eps)
@@ -190,10 +204,7 @@ class Symmetric(Alternating):
         return 0
 
     def advance(self, geometry: Geometry, state: State, k: int = 1) -> State:
-        g, memory = state.g, None
-        if state.n_iter:
-            g, memory = self.accelerator.next(self, state.memory, state.g, state.g_next)
-            g = _hold(state, g)
+        g, memory = self.mixed(state) if state.n_iter else (state.g, None)
         a = self.problem.a
         # A backend may prepare itself with the first sweep, which is the transpose's: the same for a symmetric cost.
         s = geometry.update(g, a, self.eps) if state.n_iter else geometry.first(g, a, self.eps)
@@ -202,6 +213,13 @@ class Symmetric(Alternating):
 
     def gap(self, state: State) -> Tensor:
         return 2 * (state.g - state.g_next) / self.eps
+
+    def mixed(self, state: State) -> tuple[Tensor, Any]:
+        accelerator = self.accelerator
+        if type(accelerator) is Anderson and (found := fused.propose(self, state, accelerator.gauge, accelerator.memory, False)):
+            return found
+        g, memory = accelerator.next(self, state.memory, state.g, state.g_next)
+        return _hold(state, g), memory
 
 
 def _hold(state: State, g: Tensor) -> Tensor:
