@@ -30,7 +30,7 @@ FLOORS = (
     ("problem",),
     ("geometry",),
     ("solver", "gradients"),
-    ("solution", "distributed"),
+    ("solution", "distributed", "at_once"),
     ("solve",),
     ("initial", "lerobot", "pot", "losses", "plots", "patch", "cli", "demo"),
 )

@@ -5,6 +5,7 @@ iteration costs there. Counted in Triton's interpreter, on a CPU whose branches 
 """
 
 from collections import Counter
+
 import pytest
 import torch
 from torch._library.custom_ops import OPDEFS
@@ -12,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from triton.runtime.interpreter import InterpretedFunction
-
 from gpu_ot.kernels import tuning
+from triton.runtime.interpreter import InterpretedFunction
 
 from gpu_ot import KL, Problem, SqEuclidean, gradients
 from gpu_ot.geometry.absorbed import SURE, Absorbed

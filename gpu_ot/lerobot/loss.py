@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import errors
+from .. import at_once, errors
 from ..costs import Cost, Matrix, SqEuclidean
 from ..errors import ProblemError
-from ..losses import direct
 from ..penalties import KL
 from ..problem import Problem, vector_dtype
 from ..solution.solution import Solution
@@ -226,9 +225,9 @@ def _of_terms(
 def _directly(cost: Cost, cfg: TransportConfig) -> tuple[Tensor, Tensor] | None:
     """(<P, cost> with P detached, P) in one piece, where that serves."""
     problem = Problem(cost, _eps(cost, cfg), penalties=(KL(cfg.taus[0]), KL(cfg.taus[1])))
-    if cfg.backend != "auto" or not direct.serves(problem):
+    if cfg.backend != "auto" or not at_once.serves(problem):
         return None
-    known = direct.held_cost(problem, cfg.tol, cfg.max_iter)
+    known = at_once.held_cost(problem, cfg.tol, cfg.max_iter)
     if known is None:
         return None
     loss, P, status, n_iter = known

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import errors, transforms
+from .. import at_once, errors, transforms
 from ..communicator import ROWS
 from ..costs import Cost, Matrix
 from ..distributed.costs import Sharded
@@ -17,7 +17,6 @@ from ..errors import ProblemError
 from ..penalties import KL
 from ..problem import MASS_RTOL_HALF, Problem, float_type, matched
 from ..solve import solve
-from . import direct
 from .compiled import Transformable
 from .divergence import SelfTerm, divergence
 from .measures import Sides, backend_for, between_samples, flags, measures, real, report
@@ -127,8 +126,8 @@ class SamplesLoss(nn.Module):
             kept = self._kept_term(target) if self.debias else None
             problem, unit = self._problem(a, x, b, y)
             plain = not (self.cost or self.group or self.potentials or self.plan or self.static_y) and self.grad == "envelope"
-            if plain and self.backend == "auto" and direct.serves(problem):
-                known = direct.divergence(problem, self.debias, self.tol, self.max_iter)
+            if plain and self.backend == "auto" and at_once.serves(problem):
+                known = at_once.divergence(problem, self.debias, self.tol, self.max_iter)
                 if known is not None:
                     value, status, n_sweeps = known
                     report(status, n_sweeps, self.verbose)

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import compiled, transforms
-from ..costs import Cost
-from ..geometry.absorbed import range_of
-from ..gradients.envelope import HELD
-from ..problem import Problem
-from ..solver import annealing
-from ..solver.compiled import STATUS, rule_of, tuning
-from ..solver.criterion import Marginal
-from ..solver.status import CONVERGED, DIVERGED, Status
+from . import compiled, transforms
+from .costs import Cost
+from .geometry.absorbed import range_of
+from .gradients.envelope import HELD
+from .problem import Problem
+from .solver import annealing
+from .solver.compiled import STATUS, rule_of, tuning
+from .solver.criterion import Marginal
+from .solver.status import CONVERGED, DIVERGED, Status
 
 #: Bytes of a kernel up to which one core is the faster way: three solves of one after the other.
 LARGEST_BYTES = 2**24
@@ -79,8 +79,8 @@ def divergence(problem: Problem, debias: bool, tol: float, max_iter: int) -> tup
 
 def held_cost(problem: Problem, tol: float, max_iter: int) -> tuple[Tensor, Tensor, Status, int] | None:
     """(<P, C> with P constant, the plan P (n, m), a status, iterations) of a cost between clouds; None as for `divergence`."""
-    from ..compiled.block import Measures, State
-    from ..compiled.transport import inner, write_plan
+    from .compiled.block import Measures, State
+    from .compiled.transport import inner, write_plan
 
     x, y = problem.cost.inputs.values()
     with torch.no_grad():
@@ -101,7 +101,7 @@ def held_cost(problem: Problem, tol: float, max_iter: int) -> tuple[Tensor, Tens
 def _solved(
     problem: Problem, slopes: bool, tol: float, max_iter: int, cost: Cost, a: np.ndarray, b: np.ndarray, side: int | None, start: np.ndarray
 ) -> Term:
-    from ..compiled.search import value
+    from .compiled.search import value
 
     kernel, f, g, counts, status = _search(problem, cost, a, b, side, start, tol, max_iter)
     taus = _taus(problem.penalties if side is None else (problem.penalties[side],) * 2)
@@ -114,7 +114,7 @@ def _search(
     problem: Problem, cost: Cost, a: np.ndarray, b: np.ndarray, side: int | None, start: np.ndarray, tol: float, max_iter: int
 ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, Status]:
     """The kernel, f (1, n), g (1, m), counts and status between two measures, or of one side's measure and itself."""
-    from ..compiled.search import Annealing, search
+    from .compiled.search import Annealing, search
 
     C = cost.dense().contiguous().numpy()
     taus = _taus(problem.penalties if side is None else (problem.penalties[side],) * 2)
