@@ -15,7 +15,7 @@ import math
 import numpy as np
 
 from .crew import alone
-from .kernel import Kernel, both, first, largest, smallest
+from .kernel import Kernel, aligned, both, first, largest, smallest
 from .machine import compiled
 
 
@@ -24,7 +24,7 @@ def record(C, a, b, eps, start, k, dropped, safe):
     """k iterations from row potentials start (n,), all in float64: K, u (k + 1, n), w (k, m), s (k, n), t (k + 1, m), and whether every sum
     was exact."""
     n, m = C.shape
-    kernel = Kernel(C, np.empty_like(C), np.empty(n), np.empty(m), np.full(1, np.nan), dropped, safe, alone(C))
+    kernel = Kernel(C, aligned(n, m, C), np.empty(n), np.empty(m), np.full(1, np.nan), dropped, safe, alone(C))
     u, w, s, t = np.empty((k + 1, n)), np.empty((k, m)), np.empty((k, n)), np.empty((k + 1, m))
     start, ones = start.reshape((1, n)), np.ones((1, n))
     first(kernel, start, ones, eps, t[:1])

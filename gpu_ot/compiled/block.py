@@ -12,7 +12,7 @@ import numpy as np
 
 from .crew import both_shared
 from .exponential import exp64, log64
-from .kernel import absorb_at, both, first, largest, smallest, softmin_columns, softmin_rows, sums_of_rows
+from .kernel import absorb_at, aligned, both, first, largest, smallest, softmin_columns, softmin_rows, sums_of_rows
 from .machine import compiled
 from .mixing import forget, propose
 from .watch import RUNNING, change, judge, log_mass, marginal, seen
@@ -52,8 +52,8 @@ class Sweep(NamedTuple):
 @compiled
 def _buffers(k, problem):
     H, n, m = len(problem.a), len(k.f0), len(k.g0)
-    w, s, t = np.empty((H, m), k.K.dtype), np.empty((H, n), k.K.dtype), np.empty((H, m), k.K.dtype)
-    return Sweep(w, s, np.empty_like(s), t, problem.a.astype(k.K.dtype), np.empty((H, m)), np.empty((H, m)))
+    w, s, u, t = aligned(H, m, k.K), aligned(H, n, k.K), aligned(H, n, k.K), aligned(H, m, k.K)
+    return Sweep(w, s, u, t, problem.a.astype(k.K.dtype), np.empty((H, m)), np.empty((H, m)))
 
 
 @compiled

@@ -19,6 +19,10 @@ from .machine import compiled, extreme
 NEAR_BYTES = 2**15
 
 
+#: Bytes of a cache line.
+LINE = 64
+
+
 class Kernel(NamedTuple):
     """A cost and its kernel. `at` (1,) is the eps that K was absorbed at, NaN where there is none."""
 
@@ -30,6 +34,15 @@ class Kernel(NamedTuple):
     dropped: float  # exponents up to here are 0 in K
     safe: float  # a sum is exact from this part of the weights' total on
     crew: Any  # a `crew.Crew`
+
+
+@compiled
+def aligned(n, m, like):
+    """An empty (n, m) array of the type of an array, that begins with a cache line: vectors across two lines take twice as long."""
+    size = like.itemsize
+    buffer = np.empty(n * m + LINE // size, like.dtype)
+    skip = (-buffer.ctypes.data % LINE) // size
+    return buffer[skip : skip + n * m].reshape((n, m))
 
 
 def narrow_exp(z, like):

@@ -10,7 +10,7 @@ import numpy as np
 from .block import Measures, State, begin, descend, go, go_symmetric
 from .crew import alone
 from .exponential import exp64, log64
-from .kernel import Kernel, softmin_rows, sums_of_rows
+from .kernel import Kernel, aligned, softmin_rows, sums_of_rows
 from .machine import compiled
 from .mixing import Memory
 from .watch import RUNNING, Watch
@@ -59,7 +59,7 @@ def worth_annealing(C, eps, tol, errors, checks, annealing):
 def search(C, a, b, eps, tau_a, tau_b, start, weight, rule, tuning, annealing, symmetric, dropped, safe, max_iter):
     """(kernel, f (1, n), g (1, m), counts as `block.go`, status, error) of one problem: C (n, m), a and start (n,), b (m,)."""
     n, m = C.shape
-    k = Kernel(C, np.empty_like(C), np.empty(n), np.empty(m), np.full(1, np.nan), dropped, safe, alone(C))
+    k = Kernel(C, aligned(n, m, C), np.empty(n), np.empty(m), np.full(1, np.nan), dropped, safe, alone(C))
     problem = Measures(a.reshape((1, n)), b.reshape((1, m)), eps, tau_a, tau_b)
     state = State(np.empty((1, n)), np.empty((1, m)), np.empty((1, m)))
     before = State(np.empty((1, 0)), np.empty((1, 0)), np.empty((1, 0)))

@@ -9,7 +9,7 @@ import numpy as np
 from .block import Measures, State, begin, go, see
 from .crew import alone
 from .exponential import exp64
-from .kernel import Kernel, narrow_exp
+from .kernel import Kernel, aligned, narrow_exp
 from .machine import compiled
 from .mixing import Memory
 from .watch import RUNNING, Watch
@@ -87,7 +87,7 @@ def solve(M, a, b, eps, tau_a, tau_b, start, weight, before_g, rtol, rule, stric
     (plan, f, g, errors (checks,), counts, status). UNUSUAL: nothing was done.
     """
     n, m = M.shape
-    K, counts, errors = np.empty_like(M), np.array([0, 0, 1, 1]), np.empty((min(max_iter // every + 2, ERRORS), 1))
+    K, counts, errors = aligned(n, m, M), np.array([0, 0, 1, 1]), np.empty((min(max_iter // every + 2, ERRORS), 1))
     watch = Watch(np.empty((1, n)), np.empty((1, m)), np.empty(1), np.zeros(1, np.bool_), np.array([0.0, np.inf, 0.0]))
     if not ordinary(M, a, b, rtol):
         return K, watch.f[0], watch.g[0], errors[:0, 0], counts, UNUSUAL

@@ -46,7 +46,7 @@ class Compiled(Absorbed):
             return None
         if self._arrays is None:
             C = self.C.numpy().reshape(G, n, m)
-            self._arrays = Arrays(C, np.empty_like(C), np.empty((G, n)), np.empty((G, m)), np.full((G, 1), math.nan))
+            self._arrays = Arrays(C, _aligned(C), np.empty((G, n)), np.empty((G, m)), np.full((G, 1), math.nan))
         return self._arrays
 
     def take_over(self, eps: float) -> None:
@@ -71,3 +71,10 @@ class Compiled(Absorbed):
         if not all(penalty.balanced or isinstance(penalty, KL) for penalty in problem.penalties):
             return "it knows hard marginals and KL penalties, and one of these is neither."
         return compiled.refused()
+
+
+def _aligned(like: np.ndarray) -> np.ndarray:
+    """An empty array like this one that begins with a cache line, as `compiled.kernel.aligned`."""
+    buffer = np.empty(like.nbytes + 64, np.uint8)
+    skip = -buffer.ctypes.data % 64
+    return buffer[skip : skip + like.nbytes].view(like.dtype).reshape(like.shape)
