@@ -73,7 +73,7 @@ def _multiply(k, problem, sweep):
         for j in range(m):
             w[j] = problem.b[h, j] * sweep.v[h, j] if problem.b[h, j] > 0 else 0.0
             total += w[j]
-        if len(k.crew.t):
+        if len(k.crew.found):
             both_shared(k.K, w, sweep.weights[h], p, c, s, u, t, k.crew)
         else:
             both(k.K, w, sweep.weights[h], p, c, s, u, t)
@@ -149,18 +149,19 @@ def iterate(k, problem, sweep, state, follow):
     """An iteration from state.g, or with `follow` from what the last one left in v_next. Where it was by products, the potentials are
     still to be had by `_levels`. (whether by products, sweeps)."""
     eps, H, m = problem.eps, len(problem.a), len(k.g0)
-    sweeps = 2
-    fresh = k.at[0] != eps
-    if follow and not fresh:
+    sweeps, renewed = 2, k.at[0] != eps
+    if renewed:
+        absorb_at(k, state.g, eps)
+        sweeps += 1
+    if follow and not renewed:
         sweep.v[:] = sweep.v_next
     else:
-        if fresh:
-            absorb_at(k, state.g, eps)
-            sweeps += 1
         _scale(k, problem, state.g, sweep)
-    if _multiply(k, problem, sweep):
-        return True, sweeps
-    if not fresh:
+    while True:
+        if _multiply(k, problem, sweep):
+            return True, sweeps
+        if renewed:
+            break
         if follow:
             for h in range(H):
                 _columns(k, eps, sweep.v[h], state.g[h])
@@ -168,9 +169,7 @@ def iterate(k, problem, sweep, state, follow):
                     state.g[h, j] = state.g[h, j] if math.isfinite(state.g[h, j]) else 0.0
         absorb_at(k, state.g, eps)
         _scale(k, problem, state.g, sweep)
-        sweeps += 3
-        if _multiply(k, problem, sweep):
-            return True, sweeps
+        sweeps, renewed = sweeps + 3, True
     _in_logarithms(k, problem, state)
     k.at[0] = np.nan
     return False, sweeps + 2
@@ -207,7 +206,7 @@ def descend(k, problem, schedule, predict, state):
         at = Measures(problem.a, problem.b, schedule[i], problem.tau_a, problem.tau_b)
         sweep = _buffers(k, at)
         state.g[:] = state.g_next
-        products, visits = iterate(k, at, sweep, state, False)
+        products, visits = iterate(k, at, sweep, state, schedule[i] < 0)
         sweeps += visits
         if products:
             _levels(k, at, sweep, state)
@@ -219,6 +218,17 @@ def descend(k, problem, schedule, predict, state):
                     state.g_next[h, j] = now + (now - last[h, j]) * slope if i else now
                     last[h, j] = now
     return sweeps
+
+
+@compiled
+def _normalize(share):
+    """Each row a part of its sum."""
+    for h in range(len(share)):
+        total = 0.0
+        for j in range(share.shape[1]):
+            total += share[h, j]
+        for j in range(share.shape[1]):
+            share[h, j] /= total
 
 
 @compiled
@@ -243,9 +253,10 @@ def go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, m
     pairwise, sweep = rule.norm < 0, _buffers(k, problem)
     error, floor, gap, share = np.empty(H), np.empty(H), np.empty((H, m)), problem.b.copy()
     target = np.empty(m)
-    for h in range(H):
-        share[h] /= problem.b[h].sum()
-    follow, products, levels, checks, status = False, False, True, 0, RUNNING
+    _normalize(share)
+    # Not constants to the compiler, which would make functions for them of their own.
+    follow = products = counts[0] < 0
+    levels, checks, status = True, 0, RUNNING
     while counts[0] < max_iter and checks < len(errors) and status == RUNNING:
         n_iter = counts[0]
         plain = plain_until < 0 or n_iter < plain_until
@@ -306,8 +317,7 @@ def go_symmetric(k, problem, state, memory, tuning, watch, rule, strict, counts,
     scale = 1 / eps
     error, floor, gap, share = np.empty(H), np.empty(H), np.empty((H, n)), problem.a.copy()
     w, s, level = np.empty(n, k.K.dtype), np.empty(n, k.K.dtype), np.empty(n)
-    for h in range(H):
-        share[h] /= problem.a[h].sum()
+    _normalize(share)
     while counts[0] < max_iter and checks < len(errors) and status == RUNNING:
         for h in range(H):
             g = state.g[h]

@@ -30,20 +30,17 @@ APART = 8
 class Crew(NamedTuple):
     """What is posted, and the buffers of each hand, of which the first is whoever iterates. Empty where one core does it all.
 
-    w (m,), a, c (n,) in the kernel's type and float64, p (1,): the arguments of `both`. s, u (hands, n), t (hands, chunks, m).
     rows of a chunk; words (16,) and done (hands, chunks * APART) int64; done is the product that a chunk was finished for.
+    given (m + n,) in the kernel's type: w and a of `both`; damping (n + 1,): its c and p. found (hands, 2 n + chunks m): s, u, and t of
+    each chunk.
     """
 
     rows: int
     words: np.ndarray
     done: np.ndarray
-    w: np.ndarray
-    a: np.ndarray
-    c: np.ndarray
-    p: np.ndarray
-    s: np.ndarray
-    u: np.ndarray
-    t: np.ndarray
+    given: np.ndarray
+    damping: np.ndarray
+    found: np.ndarray
 
 
 def crew(n: int, m: int, dtype: np.dtype, hands: int) -> Crew:
@@ -51,10 +48,8 @@ def crew(n: int, m: int, dtype: np.dtype, hands: int) -> Crew:
     rows = chunk_rows(m, dtype.itemsize)
     chunks = -(-n // rows) if hands else 0
     n, m = (n, m) if hands else (0, 0)
-    return Crew(
-        rows, np.zeros(16, np.int64), np.zeros((hands, chunks * APART), np.int64), np.empty(m, dtype), np.empty(n, dtype), np.empty(n),
-        np.empty(1), np.empty((hands, n), dtype), np.empty((hands, n), dtype), np.empty((hands, chunks, m), dtype),
-    )  # fmt: skip
+    found = np.empty((hands, 2 * n + chunks * m), dtype)
+    return Crew(rows, np.zeros(16, np.int64), np.zeros((hands, chunks * APART), np.int64), np.empty(m + n, dtype), np.empty(n + 1), found)
 
 
 def chunk_rows(m: int, itemsize: int) -> int:
@@ -62,10 +57,10 @@ def chunk_rows(m: int, itemsize: int) -> int:
 
 
 @compiled
-def alone(dtype_of):
-    """No crew, for kernels of the type of this array."""
-    none, wide, whole = np.empty((0, 0), dtype_of.dtype), np.empty(0), np.empty((0, 0), np.int64)
-    return Crew(0, np.empty(0, np.int64), whole, none.reshape(0), none.reshape(0), wide, wide, none, none, none.reshape((0, 0, 0)))
+def alone(K):
+    """No crew, for kernels of this type."""
+    whole = np.empty((0, 0), np.int64)
+    return Crew(0, np.empty(0, np.int64), whole, np.empty(0, K.dtype), np.empty(0), np.empty((0, 0), K.dtype))
 
 
 def _pointer(context, builder, array_type, array, index):
@@ -106,16 +101,22 @@ def _store(typing_context, words, index, value):
 
 @compiled
 def _chunk(K, crew, hand, i):
-    low, high = i * crew.rows, min((i + 1) * crew.rows, len(K))
-    part = slice(low, high)
-    both(K[part], crew.w, crew.a[part], crew.p[0], crew.c[part], crew.s[hand, part], crew.u[hand, part], crew.t[hand, i])
+    n, m = K.shape
+    low, high = i * crew.rows, min((i + 1) * crew.rows, n)
+    a, c, found = crew.given[m + low : m + high], crew.damping[low:high], crew.found[hand]
+    s, u, t = found[low:high], found[n + low : n + high], found[2 * n + i * m : 2 * n + (i + 1) * m]
+    both(K[low:high], crew.given[:m], a, crew.damping[n], c, s, u, t)
 
 
 @compiled
 def both_shared(K, w, a, p, c, s, u, t, crew):
     """`kernel.both`, with whoever helps."""
-    hands, chunks, m = crew.t.shape
-    crew.w[:], crew.a[:], crew.c[:], crew.p[0] = w, a, c, p
+    (n, m), hands, chunks = K.shape, len(crew.found), crew.done.shape[1] // APART
+    for j in range(m):
+        crew.given[j], t[j] = w[j], 0
+    for i in range(n):
+        crew.given[m + i], crew.damping[i] = a[i], c[i]
+    crew.damping[n] = p
     product = (_load(crew.words, WORD) >> CHUNK_BITS) + 1  # pyright: ignore[reportCallIssue]
     _store(crew.words, WORD, product << CHUNK_BITS)  # pyright: ignore[reportCallIssue]
     while True:
@@ -124,7 +125,6 @@ def both_shared(K, w, a, p, c, s, u, t, crew):
             break
         _chunk(K, crew, 0, i)
         crew.done[0, i * APART] = product
-    t[:] = 0
     for i in range(chunks):
         by, looks = -1, 0
         while by < 0:
@@ -137,11 +137,11 @@ def both_shared(K, w, a, p, c, s, u, t, crew):
                 _chunk(K, crew, 0, i)
                 by = 0
                 crew.words[LATE] += 1
-        for r in range(i * crew.rows, min((i + 1) * crew.rows, len(K))):
-            s[r], u[r] = crew.s[by, r], crew.u[by, r]
-        part = crew.t[by, i]
+        found, part = crew.found[by], 2 * n + i * m
+        for r in range(i * crew.rows, min((i + 1) * crew.rows, n)):
+            s[r], u[r] = found[r], found[n + r]
         for j in range(m):
-            t[j] += part[j]
+            t[j] += found[part + j]
     if crew.words[LATE] > LATENESS:  # the cores are others': whoever helps only takes time from whoever iterates
         _store(crew.words, STOP, 1)  # pyright: ignore[reportCallIssue]
 
@@ -149,7 +149,7 @@ def both_shared(K, w, a, p, c, s, u, t, crew):
 @compiled
 def help_out(K, crew, hand):
     """Chunks of whatever is posted, until `dismiss` or for want of work."""
-    chunks, idle = crew.t.shape[1], 0
+    chunks, idle = crew.done.shape[1] // APART, 0
     while _load(crew.words, STOP) == 0 and idle < PATIENCE:  # pyright: ignore[reportCallIssue]
         idle += 1
         if _load(crew.words, WORD) & MASK >= chunks:

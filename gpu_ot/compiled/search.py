@@ -97,6 +97,14 @@ def search(C, a, b, eps, tau_a, tau_b, start, weight, rule, tuning, annealing, s
 
 
 @compiled
+def _sum(w):
+    total = 0.0
+    for z in w:
+        total += z
+    return total
+
+
+@compiled
 def _reward(f, tau):
     return f if tau == np.inf else -tau * math.expm1(-f / tau)
 
@@ -105,7 +113,7 @@ def _reward(f, tau):
 def value(k, a, b, eps, tau_a, tau_b, f, g, slopes, ga, gb):
     """The dual at (f, g), `gradients.value`. With `slopes` also its derivatives with both held: in a and b, and in C, which replace K."""
     n, m = k.C.shape
-    scale, mass_a, mass_b = 1 / eps, a.sum(), b.sum()
+    scale, mass_a, mass_b = 1 / eps, _sum(a), _sum(b)
     kernel = k.at[0] == eps
     w, s, level = np.zeros(m, k.K.dtype), np.empty(n, k.K.dtype), np.empty(n)
     if kernel:

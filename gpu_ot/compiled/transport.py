@@ -14,7 +14,7 @@ from .machine import compiled
 from .mixing import Memory
 from .watch import RUNNING, Watch
 
-LARGE, ERRORS = 1e100, 2**12
+LARGE, MOST = 1e100, 10**7
 #: Instead of a status: some number is not an ordinary one, or the masses differ.
 UNUSUAL = -1
 
@@ -83,11 +83,13 @@ def write_plan(k, problem, state, P):
 def solve(M, a, b, eps, tau_a, tau_b, start, weight, before_g, rtol, rule, strict, tuning, dropped, safe, max_iter, every, plain_until):
     """The plan of one problem from row potentials `start` (n,) with their weights; a and b, (n,) and (m,) of float64, are overwritten.
 
+    For limits of at most MOST iterations.
+
     before_g (m,) is what a rule that compares takes for the g at the start; rtol as in `ordinary`, the rest as in `block.go`.
     (plan, f, g, errors (checks,), counts, status). UNUSUAL: nothing was done.
     """
     n, m = M.shape
-    K, counts, errors = aligned(n, m, M), np.array([0, 0, 1, 1]), np.empty((min(max_iter // every + 2, ERRORS), 1))
+    K, counts, errors = aligned(n, m, M), np.array([0, 0, 1, 1]), np.empty((max_iter // every + 2, 1))
     watch = Watch(np.empty((1, n)), np.empty((1, m)), np.empty(1), np.zeros(1, np.bool_), np.array([0.0, np.inf, 0.0]))
     if not ordinary(M, a, b, rtol):
         return K, watch.f[0], watch.g[0], errors[:0, 0], counts, UNUSUAL
@@ -98,15 +100,7 @@ def solve(M, a, b, eps, tau_a, tau_b, start, weight, before_g, rtol, rule, stric
     mixed = m if plain_until >= 0 else 0
     memory = Memory(np.zeros((1, 3, mixed)), np.zeros((1, 3, mixed)), np.empty((1, 2, mixed)), np.empty((1, 2, mixed)), np.zeros((1, 6)))
     begin(k, problem, start.reshape((1, n)), weight.reshape((1, n)), state)
-    status, checks = RUNNING, 0
-    while True:
-        status, more = go(
-            k, problem, state, before, memory, tuning, watch, rule, strict, counts, max_iter, every, plain_until, errors[checks:]
-        )
-        checks += more
-        if status != RUNNING or counts[0] >= max_iter:
-            break
-        errors = np.concatenate((errors, np.empty_like(errors)))
+    status, checks = go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, max_iter, every, plain_until, errors)
     kept = State(watch.f, watch.g, watch.g)
     if status == RUNNING and rule.norm < 0:
         see(rule, problem, state, counts[0], kept)

@@ -21,7 +21,7 @@ from ..geometry.absorbed import Absorbed, range_of
 from ..geometry.compiled import LARGEST_BYTES
 from ..problem import MASS_RTOL, Problem
 from ..solution.solution import Solution
-from ..solver.compiled import MOST, STATUS, rule_of, tuning
+from ..solver.compiled import STATUS, rule_of, tuning
 from ..solver.criterion import Change, Marginal
 from ..solver.status import CONVERGED, DIVERGED, Status
 from . import arrays
@@ -110,8 +110,10 @@ def take_plain(a: Any, b: Any, M: Any, reg: Any, *, transposed: bool = False, gr
 
 def _solve(given: Given, taus: tuple[float, float], start: np.ndarray, weight: np.ndarray, rtol: float, rule: Any, strict: bool,
            limit: int, every: int, after: float) -> Found | None:  # fmt: skip
-    from ..compiled.transport import UNUSUAL, solve
+    from ..compiled.transport import MOST, UNUSUAL, solve
 
+    if limit > MOST:
+        return None
     (C, wa, wb, eps, back), (dropped, safe) = given, range_of(given.C.itemsize)
     P, f, g, errors, counts, status = solve(
         C, wa, wb, eps, *taus, start, weight, np.zeros(len(wb)), rtol, rule, strict, _tuning(taus[0] == taus[1] == math.inf), dropped, safe,
@@ -151,7 +153,7 @@ def relaxed(
 
 
 def _limit(max_iter: float) -> int:
-    return int(min(max(max_iter, 1), MOST))
+    return int(max(max_iter, 1))
 
 
 def _elsewhere() -> bool:

@@ -215,7 +215,7 @@ class Engine:
 
     def _with_help(self, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         """`work` on this core, and the rows of a large kernel on others too."""
-        G, hands = self.shape[0], len(self.kernel.crew.t)
+        G, hands = self.shape[0], len(self.kernel.crew.found)
         if hands <= 1:
             work(0, G, *arguments)
             return
