@@ -71,4 +71,5 @@ clean:
 	  exit 1; }
 	$(PIP) -c $(PINS) setuptools
 	$(PIP) -c $(PINS) --no-build-isolation -e ".[test,demo,dev]"
+	$(BIN)/gpu-ot compile
 	@touch $@

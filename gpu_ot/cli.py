@@ -27,6 +27,7 @@ class _Parser(argparse.ArgumentParser):
 #: Command -> (the function that describes its arguments, what it does in a line). A room registers its own; it is imported when asked for.
 COMMANDS = {
     "demo": ("gpu_ot.cli:_describe_demo", "exchange the colours of two photographs, and compare with POT"),
+    "compile": ("gpu_ot.warm:describe", "compile what runs on a CPU now, rather than at the first call"),
     "tune": ("gpu_ot.cli:_describe_tune", "time the kernels' block shapes on this GPU and keep what is faster"),
     "pair": ("gpu_ot.lerobot.commands:pair", "find which frames of two LeRobot datasets belong together"),
     "pairs": ("gpu_ot.lerobot.commands:pairs", "show what a pair file holds: episode strips with the path between them, and distances"),
