@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -264,7 +265,7 @@ def test_explain_says_how_it_is_shared(points):
     x, y = points[:2]
     text = gpu_ot.explain(Problem(Sharded(SqEuclidean(x, y), layout="ring"), 0.5))
     assert '37 by 29, rows 37, columns 29 on the ranks, layout "ring": shares of points go round' in text
-    assert 'auto takes "dense"' in text
+    assert re.search('auto takes "(compiled|dense)"', text)
 
 
 # The benchmarks.
