@@ -99,12 +99,13 @@ def take_plain(a: Any, b: Any, M: Any, reg: Any, *, transposed: bool = False, gr
         return None
     if M.ndim != 2 or M.dtype not in TYPES or not 0 < M.nbytes <= LARGEST_BYTES:
         return None
-    wa, wb = _weights(a, M.shape[0], M.dtype), _weights(b, M.shape[1], M.dtype)
+    wa, wb = _weights(a, M.shape[0]), _weights(b, M.shape[1])
     if wa is None or wb is None:
         return None
     if transposed:
         M, wa, wb = M.T, wb, wa
-    C = M if M.flags.c_contiguous and M.flags.writeable else np.array(M, order="C")
+    dtype = np.dtype(np.float64) if any(type(w) is np.ndarray and w.dtype == np.float64 for w in (a, b)) else M.dtype  # they promote
+    C = M if M.flags.c_contiguous and M.flags.writeable and M.dtype == dtype else np.array(M, dtype, order="C")
     return Given(C, wa, wb, float(reg), back)
 
 
@@ -181,8 +182,8 @@ def _tuning(gauge: bool) -> Any:
     return tuning(gauge)
 
 
-def _weights(w: Any, size: int, dtype: np.dtype) -> np.ndarray | None:
-    """A copy in float64; uniform for None and an empty list. None for what is not a plain vector of this type."""
+def _weights(w: Any, size: int) -> np.ndarray | None:
+    """A copy in float64; uniform for None and an empty list. None for what is not a plain vector."""
     if type(w) is np.ndarray:
-        return w.astype(np.float64) if w.shape == (size,) and w.dtype == dtype else None
+        return w.astype(np.float64) if w.shape == (size,) and w.dtype in TYPES else None
     return np.full(size, 1 / size) if w is None or (type(w) is list and not w) else None
