@@ -210,7 +210,11 @@ def both(K, w, a, p, c, s, u, t):
     n, m = K.shape
     t[:] = K.dtype.type(0)
     long = 4 * m * K.itemsize > NEAR_BYTES
-    whole = 0 if long else _eights(K, w, a, p, c, s, u, t) if p > 0 else _fours(K, w, a, s, u, t)
+    whole = 0
+    if p > 0 and 12 * m * K.itemsize <= NEAR_BYTES:
+        whole = _eights(K, w, a, p, c, s, u, t)
+    elif not long:
+        whole = _fours(K, w, a, p, c, s, u, t)
     zero = K.dtype.type(0)
     for block in range(whole // 4, n // 4):
         i = 4 * block
@@ -238,8 +242,8 @@ def both(K, w, a, p, c, s, u, t):
 
 
 @compiled
-def _fours(K, w, a, s, u, t):
-    """`both` for a hard marginal and all fours of rows, whose number is returned: the four before are added meanwhile."""
+def _fours(K, w, a, p, c, s, u, t):
+    """`both` for all fours of rows, whose number is returned: the four before are added meanwhile."""
     n, m = K.shape
     zero, whole = K.dtype.type(0), n // 4 * 4
     if not whole:
@@ -255,9 +259,14 @@ def _fours(K, w, a, s, u, t):
             s2 += K[i + 2, j] * w[j]
             s3 += K[i + 3, j] * w[j]
             t[j] += (u0 * K[q, j] + u1 * K[q + 1, j]) + (u2 * K[q + 2, j] + u3 * K[q + 3, j])
-        u0, u1, u2, u3 = a[i] / s0, a[i + 1] / s1, a[i + 2] / s2, a[i + 3] / s3
         s[i], s[i + 1], s[i + 2], s[i + 3] = s0, s1, s2, s3
-        u[i], u[i + 1], u[i + 2], u[i + 3] = u0, u1, u2, u3
+        if p == 0:
+            u0, u1, u2, u3 = a[i] / s0, a[i + 1] / s1, a[i + 2] / s2, a[i + 3] / s3
+            u[i], u[i + 1], u[i + 2], u[i + 3] = u0, u1, u2, u3
+        else:
+            for r in range(i, i + 4):
+                u[r] = a[r] * exp64(c[r] - p * log64(s[r]))
+            u0, u1, u2, u3 = u[i], u[i + 1], u[i + 2], u[i + 3]
     i = whole - 4
     for j in range(m):
         t[j] += (u0 * K[i, j] + u1 * K[i + 1, j]) + (u2 * K[i + 2, j] + u3 * K[i + 3, j])
