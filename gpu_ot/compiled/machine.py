@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import numba  # pyright: ignore[reportMissingImports]
 from numba.core import config  # pyright: ignore[reportMissingImports]
 
+#: Machine code of files that have changed since is removed after so many days.
+KEPT_DAYS = 7
 #: Sums may be taken in any order, as every vector unit and every BLAS does. NaN and inf keep their meaning.
 ANY_ORDER = {"reassoc", "contract", "nsz"}
 
@@ -65,8 +68,10 @@ def _place() -> Path | None:
             (parent / name).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=parent / name):
                 pass
+            (parent / name).touch()
             for old in parent.iterdir():
-                if old.is_dir() and old.name != name and len(old.name) == 16:
+                # Not that of another process, which may be running still.
+                if len(old.name) == len(name) and old.is_dir() and old.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
                     shutil.rmtree(old, ignore_errors=True)
             return parent / name
     return None
