@@ -21,6 +21,8 @@ def refused() -> str | None:
         return "numba is not installed (pip install numba)"
     try:
         from . import batch as _  # noqa: F401
+        from .machine import say_if_cold
     except ImportError as missing:
         return f"its functions cannot be compiled: {missing}"
+    say_if_cold()
     return None

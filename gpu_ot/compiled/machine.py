@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -78,3 +79,10 @@ def _place() -> Path | None:
 
 
 PLACE = _place()
+
+
+def say_if_cold() -> None:
+    """A line for whoever watches, where nothing has been compiled on this machine yet."""
+    watched = sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    if watched and (PLACE is None or not any(PLACE.iterdir())):
+        print("gpu_ot compiles for this CPU, once: about half a minute for each kind of problem.", file=sys.stderr, flush=True)
