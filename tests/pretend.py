@@ -1,6 +1,6 @@
 """A CUDA device that is not there: tensors on a CPU that say they are on cuda:0 or cuda:1, and refuse what CUDA refuses.
 
-`pretend.device()` is a context in which torch has such devices. Inside of it
+`pretend.device()` is a context in which torch has such devices, and one of Apple's, mps:0, which has no float64. Inside of it
 
     operations on tensors of two devices raise, as CUDA's do
     a kernel of Triton that is launched while another device is current than its tensors' raises
@@ -63,21 +63,23 @@ class Seen:
 seen = Seen()
 
 
-class Cuda(torch.Tensor):
+class Pretended(torch.Tensor):
     """A tensor on a device of the pretence; `inner` holds its numbers."""
 
     @staticmethod
-    def __new__(cls, inner, index):
+    def __new__(cls, inner, where):
         return torch.Tensor._make_wrapper_subclass(
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, layout=inner.layout
         )
 
-    def __init__(self, inner, index):
-        assert not isinstance(inner, Cuda)
-        self.inner, self.index_of_device = inner.detach(), index
+    def __init__(self, inner, where):
+        assert not isinstance(inner, Pretended)
+        if where.type == "mps" and inner.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+        self.inner, self.where = inner.detach(), where
 
-    device = property(lambda self: torch.device("cuda", self.index_of_device))
-    is_cuda = property(lambda self: True)
+    device = property(lambda self: self.where)
+    is_cuda = property(lambda self: self.where.type == "cuda")
     is_cpu = property(lambda self: False)
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -86,14 +88,14 @@ class Cuda(torch.Tensor):
         return dispatch(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents=None):
-        return f"Cuda({self.inner!r}, {self.index_of_device})"
+        return f"Pretended({self.inner!r}, {self.where})"
 
     def tolist(self):
         seen.read("tolist")
         return self.inner.tolist()
 
     def numpy(self, *args, **kwargs):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+        raise TypeError("can't convert cuda device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
 
     def data_ptr(self):
         return self.inner.data_ptr()
@@ -102,15 +104,15 @@ class Cuda(torch.Tensor):
         return self.inner.untyped_storage()
 
     def get_device(self):
-        return self.index_of_device
+        return self.where.index
 
 
 def unwrap(z):
-    return z.inner if isinstance(z, Cuda) else z
+    return z.inner if isinstance(z, Pretended) else z
 
 
 def devices_of(values):
-    return {z.index_of_device for z in values if isinstance(z, Cuda)}
+    return {z.where for z in values if isinstance(z, Pretended)}
 
 
 def mixed(func, found):
@@ -122,25 +124,26 @@ def dispatch(func, args, kwargs):
     name, flat = func._schema.name.split("::")[1], tree_leaves((args, kwargs))
     if func.namespace != "aten":  # an operator of our own: what it does, on the device
         return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-    if name == "copy_" and not isinstance(args[0], Cuda):
+    if name == "copy_" and not isinstance(args[0], Pretended):
         return to_host(args[0], args[1], (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)))
-    indices = devices_of(flat)
-    if len(indices) > 1:
-        raise mixed(func, " and ".join(f"cuda:{index}" for index in sorted(indices)))
-    (index,) = indices
-    strangers = [z for z in flat if isinstance(z, torch.Tensor) and not isinstance(z, Cuda) and z.ndim]
+    places = devices_of(flat)
+    if len(places) > 1:
+        raise mixed(func, " and ".join(map(str, places)))
+    (where,) = places
+    strangers = [z for z in flat if isinstance(z, torch.Tensor) and not isinstance(z, Pretended) and z.ndim]
     if name == "copy_" and strangers:
         seen.copy("copy_")
     elif strangers:
-        raise mixed(func, f"cuda:{index} and cpu")
-    elif name in READS or (name.startswith("index") and any(isinstance(z, Cuda) and z.dtype == torch.bool for z in flat[1:])):
+        raise mixed(func, f"{where} and cpu")
+    elif name in READS or (name.startswith("index") and any(isinstance(z, Pretended) and z.dtype == torch.bool for z in flat[1:])):
         seen.read(name)
     elif name not in NOTHING and not is_view(func):
-        seen.launch(name, INSIDE.get(name, 1))
+        # Where a number stands in for a tensor, torch fills one with it first.
+        seen.launch(name, INSIDE.get(name, 1) + (name == "where") * sum(isinstance(z, torch.Tensor) and not isinstance(z, Pretended) for z in flat))
     kwargs = {key: torch.device("cpu") if key == "device" and value is not None else value for key, value in kwargs.items()}
     kwargs.pop("pin_memory", None)
     out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
-    out = tree_map(lambda z: Cuda(z, index) if isinstance(z, torch.Tensor) else z, out)
+    out = tree_map(lambda z: Pretended(z, where) if isinstance(z, torch.Tensor) else z, out)
     if any(z.alias_info is not None for z in func._schema.returns):
         return return_and_correct_aliasing(func, args, kwargs, out)
     return out
@@ -230,7 +233,7 @@ def to_host(host, source, non_blocking):
     if not non_blocking:
         seen.read("copy_")
         return host.copy_(source.inner)
-    numbers, stream = source.inner.clone(), place.stream(source.index_of_device)
+    numbers, stream = source.inner.clone(), place.stream(source.where.index)
     host.fill_(1)  # until the copy has arrived: whatever was there, all flags set
     stream.under_way.append(lambda: host.copy_(numbers))
     return host
@@ -262,24 +265,28 @@ def index_of(device):
     return place.device if device.index is None else device.index
 
 
-def is_cuda(device):
-    return device is not None and (isinstance(device, int) or torch.device(device).type == "cuda")
+def there(device):
+    """A device of the pretence, with its index; None for the CPU."""
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type == "cuda":
+        return torch.device("cuda", index_of(device))
+    return torch.device("mps", 0) if device.type == "mps" else None
 
 
 # ------------------------------------------------------------------------------------------------ what torch's own functions become
 
 
 class Moved(torch.autograd.Function):
-    """A copy on another device; index None is the host."""
+    """A copy on another device; None is the host."""
 
     @staticmethod
-    def forward(ctx, z, index):
-        ctx.source = z.index_of_device if isinstance(z, Cuda) else None
-        if index is None:
+    def forward(ctx, z, where):
+        ctx.source = z.where if isinstance(z, Pretended) else None
+        if where is None:
             seen.read("to")
             return unwrap(z).clone()
-        seen.launch("to") if isinstance(z, Cuda) else seen.copy("to")
-        return Cuda(unwrap(z).clone(), index)
+        seen.launch("to") if isinstance(z, Pretended) else seen.copy("to")
+        return Pretended(unwrap(z).clone(), where)
 
     @staticmethod
     def backward(ctx, grad):
@@ -287,46 +294,52 @@ class Moved(torch.autograd.Function):
 
 
 def moved(z, device):
-    if device is None:
-        return z
-    index = index_of(device) if is_cuda(device) else None
-    own = z.index_of_device if isinstance(z, Cuda) else None
-    return z if index == own else Moved.apply(z, index)
+    where = there(device)
+    return z if where == (z.where if isinstance(z, Pretended) else None) else Moved.apply(z, where)
 
 
 def to(original):
     def call(self, *args, **kwargs):
         device, rest = kwargs.pop("device", None), list(args)
+        like = kwargs.pop("other", None)
         if rest and isinstance(rest[0], torch.Tensor):
-            device, rest[0] = rest[0].device, rest[0].dtype
+            like = rest.pop(0)
         elif rest and (isinstance(rest[0], (str, int, torch.device)) or rest[0] is None):
             device = rest.pop(0)
-        if isinstance(kwargs.get("other"), torch.Tensor):
-            other = kwargs.pop("other")
-            device, rest = other.device, [other.dtype, *rest]
-        z = moved(self, device)
-        return original(z, *rest, **kwargs) if rest or kwargs else z
+        if rest and rest[0] is None:  # no type
+            rest = []
+        dtype = kwargs.pop("dtype", None)
+        if like is not None:
+            device, dtype = like.device, like.dtype
+        z = self
+        if dtype is not None and there(self.device) is None:  # on the way to a device that may not have the type it has now
+            z = original(z, dtype)
+        z = z if device is None else moved(z, device)
+        z = z if dtype is None else original(z, dtype)
+        return original(z, *rest, **kwargs) if rest and isinstance(rest[0], torch.dtype) or kwargs.keys() - {"non_blocking"} else z
 
     return call
 
 
 def factory(original, name):
     def call(*args, device=None, pin_memory=False, requires_grad=False, **kwargs):
-        like = next((z for z in args[:1] if isinstance(z, Cuda)), None)
-        if device is None and like is not None and name in ("tensor", "as_tensor"):
-            device = like.device
-        if device is None or (like is not None and is_cuda(device) and index_of(device) == like.index_of_device):
-            out = original(*args, **kwargs) if name != "as_tensor" or like is None else like
-        elif not is_cuda(device):
+        like = next((z for z in args[:1] if isinstance(z, Pretended)), None)
+        if device is None and like is None:
+            out = original(*args, **kwargs)
+        elif device is None and name not in ("tensor", "as_tensor"):
+            out = original(*args, **kwargs)  # as the tensor that it is like
+        elif device is not None and there(device) is None:
             out = original(*tree_map(unwrap, args), device=device, **kwargs)
         else:
-            kwargs.pop("generator", None) if not isinstance(kwargs.get("generator"), torch.Generator) else None
+            where = like.where if device is None else there(device)
+            if name == "as_tensor" and like is not None and where == like.where:
+                return like if kwargs.get("dtype") is None else like.to(kwargs["dtype"])
             made = original(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
             if name in ("tensor", "as_tensor"):
                 seen.copy(name)
             elif "empty" not in name:
                 seen.launch(name)
-            out = Cuda(made.clone() if name == "as_tensor" else made, index_of(device))
+            out = Pretended(made.clone() if name == "as_tensor" else made, where)
         return out.requires_grad_() if requires_grad else out
 
     return call
@@ -338,11 +351,11 @@ def launcher(run):
     def call(self, *args, **options):
         given = [*args, *options.values()]
         tensors = [z for z in given if isinstance(z, torch.Tensor)]
-        if indices := devices_of(tensors):
-            if any(not isinstance(z, Cuda) for z in tensors):
+        if places := devices_of(tensors):
+            if any(not isinstance(z, Pretended) for z in tensors):
                 raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
-            if indices != {place.device}:
-                raise RuntimeError(f"{self.fn.__name__} is launched on cuda:{place.device}, its tensors are on {indices}")
+            if places != {torch.device("cuda", place.device)}:
+                raise RuntimeError(f"{self.fn.__name__} is launched on cuda:{place.device}, its tensors are on {places}")
         seen.launch(self.fn.__name__)
         args, options = tree_map(unwrap, args), tree_map(unwrap, options)
         before, seen.quiet = seen.quiet, True
@@ -404,4 +417,5 @@ def device(count=2, **properties):
                     restore.callback(delattr, owner, name)
                 setattr(owner, name, value)
         restore.callback(setattr, place, "device", 0)
+        seen.__init__()
         yield seen
