@@ -417,5 +417,8 @@ def device(count=2, **properties):
                     restore.callback(delattr, owner, name)
                 setattr(owner, name, value)
         restore.callback(setattr, place, "device", 0)
+        # A module that is moved gets new parameters: the old ones cannot become tensors of another class.
+        restore.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
         seen.__init__()
         yield seen

@@ -204,7 +204,8 @@ def declared(done, backend, grad):
     """How often the host waits: for `Problem`; for two linear systems behind a backward; and where sums tell afterwards whether they were
     exact, for strides of iterations, the first ones short, of which none is longer than a block, and for the value and its gradient."""
     strides = 10 + len(done.errors) if backend in ("dense", "chunked") else 0
-    return 1 + strides + (6 if grad == "implicit" else 0) + (4 if backend == "dense" else 0)
+    unrolled = 8 * done.n_iter if backend == "dense" and grad == "unroll" else 0  # each softmin, forward and backward, is asked for itself
+    return 1 + strides + unrolled + (6 if grad == "implicit" else 0) + (4 if backend == "dense" else 0)
 
 
 def test_two_devices_in_turns(seen):
@@ -213,10 +214,10 @@ def test_two_devices_in_turns(seen):
     for backend in ("triton", "dense", "resident"):
         for device in ("cuda:1", "cuda:0", "cuda:1"):
             x, y, a, b = points((), device)
-            done = gpu_ot.solve(Problem(SqEuclidean(x, y), 0.05, a, b), backend=backend, tol=1e-5)
+            done = gpu_ot.solve(Problem(SqEuclidean(x, y), 0.3, a, b), backend=backend, tol=1e-4)
             assert done.f.device == x.device and done.status.name == "converged"
             found.append(done.value.item())
-    assert max(found) - min(found) < 1e-5
+    assert max(found) - min(found) < 1e-4
 
 
 def test_annealing_and_many_checks(seen, on_the_cpu):
@@ -227,8 +228,8 @@ def test_annealing_and_many_checks(seen, on_the_cpu):
     x, y = x.to("cuda:1"), y.to("cuda:1")
     before = seen.reads
     done = gpu_ot.solve(Problem(SqEuclidean(x, y), 0.01), backend="triton", tol=1e-4)
+    assert done.status.name == "converged" and seen.reads - before == 2, seen.names
     near([done.value], [truth.value])
-    assert done.status.name == "converged" and seen.reads - before <= 2, seen.names
 
 
 # ------------------------------------------------------------------------------------------------ every door
@@ -273,7 +274,8 @@ def alignment(z, **changes):
     feature = dict(src_key="state", use_learned_embed=True, weight_embed=0.5, weight_label=0.2)
     cfg = OTLossConfig.from_dict(dict(features=[feature], reg=0.2, tau_src=0.5, tau_tgt=0.5) | changes)
     loss, metrics = compute_ot_loss_for_policy(policy, {"state": z.x}, {"state": z.y[:12]}, cfg)
-    return [loss, *torch.autograd.grad(loss, list(policy.parameters())), *metrics.values()]
+    found = [number for name, number in metrics.items() if name not in ("ot_iters", "ot_marginal_error")]
+    return [loss, *torch.autograd.grad(loss, list(policy.parameters())), *found]
 
 
 ot = gpu_ot.pot
@@ -296,7 +298,7 @@ DOORS = {
     "solve_sample_batch": lambda z: (lambda s: [s.plan, s.value])(gpu_ot.solve_sample_batch(z.xs, z.ys, reg=0.05)),
     "empirical": lambda z: [gpu_ot.empirical_sinkhorn(z.x, z.y, 0.05), gpu_ot.empirical_sinkhorn2(z.x, z.y, 0.05)],
     "lazily": lambda z: [gpu_ot.empirical_sinkhorn2(z.x, z.y, 0.05, isLazy=True)],
-    "empirical divergence": lambda z: [gpu_ot.empirical_sinkhorn_divergence(z.x, z.y, 0.05)],
+    "empirical divergence": lambda z: [gpu_ot.empirical_sinkhorn_divergence(z.x, z.y, 0.2, numIterMax=30)],
     "SamplesLoss": lambda z: gradient(lambda x, a: gpu_ot.SamplesLoss(blur=0.2)(a, x, z.b, z.y), z.x, z.a),
     "SamplesLoss of a batch": lambda z: gradient(lambda x: gpu_ot.SamplesLoss(blur=0.2, reach=1.0)(x, z.ys), z.xs),
     "SamplesLoss, p = 1": lambda z: gradient(lambda x: gpu_ot.SamplesLoss(p=1, blur=0.1)(x, z.y), z.x),
