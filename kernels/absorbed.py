@@ -61,7 +61,7 @@ def iterate(
     grid = (triton.cdiv(m, BLOCK), batch)
     eps, safe = float(eps), float(safe)
     with on_device_of(K):
-        weigh_kernel[grid](g, columns.weights, columns.offset, w, m, columns.stride, eps, BLOCK=BLOCK)
+        weigh_kernel[grid](g, columns.weights, columns.offset, w, m, columns.stride, eps, BLOCK=BLOCK, **FUSED)
         for i in range(k):
             if i:
                 before = torch.empty_like(w)

@@ -57,7 +57,7 @@ _HOPPER = {
 }
 # mma.sync keeps the row tile in registers, so tiles are smaller.
 _AMPERE = {
-    ("softmin", "pair"): (_A, _B, _B, _E1, _F1, _WIDE),
+    ("softmin", "pair"): (_A, _B, _B, _E1, _F1, _E),
     ("softmin", "half"): (_A, _A, _A1, _E1, _E1, _WIDE),
     ("softmin", "tf32"): (_A, _B1, _E, _E1, _E1, _WIDE),
     ("apply", "pair"): (_B, _E, _E, _F1, Tile(64, 16, 4, 1, 64), Tile(64, 32, 4, 1, 64)),

@@ -43,6 +43,7 @@ class Seen:
 
     def __init__(self):
         self.launches, self.reads, self.copies, self.names, self.quiet = 0, 0, 0, Counter(), False
+        self.compiled = set()  # (kernel, what Triton would compile it for)
 
     def launch(self, name, kernels=1):
         if not self.quiet:
@@ -357,6 +358,7 @@ def launcher(run):
             if places != {torch.device("cuda", place.device)}:
                 raise RuntimeError(f"{self.fn.__name__} is launched on cuda:{place.device}, its tensors are on {places}")
         seen.launch(self.fn.__name__)
+        seen.compiled.add((self.fn.__name__, variant(self, args, options)))
         args, options = tree_map(unwrap, args), tree_map(unwrap, options)
         before, seen.quiet = seen.quiet, True
         try:
@@ -365,6 +367,22 @@ def launcher(run):
             seen.quiet = before
 
     return call
+
+
+def variant(kernel, args, options):
+    """What a compiled kernel is kept under: types, addresses and integers that are multiples of 16, integers that are 1, and constants."""
+    assert options.get("enable_fp_fusion") is True, "floating-point fusion is left to Triton, whose default changes with its version"
+    plain = kernel.kwargs.get("do_not_specialize") or ()
+
+    def key(name, z):
+        if isinstance(z, torch.Tensor):
+            return str(z.dtype), z.data_ptr() % 16 == 0
+        if type(z) is not int or name in plain:
+            return type(z).__name__
+        return "1" if z == 1 else z % 16 == 0
+
+    constants = {name: z for name, z in options.items() if name not in ("grid", "warmup")}
+    return tuple(map(key, kernel.arg_names, args)), tuple(sorted(constants.items()))
 
 
 #: An H100, as far as anybody asks.

@@ -232,6 +232,75 @@ def test_annealing_and_many_checks(seen, on_the_cpu):
     near([done.value], [truth.value])
 
 
+# ------------------------------------------------------------------------------------------------ other chips
+
+
+CHIPS = {
+    "A100": ((8, 0), 163, "sm_80"),
+    "RTX 3090": ((8, 6), 99, "sm_86"),
+    "RTX 4090": ((8, 9), 99, "sm_86"),
+    "Orin": ((8, 7), 163, "sm_80"),
+    "H100": ((9, 0), 227, "sm_90"),
+    "B200": ((10, 0), 227, "sm_100"),
+    "B300": ((10, 3), 227, "sm_100"),
+    "RTX 5090": ((12, 0), 99, "sm_120"),
+    "nobody's": ((11, 0), 99, "sm_86"),
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_rows_fit_the_chip(chip):
+    (major, minor), kib, row = CHIPS[chip]
+    tuning._architecture.cache_clear()
+    with pretend.device(major=major, minor=minor, shared_memory_per_block_optin=kib << 10):
+        found = tuning.architecture(torch.empty(0, device="cuda"))
+    tuning._architecture.cache_clear()
+    assert found == row and tuning.SHARED[found] <= kib << 10
+
+
+def test_splits_fill_waves(monkeypatch):
+    """On 132 multiprocessors: how much of the last wave is used, and never less than without splits."""
+    monkeypatch.setattr(tuning, "processors", lambda device: 132)
+    x, tile = torch.empty(0), tuning.Tile(64, 128, 4, 2)
+    assert tuning.split(10_000, 10_000, 1, tile, x)[0] == 5
+    for n, m, batch in ((10_000, 10_000, 1), (20_000, 20_000, 1), (100, 1_000_000, 1), (1000, 1000, 1), (3000, 5000, 7), (1, 1, 1)):
+        splits, per_split = tuning.split(n, m, batch, tile, x)
+        assert (splits - 1) * per_split < m <= splits * per_split and per_split % tile.block_m == 0
+        programs, slots = batch * -(-n // 64), 264
+
+        def used(splits, programs=programs):
+            return programs * splits / (slots * -(-programs * splits // slots))
+
+        assert used(splits) >= used(1) and splits <= tuning.MOST_SPLITS
+
+
+@pytest.mark.parametrize("backend", ["triton", "dense", "resident"])
+def test_sizes_are_no_reason_to_compile_anew(seen, backend):
+    """96 points or 97, and a batch of one or of three: multiples of 16 and ones are nothing special to a kernel."""
+
+    def solve(n, batch):
+        x, y = (rand(*batch, k, 3, seed=k, dtype=torch.float32).to("cuda") for k in (n, n + 1))
+        a, b = ((rand(*batch, k, seed=k) + 0.1).to("cuda") for k in (n, n + 1))
+        a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+        x.requires_grad_()
+        found = gpu_ot.solve(Problem(SqEuclidean(x, y), 0.5, a, b, KL(1.0)), backend=backend, tol=0.0, max_iter=3, check_every=2)
+        torch.autograd.grad(found.value.sum(), x)
+
+    for batch in ((), (3,)):
+        solve(97, batch)
+        known = set(seen.compiled)
+        solve(95, batch)  # y has 96
+        solve(96, batch)
+        new = {name for name, _ in seen.compiled - known}
+        assert new <= ({"both_kernel"} if backend == "dense" else set()), seen.compiled - known  # whose rows are read 16 bytes at a time
+
+
+def test_offsets_of_the_resident_kernel_fit():
+    from gpu_ot.kernels.resident import LARGEST, fits
+
+    assert fits(2**20, LARGEST) and fits(2**21 - 200, 1000) and not fits(2**21, 513) and fits(2**21, 512) and not fits(5, LARGEST + 1)
+
+
 # ------------------------------------------------------------------------------------------------ every door
 
 
