@@ -20,27 +20,30 @@ import subprocess
 import sys
 import tempfile
 
-# The default flips in Triton 3.10 and changes both numerics and counts.
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 os.environ.pop("TRITON_INTERPRET", None)  # nothing compiles in the interpreter
 
 import triton
 from gpu_ot.kernels import absorbed, apply, check, dual, resident, scaling, softmin, step, tiles, tuning
 from gpu_ot.kernels import streamed as streamed_kernels
+from gpu_ot.kernels.launches import FUSED
 from gpu_ot.kernels.scaling import both_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+#: sm_86 stands for the RTX 30 and 40, sm_120 for the RTX 50.
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes one block may use
-SHARED_SM = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
-RESERVED = {"sm_80": 1024, "sm_90": 1024, "sm_100": 1024, "gfx942": 0}  # bytes a block takes for itself
-HALF_FLOPS = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192}  # per clock and multiprocessor; tf32 runs at half of it
+SHARED = tuning.SHARED  # bytes one block may use
+RESERVED = dict.fromkeys(TARGETS, 1024) | {"gfx942": 0}  # bytes a block takes for itself
+SHARED_SM = {arch: bytes + RESERVED[arch] for arch, bytes in SHARED.items()}
+#: Of half-precision products summed in fp32, per clock and multiprocessor; tf32 runs at half of it.
+HALF_FLOPS = {"sm_80": 2048, "sm_86": 512, "sm_90": 4096, "sm_100": 8192, "sm_120": 512}
 STORED = {"pair": "*fp16", "half": "*fp16", "tf32": "*fp32"}
 
 # Issued instructions per pair of the sm_90 loop, at most. "half" up to 64 features is what fp32 packs up to ten coordinates into.
@@ -72,7 +75,8 @@ def build(kernel, types: dict, constants: dict, target: GPUTarget, warps: int, s
         signature[name] = types.get(name, "*fp32")
         if signature[name].startswith("*") or name in ("u_rows", "v_rows", "w_rows", "per_split"):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    options = dict(num_warps=warps, num_stages=stages, **more)
+    assert all(signature[name] in ("i32", "constexpr") for name in kernel.do_not_specialize if name in signature), "a pointer loses its alignment"
+    options = dict(num_warps=warps, num_stages=stages, **FUSED, **more)
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 
@@ -267,7 +271,7 @@ def vector_kernels() -> list[tuple[str, object, dict, dict, int]]:
     centred = of("*fp64", "g logs beta centre last last_logs last_offset last_centre") | of("fp64", "eps damping limit")
     centred |= of("*i32", "columns_used last_used") | of("i32", "last_stride")
     rows.append(("centre", streamed_kernels.centre_kernel, centred, dict(BLOCK=2048), 16))
-    joined = of("*fp64", "parts out centre offset potential logs next_centre") | of("fp64", "eps_64 damping limit") | of("i32", "splits")
+    joined = of("*fp64", "pieces out centre offset potential logs next_centre") | of("fp64", "eps_64 damping limit") | of("i32", "splits")
     rows.append(("join", softmin.join_kernel, joined | dict(eps="fp32"), dict(UPDATE=2, SPLITS=64, BLOCK=128), 4))
     wide = of("*fp64", "k h alpha beta factor") | of("*i32", "rows_used columns_used") | dict(eps="fp64")
     rows.append(("exponents", apply.exponents_kernel, wide, dict(BLOCK=1024), 8))

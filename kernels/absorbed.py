@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import COUNTS, FUSED, on_device_of
 from .scaling import parts_of_both, powered
-from .softmin import on_device_of
 
 BLOCK = 512
 
@@ -61,24 +61,24 @@ def iterate(
     grid = (triton.cdiv(m, BLOCK), batch)
     eps, safe = float(eps), float(safe)
     with on_device_of(K):
-        weigh_kernel[grid](g, columns.weights, columns.offset, w, m, columns.stride, eps, BLOCK=BLOCK)
+        weigh_kernel[grid](g, columns.weights, columns.offset, w, m, columns.stride, eps, BLOCK=BLOCK, **FUSED)
         for i in range(k):
             if i:
                 before = torch.empty_like(w)
                 again_kernel[grid](
                     sums, columns.weights, p_b, c_b, before, w, m, sums.shape[1], columns.stride,
-                    POWER=columns.power is not None, BLOCK=BLOCK,
+                    POWER=columns.power is not None, BLOCK=BLOCK, **FUSED,
                 )  # fmt: skip
             s, sums = parts_of_both(K, w, rows.weights, rows.stride, rows.power)
         potentials_kernel[(blocks, batch)](
             s, sums, before, w, rows.weights, p_a, c_a, rows.offset, columns.offset, f, g_out, g_next, sizes,
             n, m, sums.shape[1], rows.stride, eps, float(rows.damping), float(columns.damping),
-            POWER=rows.power is not None, LONG=k > 1, BLOCK=BLOCK,
+            POWER=rows.power is not None, LONG=k > 1, BLOCK=BLOCK, **FUSED,
         )  # fmt: skip
         settle_kernel[(blocks, batch) if hold else (1,)](
             sizes, f, rows.offset, g_out, g_next, exact, exact if inexact is None else inexact, batch, blocks, n, m, safe,
             HOLD=hold, INEXACT=inexact is not None, PROBLEMS=min(64, triton.next_power_of_2(batch)),
-            BLOCKS=triton.next_power_of_2(blocks), BLOCK=BLOCK,
+            BLOCKS=triton.next_power_of_2(blocks), BLOCK=BLOCK, **FUSED,
         )  # fmt: skip
     return f, g_out, g_next, exact
 
@@ -94,13 +94,13 @@ def softmin(K: Tensor, b: Tensor, f0: Tensor, g0: Tensor, g: Tensor, eps: float,
     exact = torch.empty(batch, dtype=torch.bool, device=K.device)
     info = torch.finfo(K.dtype)
     with on_device_of(K):
-        weigh_kernel[(triton.cdiv(m, BLOCK), batch)](g, b, g0, w, m, m if b.dim() > 1 else 0, float(eps), BLOCK=BLOCK)
+        weigh_kernel[(triton.cdiv(m, BLOCK), batch)](g, b, g0, w, m, m if b.dim() > 1 else 0, float(eps), BLOCK=BLOCK, **FUSED)
         sums = K[0] @ w[0] if batch == 1 else torch.bmm(K, w.unsqueeze(-1))
-        softmin_kernel[(batch,)](sums, w, f0, s, exact, n, m, float(eps), float(safe), info.tiny / info.eps, BLOCK=BLOCK, num_warps=4)
+        softmin_kernel[(batch,)](sums, w, f0, s, exact, n, m, float(eps), float(safe), info.tiny / info.eps, BLOCK=BLOCK, num_warps=4, **FUSED)
     return s, exact
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def softmin_kernel(
     sums, w, f0, s, exact, n, m, eps: tl.float64, safe: tl.float64, floor: tl.float64, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +122,7 @@ def softmin_kernel(
     tl.store(exact + problem, wrong == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def weigh_kernel(g, b, g0, w, m, b_stride, eps: tl.float64, BLOCK: tl.constexpr):
     """w = b exp((g - g0) / eps), in the type of the kernel. The potential of an empty atom may be anything."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -133,7 +133,7 @@ def weigh_kernel(g, b, g0, w, m, b_stride, eps: tl.float64, BLOCK: tl.constexpr)
     tl.store(w + problem * m + cols, tl.where(there, weight * tl.exp(moved / eps), 0.0).to(w.dtype.element_ty), mask=cols < m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def again_kernel(
     sums, b, p, c, t, w, m, parts, b_stride, POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +158,7 @@ def joined(sums, cols, m, parts, BLOCK: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def potentials_kernel(
     s, sums, before, w, a, p, c, f0, g0, f, g, g_next, sizes, n, m, parts, a_stride, eps: tl.float64, damping_a: tl.float64,
     damping_b: tl.float64, POWER: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr,
@@ -201,7 +201,7 @@ def potentials_kernel(
     tl.store(sizes + 4, broken.to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def settle_kernel(
     sizes, f, f0, g, g_next, exact, inexact, batch, blocks, n, m, safe: tl.float64,
     HOLD: tl.constexpr, INEXACT: tl.constexpr, PROBLEMS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,

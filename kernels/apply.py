@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import COUNTS, FUSED, on_device_of
 from . import tuning
-from .softmin import on_device_of
 from .tiles import RESIDENT, Cloud, cloud, products, row_tile
 from .tuning import Tile
 
@@ -41,7 +41,7 @@ def apply(
     widest = max(u.width, min(width, RESIDENT))  # more columns than that only mean more programs
     tile = tile or tuning.tile("vector" if flat else "apply", u.data, u.parts, widest, n)
     chunk = width if same else gcd(width, tile.block_c)
-    splits, per_split = tuning.split(n, m, batch, tile, u.data)
+    splits, per_split = tuning.split(n, m, batch * triton.cdiv(width, chunk), tile, u.data)
     ragged = rows_used is not None and columns_used is not None
     assert ragged or (rows_used is None and columns_used is None)
     parts = torch.empty(batch, splits, n, c, dtype=torch.float32, device=h.device)
@@ -52,7 +52,7 @@ def apply(
             n, m, c, u.data.shape[1], v.data.shape[1], m if flat else w.data.shape[1], splits, per_split, eps,
             D=u.width, PARTS=u.parts, Q=u.packed, SPARE=u.spare, WIDTH=width, C=chunk,
             W_PARTS=0 if flat else w.parts, SAME=same, RAGGED=ragged,
-            BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, STAGES=tile.stages, num_warps=tile.warps,
+            BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, STAGES=tile.stages, num_warps=tile.warps, **FUSED,
         )  # fmt: skip
     # Every part already carries its own exp(k), so a sum joins them.
     out = parts.sum(1) if splits > 1 else parts[:, 0]
@@ -75,12 +75,12 @@ def exponents(k: Tensor, h: Tensor, alpha: Tensor, beta: Tensor, eps: float) -> 
     with on_device_of(k):
         exponents_kernel[(batch,)](
             k, h, alpha, beta, near_k, near_h, factor, rows_used, columns_used, n, m, float(eps),
-            BLOCK=block, num_warps=max(1, block // 128),
+            BLOCK=block, num_warps=max(1, block // 128), **FUSED,
         )  # fmt: skip
     return near_k, near_h, factor, rows_used, columns_used
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def exponents_kernel(
     k, h, alpha, beta, near_k, near_h, factor, rows_used, columns_used, n, m, eps: tl.float64, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def exponents_kernel(
 LIFT = tl.constexpr(15.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*COUNTS, "c"))
 def apply_kernel(
     u, v, w, unit_u, unit_v, unit_w, k, h, rows_used, columns_used, out, n, m, c, u_rows, v_rows, w_rows, splits, per_split, eps,
     D: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, SPARE: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .softmin import on_device_of
+from .launches import COUNTS, FUSED, on_device_of
 from .step import expm1
 
 NORMS = ("l1", "l1_absolute", "l2", "l2_joint")
@@ -41,18 +41,18 @@ def check(
     stride = m if b.ndim > 1 else 0
     with on_device_of(g):
         if joint:
-            size_kernel[(batch,)](b, g, g_next, sizes, m, stride, *numbers[:1], *numbers[2:], SQUARE=True, BLOCK=block, num_warps=8)
+            size_kernel[(batch,)](b, g, g_next, sizes, m, stride, *numbers[:1], *numbers[2:], SQUARE=True, BLOCK=block, num_warps=8, **FUSED)
         check_kernel[(batch,)](
             b, f, g, g_next, old_f, old_g, old_error, old_done, done if inexact is None else inexact, new_f, new_g, error, done, sizes,
             flags, batch, n, m, stride, *numbers, NORM=NORMS.index(norm), LAST=last is not None, TOGETHER=together,
-            INEXACT=inexact is not None, ALONE=batch == 1, BLOCK=block, num_warps=8,
+            INEXACT=inexact is not None, ALONE=batch == 1, BLOCK=block, num_warps=8, **FUSED,
         )  # fmt: skip
         if batch > 1:
-            flags_kernel[(1,)](sizes[batch:], flags, batch, BLOCK=min(1024, triton.next_power_of_2(batch)))
+            flags_kernel[(1,)](sizes, flags, batch, BLOCK=min(1024, triton.next_power_of_2(batch)), **FUSED)
     return new_f, new_g, error, done, flags
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def size_kernel(
     b, g, g_next, sizes, m, b_stride, slope: tl.float64, sums: tl.float64, differences: tl.float64,
     SQUARE: tl.constexpr, BLOCK: tl.constexpr,
@@ -64,7 +64,7 @@ def size_kernel(
     tl.store(sizes + problem * 3 + 2, unit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def check_kernel(
     b, f, g, g_next, old_f, old_g, old_error, old_done, inexact, new_f, new_g, error, done, sizes, flags, batch, n, m, b_stride,
     slope: tl.float64, tol: tl.float64, sums: tl.float64, differences: tl.float64,
@@ -159,9 +159,10 @@ def measure(b, g, g_next, m, slope, sums, differences, SQUARE: tl.constexpr, BLO
     return off, (part * part if SQUARE else part) * unit, unit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def flags_kernel(sizes, flags, batch, BLOCK: tl.constexpr):
     """All done, all settled, the largest error in floors (NaN if one is), 0."""
+    sizes += batch * 3  # not a view: its address would be a multiple of 16 for every other batch only
     waiting = tl.full([], 0, tl.int32)
     moving = waiting
     broken = waiting

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .softmin import on_device_of
+from .launches import COUNTS, FUSED, on_device_of
 from .step import expm1
 
 #: How dearly a marginal is held.
@@ -27,7 +27,7 @@ def dual(a: Tensor, b: Tensor, f: Tensor, g: Tensor, s: Tensor, eps: float, rows
     with on_device_of(g):
         dual_kernel[(batch,)](
             a, b, f, g, s, D, n, m, *_strides(a, b), float(eps), float(rows[1]), float(columns[1]),
-            ROWS=rows[0], COLUMNS=columns[0], BLOCK=block, num_warps=block // 64,
+            ROWS=rows[0], COLUMNS=columns[0], BLOCK=block, num_warps=block // 64, **FUSED,
         )  # fmt: skip
     return D
 
@@ -47,7 +47,7 @@ def pull(
     with on_device_of(g):
         pull_kernel[(batch,)](
             a, b, f, g, s, grad, k, h, w, grad_a, grad_b, n, m, *_strides(a, b), float(eps), float(rows[1]), float(columns[1]),
-            ROWS=rows[0], COLUMNS=columns[0], BLOCK=block, num_warps=block // 64,
+            ROWS=rows[0], COLUMNS=columns[0], BLOCK=block, num_warps=block // 64, **FUSED,
         )  # fmt: skip
     return k, h, w, grad_a, grad_b
 
@@ -70,7 +70,7 @@ def reward(f, tau, KIND: tl.constexpr):
     return f
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def dual_kernel(
     a, b, f, g, s, D, n, m, a_stride, b_stride, eps: tl.float64, tau_a: tl.float64, tau_b: tl.float64,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -101,7 +101,7 @@ def dual_kernel(
     tl.store(D + problem, value - eps * (sent - mass_a * mass_b))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pull_kernel(
     a, b, f, g, s, grad, k, h, w, grad_a, grad_b, n, m, a_stride, b_stride, eps: tl.float64, tau_a: tl.float64, tau_b: tl.float64,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,

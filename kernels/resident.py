@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .softmin import on_device_of
+from .launches import COUNTS, FUSED, on_device_of
 from .step import Memory, log_mass, mix
 
 #: Left to itself, ptxas would rather spill a few numbers of the step than give up a second block on a multiprocessor.
@@ -33,8 +33,8 @@ def run(
     """
     C, g_next = C.float().contiguous(), g_next.contiguous()
     (batch, m), n = g_next.shape, a.shape[-1]
-    if m > LARGEST or n * m >= 2**31:
-        raise ValueError(f"C is {n} by {m} where at most {LARGEST} columns and 2^31 entries are served; use the streamed kernels.")
+    if not fits(n, m):
+        raise ValueError(f"C is {n} by {m} where at most {LARGEST} columns and 2^31 padded entries are served; use the streamed kernels.")
     plain = k if plain is None else plain
     mixing = plain < k
     assert memory is not None or not mixing
@@ -55,11 +55,16 @@ def run(
             int(memory is not None and memory.known), eps, loss_a, loss_b, float(eps), float(tau_a), float(tau_b),
             LOSS=loss_a > 0, MIXING=mixing, GAUGE=gauge, SHIFT=shifted, DONE=done is not None and plain == 0,
             MEMORY=size, SLOTS=triton.next_power_of_2(size), STEP=min(block_m, 32 * warps),
-            BLOCK_N=block_n, BLOCK_M=block_m, num_warps=warps, **({} if torch.version.hip or not mixing else REGISTERS),
+            BLOCK_N=block_n, BLOCK_M=block_m, num_warps=warps, **({} if torch.version.hip or not mixing else REGISTERS), **FUSED,
         )  # fmt: skip
     if memory is not None and mixing:
         memory.known = True
     return f_out, g_out, fresh
+
+
+def fits(n: int, m: int) -> bool:
+    """Whether one program serves such a problem: offsets in its padded array have 32 bits."""
+    return m <= LARGEST and (n + 128) * max(16, triton.next_power_of_2(m)) < 2**31
 
 
 def shape(n: int, m: int, mixing: bool = False) -> tuple[int, int, int]:
@@ -78,7 +83,7 @@ def shape(n: int, m: int, mixing: bool = False) -> tuple[int, int, int]:
     return block_n, block_m, entries // (256 if entries > 1024 else 128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def run_kernel(
     C, a, b, f_before, g_before, start, done, K, lines, f, g, fresh_g, changes, moves, last, trial, numbers, proposed,
     C_stride, a_stride, b_stride, n, m, iterations, plain, known, eps, loss_a, loss_b,

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import COUNTS, FUSED, on_device_of
 from . import tuning
-from .softmin import on_device_of
 
 ROW_BYTES = 2**16  # whole rows lie in the registers of one program: 16384 columns in fp32, 8192 in fp64
 
@@ -38,7 +38,7 @@ def parts_of_both(K: Tensor, w: Tensor, a: Tensor, a_stride: int, power: tuple[T
     with on_device_of(K):
         both_kernel[(batch * parts,)](
             K, w, a, p, c, s, t, n, m, parts, per_part, a_stride,
-            POWER=power is not None, AHEAD=ahead, BLOCK_N=block_n, BLOCK_M=block_m, num_warps=warps,
+            POWER=power is not None, AHEAD=ahead, BLOCK_N=block_n, BLOCK_M=block_m, num_warps=warps, **FUSED,
         )  # fmt: skip
     return s, t
 
@@ -70,7 +70,7 @@ def split(n: int, batch: int, block_n: int, device: torch.device) -> tuple[int, 
     return triton.cdiv(n, per_part), per_part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=tuple(name for name in COUNTS if name != "m"))
 def both_kernel(
     K, w, a, p, c, s, t, n, m, parts, per_part, a_stride,
     POWER: tl.constexpr, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,

@@ -1,6 +1,5 @@
 """s_i = -eps log sum_j exp((h_j + <u_i, v_j>) / eps), streamed over j: nothing n by m is ever stored."""
 
-import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import COUNTS, FUSED, on_device_of
 from . import tuning
 from .tiles import Cloud, cloud, products, row_tile
 from .tuning import Tile
@@ -61,20 +61,15 @@ def sweep_into(
             n, m, u.data.shape[1], v.data.shape[1], splits, per_split, eps, *ends,
             D=u.width, PARTS=u.parts, Q=u.packed, SPARE=u.spare, SHIFTED=shift is not None, RAGGED=columns_used is not None,
             CENTRED=update is not None, UPDATE=0 if apart else kind,
-            BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, STAGES=tile.stages, num_warps=tile.warps,
+            BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, STAGES=tile.stages, num_warps=tile.warps, **FUSED,
         )  # fmt: skip
         if apart:
             join_kernel[(triton.cdiv(n, 128), batch)](
-                parts, out, n, splits, eps, *ends, UPDATE=kind, SPLITS=triton.next_power_of_2(splits), BLOCK=128
+                parts, out, n, splits, eps, *ends, UPDATE=kind, SPLITS=triton.next_power_of_2(splits), BLOCK=128, **FUSED
             )
 
 
-def on_device_of(x: Tensor):
-    """Triton launches on the current device, which need not be the one that holds the data."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def softmin_kernel(
     u, v, unit_u, unit_v, h, shift, columns_used, out, n, m, u_rows, v_rows, splits, per_split, eps,
     centre, offset, potential, logs, next_centre, next_h, logs_stride, eps_64: tl.float64, damping: tl.float64, limit: tl.float64,
@@ -197,9 +192,9 @@ def sweep(
     return top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def join_kernel(
-    parts, out, n, splits, eps, centre, offset, potential, logs, next_centre, next_h, logs_stride,
+    pieces, out, n, splits, eps, centre, offset, potential, logs, next_centre, next_h, logs_stride,
     eps_64: tl.float64, damping: tl.float64, limit: tl.float64, UPDATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A softmin of softmins is a softmin: (B, splits, n) to (B, n)."""
@@ -207,7 +202,7 @@ def join_kernel(
     split = tl.arange(0, SPLITS)[:, None]
     batch = tl.program_id(1).to(tl.int64)
     scale = 1.4426950408889634 / eps
-    t = tl.load(parts + (batch * splits + split) * n + rows, mask=(split < splits) & (rows < n), other=float("inf")).to(tl.float64) * -scale
+    t = tl.load(pieces + (batch * splits + split) * n + rows, mask=(split < splits) & (rows < n), other=float("inf")).to(tl.float64) * -scale
     top = tl.maximum(tl.max(t, 0), -1e38)[None, :]  # [1, N]
     s = -(top + tl.log2(tl.sum(tl.exp2((t - top).to(tl.float32)), 0))[None, :]) / scale
     if UPDATE > 0:

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .softmin import on_device_of
+from .launches import COUNTS, FUSED, on_device_of
+
 
 NUMBERS = 8  # float64 numbers remembered of each problem, see `mix`
 #: As in gpu_ot.solver.acceleration.Anderson, which says what they are for; a test compares them.
@@ -65,7 +66,7 @@ def propose(
             memory.changes, memory.moves, memory.last, memory.trial, memory.numbers, out,
             n, m, n if a.ndim > 1 else 0, m if b.ndim > 1 else 0, float(eps), float(tau_a), float(tau_b),
             KNOWN=int(memory.known), GAUGE=gauge, SHIFT=taus is not None, DONE=done is not None, INEXACT=inexact is not None,
-            MEMORY=memory.changes.shape[1], SLOTS=slots, BLOCK=block, num_warps=warps,
+            MEMORY=memory.changes.shape[1], SLOTS=slots, BLOCK=block, num_warps=warps, **FUSED,
         )  # fmt: skip
     memory.known = True
     return out
@@ -77,7 +78,7 @@ def shape(m: int) -> tuple[int, int]:
     return block, block // 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def propose_kernel(
     a, b, f, g, g_next, done, inexact, changes, moves, last, trial, numbers, out,
     n, m, a_stride, b_stride, eps: tl.float64, tau_a: tl.float64, tau_b: tl.float64,

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .softmin import damped, on_device_of, sweep_into
+from .launches import COUNTS, FUSED, on_device_of
+from .softmin import damped, sweep_into
 from .tiles import Cloud
 
 
@@ -88,7 +89,7 @@ def _centre(level: Level, g: Tensor, eps: float, other: Level | None = None) -> 
     centre_kernel[(len(g), 2 if other else 1)](
         g, side.logs, side.offset, level.h, level.centre, level.used, m, side.stride,
         g if last is None else last, far.side.logs, far.side.offset, far.centre, far.used, n, far.side.stride,
-        float(eps), *far.side.numbers, BLOCK=block, num_warps=max(1, block // 128),
+        float(eps), *far.side.numbers, BLOCK=block, num_warps=max(1, block // 128), **FUSED,
     )  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def _update(side: Side, level: Level, eps: float, following: Level | None = None
     return f
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def centre_kernel(
     g, logs, beta, h, centre, columns_used, m, logs_stride, last, last_logs, last_offset, last_centre, last_used, n, last_stride,
     eps: tl.float64, damping: tl.float64, limit: tl.float64, BLOCK: tl.constexpr,

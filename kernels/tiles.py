@@ -11,7 +11,6 @@ Both sides of a transpose see the same rounded points. So the lower precisions s
 solve it exactly: their marginals still converge.
 """
 
-import contextlib
 import os
 from dataclasses import dataclass
 
@@ -19,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launches import COUNTS, FUSED, on_device_of
 
 ROWS = 128  # clouds are padded with zero rows to a multiple of this, and no kernel masks a tile of points
 PACKED = {2: 16, 5: 32, 10: 64}  # up to Q coordinates, six runs of Q fit this many features
@@ -113,14 +114,14 @@ def split(x: Tensor, weights: bool) -> Cloud:
     top = torch.linalg.vector_norm(x, float("inf"), (1, 2))
     data = torch.empty(batch, _rows(n), parts * width, dtype=torch.float16, device=x.device)
     unit = torch.empty(batch, dtype=torch.float32, device=x.device)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         split_kernel[(_rows(n) // 32, triton.cdiv(parts * width, CHUNK.value), batch)](
-            x, top, data, unit, n, d, *x.stride(), parts * width, width, Q=q, ROWS=32, COLUMNS=min(CHUNK.value, parts * width)
+            x, top, data, unit, n, d, *x.stride(), parts * width, width, Q=q, ROWS=32, COLUMNS=min(CHUNK.value, parts * width), **FUSED
         )
     return Cloud(data, unit, n, d, "fp32", parts, packed=q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
     x, top, data, unit, n, d, batch_stride, row_stride, stride, columns, width, Q: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip

@@ -12,7 +12,7 @@ import json
 import os
 import warnings
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -57,7 +57,7 @@ _HOPPER = {
 }
 # mma.sync keeps the row tile in registers, so tiles are smaller.
 _AMPERE = {
-    ("softmin", "pair"): (_A, _B, _B, _E1, _F1, _WIDE),
+    ("softmin", "pair"): (_A, _B, _B, _E1, _F1, _E),
     ("softmin", "half"): (_A, _A, _A1, _E1, _E1, _WIDE),
     ("softmin", "tf32"): (_A, _B1, _E, _E1, _E1, _WIDE),
     ("apply", "pair"): (_B, _E, _E, _F1, Tile(64, 16, 4, 1, 64), Tile(64, 32, 4, 1, 64)),
@@ -66,6 +66,17 @@ _AMPERE = {
     ("vector", "pair"): (_B, _B, _B, _E1, _F1, _E),
     ("vector", "half"): (_B, _B, _B, _E1, _E1, _WIDE),
     ("vector", "tf32"): (_B, _B, _E1, _E1, _E1, _WIDE),
+}
+# RTX 30, 40 and 50: the same instructions, and 99 KiB of shared memory in place of 163.
+_RTX = _AMPERE | {
+    ("softmin", "pair"): (_A, _B, _B, _E1, Tile(64, 16, 4, 1), _E),
+    ("softmin", "half"): (_A, _A, _B, _E1, _E1, _WIDE),
+    ("softmin", "tf32"): (_A, _B1, _E, _E1, _F1, _WIDE),
+    ("apply", "pair"): (_B, _E, Tile(64, 32, 4, 2), _F1, Tile(64, 16, 4, 1, 64), Tile(64, 32, 4, 2, 64)),
+    ("apply", "half"): (_B, _B, _E, _E1, _E1, _WIDE_W),
+    ("apply", "tf32"): (_B, _B, _B, _E1, _F1, _WIDE_W),
+    ("vector", "pair"): (_B, _B, _B, _E1, _F1, Tile(64, 32, 4, 2)),
+    ("vector", "tf32"): (_B, _B, _E1, _E1, _F1, _WIDE),
 }
 # 64 KiB of shared memory, 512 registers.
 _CDNA3 = {
@@ -81,13 +92,18 @@ _CDNA3 = {
 }
 TABLE: dict[tuple[str, str, str], tuple[Tile, ...]] = {
     (kernel, arch, storage): tiles
-    for arch, rows in (("sm_80", _AMPERE), ("sm_90", _HOPPER), ("sm_100", _HOPPER), ("gfx942", _CDNA3))
+    for arch, rows in (
+        *(("sm_80", _AMPERE), ("sm_86", _RTX), ("sm_90", _HOPPER), ("sm_100", _HOPPER), ("sm_120", _RTX)),
+        ("gfx942", _CDNA3),
+    )
     for (kernel, storage), tiles in rows.items()
 }
+#: Bytes of shared memory that one block may use, with the rows of each architecture chosen for it.
+SHARED = {name: size << 10 for name, size in dict(sm_80=163, sm_86=99, sm_90=227, sm_100=227, sm_120=99, gfx942=64).items()}
 
 
 #: Softmins whose loop leaves no register to what follows it: a launch of its own damps their result. Counted by bench/static.py.
-FULL = {("sm_80", "pair", 128), ("sm_80", "half", 64)}
+FULL = {(arch, storage, bucket) for arch in ("sm_80", "sm_86", "sm_120") for storage, bucket in (("pair", 128), ("half", 64))}
 
 
 def full(x: Tensor, parts: int, width: int) -> bool:
@@ -115,26 +131,42 @@ def row(kernel: str, arch: str, storage: str, bucket: int, thin: bool) -> Tile:
     return replace(found, block_n=min(found.block_n, THIN)) if thin else found
 
 
-def split(n: int, m: int, batch: int, tile: Tile, x: Tensor) -> tuple[int, int]:
-    """(splits, columns per split): more than one when the rows alone would leave multiprocessors idle.
+#: What a program costs beside its tiles, and what joining splits costs, in tiles of one program; and the most splits that are joined.
+#: Estimates from counts, not timed.
+PROLOGUE, JOIN, MOST_SPLITS = 2, 8, 64
 
-    Two programs per multiprocessor hide each other's waiting; a split of fewer than four tiles is mostly prologue.
+
+def split(n: int, m: int, batch: int, tile: Tile, x: Tensor) -> tuple[int, int]:
+    """(splits, columns per split): so many that programs fill whole waves of two on each multiprocessor, which hide each other's waiting.
+
+    157 programs on 132 multiprocessors leave two slots in five idle; five splits each fill three waves. A split of fewer than four tiles
+    is mostly prologue.
     """
     tiles = triton.cdiv(m, tile.block_m)
-    programs = batch * triton.cdiv(n, tile.block_n)
-    wanted = min(2 * processors(x.device) // programs, tiles // 4)
-    per_split = triton.cdiv(tiles, max(wanted, 1)) * tile.block_m
+    per_split = triton.cdiv(tiles, _splits(batch * triton.cdiv(n, tile.block_n), tiles, 2 * processors(x.device))) * tile.block_m
     return triton.cdiv(m, per_split), per_split
+
+
+@lru_cache(maxsize=4096)
+def _splits(programs: int, tiles: int, slots: int) -> int:
+    def length(splits: int) -> int:
+        return triton.cdiv(programs * splits, slots) * (triton.cdiv(tiles, splits) + PROLOGUE) + (JOIN if splits > 1 else 0)
+
+    return min(range(1, max(2, min(tiles // 4, MOST_SPLITS) + 1)), key=length)
 
 
 def architecture(x: Tensor) -> str:
     """The nearest architecture of the table; without a GPU (Triton's interpreter) any row will do."""
-    if not x.is_cuda:
-        return "sm_90"
+    return _architecture(x.device) if x.is_cuda else "sm_90"
+
+
+@cache
+def _architecture(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
-    major = torch.cuda.get_device_capability(x.device)[0]
-    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+    (major, minor), room = torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    name = "sm_120" if major >= 12 else "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_86" if minor in (6, 9) else "sm_80"
+    return name if SHARED[name] <= room else "sm_86"  # a chip nobody here has heard of: the rows that need least
 
 
 @cache

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,16 +18,15 @@ from torch import Tensor
 from ..costs import Cost
 from ..penalties import KL, Penalty
 from ..problem import Problem
-from ..vectors import PIECE, exp, log, to_host
+from ..vectors import PIECE, exp, log
 from . import absorbed_launches
 from .dense import Dense
 from .products import Power, Products, Scaling
 from .protocol import weigh
+from .trusting import SURE, Trusting
 
 #: Iterations between two checks of the range of the sums, at most.
 LONGEST_STRIDE = 64
-#: After this many exact iterations, stop waiting for the exactness check.
-SURE = 16
 
 
 @functools.cache
@@ -51,29 +49,23 @@ class _Kernel:
     g0: Tensor = field(init=False)
     sides: tuple[tuple[Penalty, Penalty], _Side, _Side] | None = None  # for the penalties they were made of
     launched: tuple[Problem, Any, Any] | None = None  # the same for Triton's kernels, and the problem
+    scaled: list[tuple[Any, ...]] = field(default_factory=list)  # the last answers of `scalings`: k, h, (u, v)
 
 
-class Absorbed(Dense):
+class Absorbed(Trusting, Dense):
     """Matrix-vector products on a stabilised kernel, which is rebuilt when its precision would suffer.
 
     The kernel is absorbed at g0 and f0 = min_j (C_ij - g0_j), so each row's largest entry is 1 and nothing overflows. Entries
     under `log_dropped` are stored as 0. A product is exact, to rounding, while every sum it gives is so large that all dropped entries
     together could not change its last digit; otherwise the kernel is rebuilt at the potentials of the moment, and if that is not enough,
     the iteration is taken in the log domain. Schmitzer 2019, arXiv:1610.06519, section 3.1.
-
-    Where the host would wait for the device to learn whether products are exact, accelerated iterations go on without knowing once the
-    kernel has been exact SURE times: an inexact one marks the state on the device (`State.inexact`), which then stays where it was, and
-    a later block starts from there with a new kernel: the host reads the answer of a block when the next has been launched.
     """
 
-    #: Treat this device as one whose numbers the host must wait for, as a GPU's: for tests.
-    waits = False
-
     def __init__(self, C: Tensor | Cost) -> None:
-        super().__init__(C)
+        Trusting.__init__(self)
+        Dense.__init__(self, C)
         self.kernel = _Kernel()
         self.stride = 1  # iterations to run before looking at the range; doubled while it holds
-        self._told: list[Callable[[], list[Any]]] = []  # whether the last blocks were inexact, on their way to the host
         self.log_dropped, self.safe = range_of(self.dtype.itemsize)
 
     @property
@@ -104,21 +96,19 @@ class Absorbed(Dense):
             self._drop()
         return f, g, g_next
 
-    def run(self, step: Any, state: Any, k: int) -> Any:
-        if not (self.waits or self.C.is_cuda) or step.one_sided or step.plain_among(state, k):
-            return super().run(step, state, k)
-        # The answer of the block before the last has arrived; an inexact state stays where it is until it has.
-        if len(self._told) > 1 and self._told.pop(0)()[0]:
-            self._drop()
-            self._told.clear()
-            state = replace(state, memory=None, inexact=None)  # the accelerator has seen updates of 0
-        waiting = _Unchecked(self, state.inexact)
-        for _ in range(k):
-            state = step.advance(waiting if state.n_iter and self._at(step.eps) and self.stride >= SURE else self, state)
-            state = replace(state, inexact=waiting.inexact)
-        if waiting.inexact is not None:
-            self._told.append(to_host(waiting.inexact.view(1)))
-        return self.counted(state)
+    def _trusts(self, eps: float) -> bool:
+        return self._at(eps) and self.stride >= SURE
+
+    def _held(self, problem: Problem, g: Tensor, eps: float, inexact: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if absorbed_launches.serve(self, problem, g):
+            f, _, g_next, inexact = absorbed_launches.iterate(self, problem, g, eps, 1, hold=True, inexact=inexact)
+            return f, g, g_next, inexact
+        f, _, g_next, exact = self._multiply(problem, g, eps, 1)
+        inexact = ~exact if inexact is None else inexact | ~exact
+        return torch.where(exact, f, self.kernel.f0), g, torch.where(exact, g_next, g), inexact
+
+    def _distrust(self) -> None:
+        self._drop()
 
     def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:
         """Absorbed at the start and the cheapest pair of each column, so that the start costs no second round of exponentials."""
@@ -179,6 +169,7 @@ class Absorbed(Dense):
             torch.threshold_(block, self.log_dropped, -math.inf).exp_()
         products, kernel = Products(K), self.kernel
         kernel.products, kernel.f0, kernel.g0, kernel.eps, kernel.sides, kernel.launched = products, f0, g0, eps, None, None
+        kernel.scaled = []
         self.extra_sweeps += 1
         return products
 
@@ -246,31 +237,25 @@ class Absorbed(Dense):
         return sums if bool(exact.all().item()) else None
 
     def scalings(self, k: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
-        """(u, v) with exp((k_i + h_j - C_ij) / eps) = u_i K_ij v_j; None when there is no kernel at eps, or the range is left."""
+        """(u, v) with exp((k_i + h_j - C_ij) / eps) = u_i K_ij v_j; None when there is no kernel at eps, or the range is left.
+
+        Whether it is left, the host has to wait for. Conjugate gradients ask again with the same k and h: those are answered at once.
+        """
         if not self._at(eps):
             return None
-        u, v = exp((k - self.kernel.f0) / eps).to(self.dtype), exp((h - self.kernel.g0) / eps).to(self.dtype)
-        return (u, v) if bool((u.isfinite().all() & v.isfinite().all()).item()) else None
+        kernel = self.kernel
+        for old_k, old_h, answer in kernel.scaled:
+            if old_k is k and old_h is h:
+                return answer
+        u, v = exp((k - kernel.f0) / eps).to(self.dtype), exp((h - kernel.g0) / eps).to(self.dtype)
+        found = (u, v) if bool((u.isfinite().all() & v.isfinite().all()).item()) else None
+        kernel.scaled = [*kernel.scaled[-3:], (k, h, found)]
+        return found
 
     def outer(self, u: Tensor, v: Tensor) -> Tensor:
         """u_i K_ij v_j, summed over what the batch has beyond C."""
         assert self.kernel.products is not None
         return (self.kernel.products.K * u.unsqueeze(-1)).mul_(v.unsqueeze(-2)).sum_to_size(self.C.shape)
-
-
-class _Unchecked:
-    """Single iterations of an absorbed kernel that nobody waits for. An inexact one moves nothing, and says so in `inexact`."""
-
-    def __init__(self, geometry: Absorbed, inexact: Tensor | None = None) -> None:
-        self.geometry, self.inexact = geometry, inexact
-
-    def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        if absorbed_launches.serve(self.geometry, problem, g):
-            f, g, g_next, self.inexact = absorbed_launches.iterate(self.geometry, problem, g, eps, k, hold=True, inexact=self.inexact)
-            return f, g, g_next
-        f, _, g_next, exact = self.geometry._multiply(problem, g, eps, k)
-        self.inexact = ~exact if self.inexact is None else self.inexact | ~exact
-        return torch.where(exact, f, self.geometry.kernel.f0), g, torch.where(exact, g_next, g)
 
 
 class _Transposed(Dense):

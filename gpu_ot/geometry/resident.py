@@ -76,11 +76,14 @@ class Resident(Dense):
             return "its numbers are float64 and the kernel is float32. Pass a float32 cost if six digits are enough."
         if not all(penalty.balanced or isinstance(penalty, KL) for penalty in problem.penalties):
             return "the kernel knows hard marginals and KL penalties, and one of these is neither."
-        from ..kernels.resident import LARGEST  # pyright: ignore[reportMissingImports]
+        from ..kernels.resident import LARGEST, fits  # pyright: ignore[reportMissingImports]
 
         n, m = problem.shape[-2:]
-        if m > LARGEST or n * m >= 2**31:
-            return f"a problem is {n} by {m}, and one program serves up to {LARGEST} columns. Where the rows are fewer, swap the two sides."
+        if not fits(n, m):
+            return (
+                f"a problem is {n} by {m}, and one program serves up to {LARGEST} columns and 2^31 entries, padded to a power of two of "
+                "columns. Where the rows are fewer, swap the two sides."
+            )
         return None
 
     @classmethod

@@ -130,16 +130,20 @@ def _worth_annealing(step: Alternating, monitor: Monitor) -> list[float]:
     if min(problem.shape[-2:]) <= FEW or len(errors) < PROBE_ITERATIONS or monitor.done is None:
         return []
     try:
-        spread = problem.cost.sample(32).double()
+        sample = problem.cost.sample(32).to(errors[-1].dtype)
     except NotImplementedError:  # a cost of the user's own that cannot be taken apart
         return []
-    spread = spread[spread.isfinite()]
-    if not len(spread):
+    there = sample.isfinite()
+    count = there.sum()
+    mean = torch.where(there, sample, 0.0).sum() / count
+    spread = (torch.where(there, sample - mean, 0.0).square().sum() / count).sqrt()
+    tiny, tol = 1e-300 if sample.dtype == torch.float64 else 1e-38, max(monitor.criterion.tol, 1e-300)
+    before, now = (z.clamp(min=tiny).log() for z in (errors[-3], errors[-1]))
+    to_go = torch.where(monitor.done, 0.0, (now - math.log(tol)) / ((before - now) / 2).clamp(min=1e-9))
+    deviation, furthest = torch.stack((spread, to_go.amax())).tolist()  # the one time that the host waits
+    if not math.isfinite(deviation):  # no finite entry
         return []
-    steps = math.ceil(math.log(max(float(spread.std(correction=0)) / step.eps, 1.0)) / -math.log(ANNEAL_FACTOR))
-    before, now = (z.double().clamp(min=1e-300).log() for z in (errors[-3], errors[-1]))
-    rate, tol = (before - now) / 2, max(monitor.criterion.tol, 1e-300)
-    to_go = torch.where(monitor.done, 0.0, (now - math.log(tol)) / rate.clamp(min=1e-9))
-    if steps < 2 or float(to_go.amax()) <= steps + SETTLE:
+    steps = math.ceil(math.log(max(deviation / step.eps, 1.0)) / -math.log(ANNEAL_FACTOR))
+    if steps < 2 or furthest <= steps + SETTLE:
         return []
     return [step.eps * ANNEAL_FACTOR**-k for k in range(steps, 0, -1)]

@@ -1,0 +1,418 @@
+"""Everything that a GPU would be asked to do, on a pretended one: no mixed device, no read that is not declared, events that are right.
+
+Tensors are on cuda:1 while cuda:0 is current, so that whatever forgets the tensors' own device is found out. Kernels are interpreted,
+and KeOps' lazy tensors are torch's. The truth is torch's own operations on the CPU.
+"""
+
+import contextlib
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import pretend
+from gpu_ot.kernels import tuning
+from gpu_ot.kernels.softmin import softmin as launch
+
+import gpu_ot
+from gpu_ot import KL, Cosine, Problem, SqEuclidean
+from gpu_ot.geometry import keops, products
+from gpu_ot.lerobot import OTLossConfig, compute_ot_loss_for_policy
+from gpu_ot.vectors import to_host
+from problems import generator, pairwise, rand
+
+pytestmark = [pytest.mark.interpreted, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def seen():
+    """What is counted on the device of this test."""
+    with pretend.device() as found:
+        yield found
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """A context in which kernels are nobody's and machine code is hidden: torch operations alone."""
+    monkeypatch.setattr(gpu_ot.compiled, "refused", lambda: "hidden from these tests")
+
+    @contextlib.contextmanager
+    def context():
+        with monkeypatch.context() as patched:
+            patched.delenv("TRITON_INTERPRET")
+            products._run_on.cache_clear()
+            yield
+        products._run_on.cache_clear()
+
+    return context
+
+
+# ------------------------------------------------------------------------------------------------ what the pretence sees
+
+
+def test_what_cuda_refuses_is_refused(seen):
+    here, there, host = torch.ones(3, device="cuda:0"), torch.ones(3, device="cuda:1"), torch.ones(3)
+    for other in (there, host):
+        with pytest.raises(RuntimeError, match="same device"):
+            here + other
+    with pytest.raises(TypeError, match="numpy"):
+        here.numpy()
+    h = torch.zeros(4, device="cuda:1")
+    x = torch.ones(4, 3, device="cuda:1")
+    assert launch(x, x, h, 1.0).device == torch.device("cuda", 1)
+    with pytest.raises(RuntimeError, match="launched on cuda:0"):  # as without the guard around it
+        tuning_kernel = launch.__globals__["softmin_kernel"]
+        tuning_kernel[(1,)](x)
+
+
+def test_what_waits_is_counted(seen):
+    z = torch.ones(3, 4).to("cuda")
+    before = seen.reads
+    _ = z.tolist(), z.sum().item(), bool(z.all()), z.cpu(), z[z > 0], z.nonzero(), float(z[0, 0])
+    assert seen.reads - before == 7, seen.names
+    before = seen.launches, seen.copies
+    _ = (z + 1).exp_().T[0].sum(), z.view(-1), torch.empty(3, device="cuda"), z.double()
+    assert seen.launches - before[0] == 4 and seen.copies == before[1]
+    torch.tensor([1.0], device="cuda"), torch.ones(2).cuda()
+    assert seen.copies - before[1] == 2
+
+
+def test_a_copy_arrives_with_its_event(seen):
+    z = torch.zeros(3, device="cuda:1")
+    assert to_host(z)() == [0, 0, 0]
+    host = torch.empty(3, pin_memory=True)
+    host.copy_(z, non_blocking=True)
+    wrong = torch.cuda.Event()
+    wrong.record()  # on the stream of cuda:0, which knows nothing of the copy
+    wrong.synchronize()
+    assert host.tolist() == [1, 1, 1]
+    right = torch.cuda.Event()
+    right.record(torch.cuda.current_stream(1))
+    right.synchronize()
+    assert host.tolist() == [0, 0, 0]
+
+
+def test_gradients_cross_devices(seen):
+    x = torch.ones(3, requires_grad=True)
+    (x.to("cuda:1") * 2).to("cuda:0").cpu().sum().backward()
+    assert x.grad.tolist() == [2, 2, 2] and not x.grad.is_cuda
+
+
+# ------------------------------------------------------------------------------------------------ every backend
+
+
+
+
+def lazily():
+    """A stand-in for pykeops.torch: reductions keep their axis, and a product with | is one of vectors."""
+
+    class LazyTensor:
+        __GenericLazyTensor__ = True
+
+        def __init__(self, z):
+            self.z = z
+
+        def sum(self, dim):
+            found = self.z.sum(dim, keepdim=dim == -1)
+            return LazyTensor(found) if dim == -1 else found
+
+        def logsumexp(self, dim):
+            return self.z.logsumexp(dim)
+
+        def __getattr__(self, name):
+            return lambda *z: LazyTensor(getattr(self.z, name)(*map(plain, z)))
+
+    def plain(z):
+        return z.z if isinstance(z, LazyTensor) else z
+
+    for name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "pow"):
+        setattr(
+            LazyTensor,
+            f"__{name}__",
+            lambda self, *z, name=name: LazyTensor(getattr(torch.Tensor, f"__{name}__")(self.z, *map(plain, z))),
+        )
+    LazyTensor.__or__ = lambda self, other: LazyTensor((self.z * plain(other)).sum(-1, keepdim=True))
+    return LazyTensor
+
+
+@pytest.fixture
+def lazy(monkeypatch):
+    class Module:
+        LazyTensor = lazily()
+
+    monkeypatch.setattr(keops, "_pykeops", lambda: Module)
+    monkeypatch.setattr(keops, "compiler", lambda: "no compiler is called")
+    find = keops.importlib.util.find_spec
+    monkeypatch.setattr(keops.importlib.util, "find_spec", lambda name: name if name == "pykeops" else find(name))
+
+
+BACKENDS = ("dense", "softmin", "resident", "triton", "chunked", "keops", "auto")
+
+
+def points(batch, device="cpu"):
+    x, y = (rand(*batch, n, 3, seed=n, dtype=torch.float32) for n in (12, 15))
+    a, b = (rand(*batch, n, seed=n + 1) + 0.1 for n in (12, 15))
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    return [z.to(device) for z in (x, y, a, b)]
+
+
+def solved(device, backend, accelerate, grad, batch, penalty, cost):
+    x, y, a, b = points(batch, device)
+    x.requires_grad_()
+    done = gpu_ot.solve(
+        Problem(cost(x, y), 0.05, a, b, penalty), backend=backend, accelerate=accelerate, grad=grad, check_every=10,
+        tol=0.0 if grad == "unroll" else 1e-5, max_iter=8 if grad == "unroll" else 100,
+    )  # fmt: skip
+    out = done.value.sum() + ((done.f * done.f).sum() if grad != "envelope" else 0.0)
+    return done, [done.value, done.f, done.g, *torch.autograd.grad(out, x)]
+
+
+def near(ours, truth, rtol=1e-4, atol=1e-5):
+    """The same numbers, from the device that was asked."""
+    for mine, theirs in zip(ours, truth, strict=True):
+        if isinstance(mine, torch.Tensor):
+            assert mine.device == torch.device("cuda", 1), mine.device
+            mine = mine.detach().cpu()
+        torch.testing.assert_close(torch.as_tensor(mine), torch.as_tensor(theirs).detach(), rtol=rtol, atol=atol, check_dtype=False)
+
+
+CASES = pairwise(BACKENDS, ("none", "auto"), ("envelope", "implicit", "unroll"), ((), (3,)), (KL(), KL(0.5)), (SqEuclidean, Cosine))
+
+
+@pytest.mark.parametrize("backend, accelerate, grad, batch, penalty, cost", CASES, ids=str)
+def test_solve(seen, on_the_cpu, lazy, backend, accelerate, grad, batch, penalty, cost):
+    """As on the CPU; all it gives is on the device; and the host waits no more often than is declared."""
+    if backend == "keops" and batch:
+        pytest.skip("keops takes one problem at a time")
+    accelerate = "none" if grad == "unroll" else accelerate
+    with on_the_cpu():
+        truth, numbers = solved("cpu", "softmin", accelerate, grad, batch, penalty, cost)
+    before = seen.reads, seen.copies
+    moved = len(points(batch))
+    done, found = solved("cuda:1", backend, accelerate, grad, batch, penalty, cost)
+    reads, copies = seen.reads - before[0], seen.copies - before[1] - moved
+    near(found, numbers)
+    assert done.status == truth.status and all(z.is_cuda for z in (done.converged, done.errors, done.plan.to_dense()))
+    assert reads <= declared(done, backend, grad) and not copies, seen.names
+
+
+def declared(done, backend, grad):
+    """How often the host waits: for `Problem`; for two linear systems behind a backward; and where sums tell afterwards whether they were
+    exact, for strides of iterations, the first ones short, of which none is longer than a block, and for the value and its gradient."""
+    strides = 10 + len(done.errors) if backend in ("dense", "chunked") else 0
+    unrolled = 8 * done.n_iter if backend == "dense" and grad == "unroll" else 0  # each softmin, forward and backward, is asked for itself
+    return 1 + strides + unrolled + (6 if grad == "implicit" else 0) + (4 if backend == "dense" else 0)
+
+
+def test_two_devices_in_turns(seen):
+    """What is kept from one solve to the next is kept for its device."""
+    found = []
+    for backend in ("triton", "dense", "resident"):
+        for device in ("cuda:1", "cuda:0", "cuda:1"):
+            x, y, a, b = points((), device)
+            done = gpu_ot.solve(Problem(SqEuclidean(x, y), 0.3, a, b), backend=backend, tol=1e-4)
+            assert done.f.device == x.device and done.status.name == "converged"
+            found.append(done.value.item())
+    assert max(found) - min(found) < 1e-4
+
+
+def test_annealing_and_many_checks(seen, on_the_cpu):
+    """More points than the loop passes over annealing for. The decision is one read."""
+    x, y = (rand(70, 3, seed=k, dtype=torch.float32) for k in range(2))
+    with on_the_cpu():
+        truth = gpu_ot.solve(Problem(SqEuclidean(x, y), 0.01), backend="softmin", tol=1e-4, check_every=10)
+    x, y = x.to("cuda:1"), y.to("cuda:1")
+    before = seen.reads
+    done = gpu_ot.solve(Problem(SqEuclidean(x, y), 0.01), backend="triton", tol=1e-4)
+    assert done.status.name == "converged" and seen.reads - before == 2, seen.names
+    near([done.value], [truth.value])
+
+
+# ------------------------------------------------------------------------------------------------ other chips
+
+
+CHIPS = {
+    "A100": ((8, 0), 163, "sm_80"),
+    "RTX 3090": ((8, 6), 99, "sm_86"),
+    "RTX 4090": ((8, 9), 99, "sm_86"),
+    "Orin": ((8, 7), 163, "sm_80"),
+    "H100": ((9, 0), 227, "sm_90"),
+    "B200": ((10, 0), 227, "sm_100"),
+    "B300": ((10, 3), 227, "sm_100"),
+    "RTX 5090": ((12, 0), 99, "sm_120"),
+    "nobody's": ((11, 0), 99, "sm_86"),
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_rows_fit_the_chip(chip):
+    (major, minor), kib, row = CHIPS[chip]
+    tuning._architecture.cache_clear()
+    with pretend.device(major=major, minor=minor, shared_memory_per_block_optin=kib << 10):
+        found = tuning.architecture(torch.empty(0, device="cuda"))
+    tuning._architecture.cache_clear()
+    assert found == row and tuning.SHARED[found] <= kib << 10
+
+
+def test_splits_fill_waves(monkeypatch):
+    """On 132 multiprocessors: how much of the last wave is used, and never less than without splits."""
+    monkeypatch.setattr(tuning, "processors", lambda device: 132)
+    x, tile = torch.empty(0), tuning.Tile(64, 128, 4, 2)
+    assert tuning.split(10_000, 10_000, 1, tile, x)[0] == 5
+    for n, m, batch in ((10_000, 10_000, 1), (20_000, 20_000, 1), (100, 1_000_000, 1), (1000, 1000, 1), (3000, 5000, 7), (1, 1, 1)):
+        splits, per_split = tuning.split(n, m, batch, tile, x)
+        assert (splits - 1) * per_split < m <= splits * per_split and per_split % tile.block_m == 0
+        programs, slots = batch * -(-n // 64), 264
+
+        def used(splits, programs=programs):
+            return programs * splits / (slots * -(-programs * splits // slots))
+
+        assert used(splits) >= used(1) and splits <= tuning.MOST_SPLITS
+
+
+@pytest.mark.parametrize("backend", ["triton", "dense", "resident"])
+def test_sizes_are_no_reason_to_compile_anew(seen, backend):
+    """96 points or 97, and a batch of one or of three: multiples of 16 and ones are nothing special to a kernel."""
+
+    def solve(n, batch):
+        x, y = (rand(*batch, k, 3, seed=k, dtype=torch.float32).to("cuda") for k in (n, n + 1))
+        a, b = ((rand(*batch, k, seed=k) + 0.1).to("cuda") for k in (n, n + 1))
+        a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+        x.requires_grad_()
+        found = gpu_ot.solve(Problem(SqEuclidean(x, y), 0.5, a, b, KL(1.0)), backend=backend, tol=0.0, max_iter=3, check_every=2)
+        torch.autograd.grad(found.value.sum(), x)
+
+    for batch in ((), (3,)):
+        solve(97, batch)
+        known = set(seen.compiled)
+        solve(95, batch)  # y has 96
+        solve(96, batch)
+        new = {name for name, _ in seen.compiled - known}
+        assert new <= ({"both_kernel"} if backend == "dense" else set()), seen.compiled - known  # whose rows are read 16 bytes at a time
+
+
+def test_offsets_of_the_resident_kernel_fit():
+    from gpu_ot.kernels.resident import LARGEST, fits
+
+    assert fits(2**20, LARGEST) and fits(2**21 - 200, 1000) and not fits(2**21, 513) and fits(2**21, 512) and not fits(5, LARGEST + 1)
+
+
+# ------------------------------------------------------------------------------------------------ every door
+
+
+class Measures:
+    """One problem in everything that doors take, float64, on a device."""
+
+    def __init__(self, device):
+        x, y, a, b = (z.double() for z in points(()))
+        M = torch.cdist(x, y).square()
+        self.device = device
+        self.x, self.y, self.a, self.b, self.M = (z.to(device) for z in (x, y, a, b, M / M.max()))
+        self.xs, self.ys = (torch.stack((z, 0.9 * z)) for z in (self.x, self.y))
+        self.Ms = torch.stack((self.M, 0.9 * self.M))
+
+    def weights(self, k=2):
+        return torch.stack([self.b] * k, 1)
+
+
+def gradient(make, *inputs):
+    leaves = [z.detach().clone().requires_grad_() for z in inputs]
+    value = make(*leaves)
+    return [value, *torch.autograd.grad(value.sum(), leaves)]
+
+
+class Policy(torch.nn.Module):
+    def __init__(self, device):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 4, dtype=torch.float64)
+        with torch.no_grad():
+            self.layer.weight.copy_(rand(4, 3, seed=4))
+            self.layer.bias.zero_()
+        self.layer.to(device)
+
+    def encode_feature_for_ot(self, key, x):
+        return self.layer(x)
+
+
+def alignment(z, **changes):
+    policy = Policy(z.device)
+    feature = dict(src_key="state", use_learned_embed=True, weight_embed=0.5, weight_label=0.2)
+    cfg = OTLossConfig.from_dict(dict(features=[feature], reg=0.2, tau_src=0.5, tau_tgt=0.5) | changes)
+    loss, metrics = compute_ot_loss_for_policy(policy, {"state": z.x}, {"state": z.y[:12]}, cfg)
+    found = [number for name, number in metrics.items() if name not in ("ot_iters", "ot_marginal_error")]
+    return [loss, *torch.autograd.grad(loss, list(policy.parameters())), *found]
+
+
+ot = gpu_ot.pot
+DOORS = {
+    "sinkhorn": lambda z: gradient(lambda M: ot.sinkhorn(z.a, z.b, M, 0.05), z.M),
+    "sinkhorn of histograms": lambda z: [ot.sinkhorn(z.a, z.weights(), z.M, 0.05)],
+    "sinkhorn2": lambda z: gradient(lambda M: ot.sinkhorn2(z.a, z.b, M, 0.05), z.M),
+    "sinkhorn_log": lambda z: [ot.sinkhorn(z.a, z.b, z.M, 0.05, method="sinkhorn_log")],
+    "sinkhorn_epsilon_scaling": lambda z: [ot.sinkhorn(z.a, z.b, z.M, 0.05, method="sinkhorn_epsilon_scaling")],
+    "greenkhorn": lambda z: [gpu_ot.greenkhorn(z.a, z.b, z.M, 0.05)],
+    "screenkhorn": lambda z: [gpu_ot.screenkhorn(z.a, z.b, z.M, 0.05)],
+    "unbalanced": lambda z: gradient(lambda M: gpu_ot.sinkhorn_unbalanced(z.a, 1.3 * z.b, M, 0.05, 0.5), z.M),
+    "unbalanced by entropy": lambda z: [gpu_ot.sinkhorn_unbalanced(z.a, 1.3 * z.b, z.M, 0.05, 0.5, reg_type="entropy")],
+    "unbalanced to a measure": lambda z: [gpu_ot.sinkhorn_unbalanced(z.a, z.b, z.M, 0.05, 0.5, c=z.a[:, None] * z.b)],
+    "unbalanced2": lambda z: [gpu_ot.sinkhorn_unbalanced2(z.a, z.b, z.M, 0.05, 0.5)],
+    "one sided": lambda z: [gpu_ot.sinkhorn_unbalanced(z.a, z.b, z.M, 0.05, (0.5, math.inf))],
+    "ot.solve": lambda z: (lambda s: [s.plan, s.value, s.value_linear, *s.potentials])(ot.solve(z.M, z.a, z.b, reg=0.05)),
+    "ot.solve_sample": lambda z: (lambda s: [s.plan, s.value])(ot.solve_sample(z.x, z.y, z.a, z.b, reg=0.05)),
+    "ot.solve_batch": lambda z: (lambda s: [s.plan, s.value])(ot.solve_batch(z.Ms, reg=0.05)),
+    "solve_sample_batch": lambda z: (lambda s: [s.plan, s.value])(gpu_ot.solve_sample_batch(z.xs, z.ys, reg=0.05)),
+    "empirical": lambda z: [gpu_ot.empirical_sinkhorn(z.x, z.y, 0.05), gpu_ot.empirical_sinkhorn2(z.x, z.y, 0.05)],
+    "lazily": lambda z: [gpu_ot.empirical_sinkhorn2(z.x, z.y, 0.05, isLazy=True)],
+    "empirical divergence": lambda z: [gpu_ot.empirical_sinkhorn_divergence(z.x, z.y, 0.2, numIterMax=30)],
+    "SamplesLoss": lambda z: gradient(lambda x, a: gpu_ot.SamplesLoss(blur=0.2)(a, x, z.b, z.y), z.x, z.a),
+    "SamplesLoss of a batch": lambda z: gradient(lambda x: gpu_ot.SamplesLoss(blur=0.2, reach=1.0)(x, z.ys), z.xs),
+    "SamplesLoss, p = 1": lambda z: gradient(lambda x: gpu_ot.SamplesLoss(p=1, blur=0.1)(x, z.y), z.x),
+    "potentials": lambda z: list(gpu_ot.SamplesLoss(blur=0.2, potentials=True)(z.x, z.y)),
+    "online": lambda z: gradient(lambda x: gpu_ot.SamplesLoss(blur=0.2, backend="chunked")(x, z.y), z.x),
+    "SinkhornLoss": lambda z: gradient(lambda x: gpu_ot.SinkhornLoss(0.05, tau=0.5)(x, z.y), z.x),
+    "SinkhornLoss, plan held": lambda z: gradient(lambda M: gpu_ot.SinkhornLoss(0.05, detach_plan=True)(M), z.M),
+    "divergence": lambda z: [gpu_ot.divergence(Problem(SqEuclidean(z.x, z.y), 0.1)).value],
+    "relative eps": lambda z: [gpu_ot.solve(Problem(SqEuclidean(z.x, z.y), ("std", 0.1))).value],
+    "learnt eps": lambda z: gradient(lambda e: gpu_ot.solve(Problem(z.M, e)).value, torch.tensor(0.1, dtype=torch.float64, device=z.device)),
+    "warm start": lambda z: [gpu_ot.solve(Problem(z.M, 0.05), start=gpu_ot.gaussian_potentials(z.x, z.y), tol=1e-6).value],
+    "sorted start": lambda z: [gpu_ot.sorted_potentials(z.x[:, 0], z.y[:, 0])],
+    "forbidden pairs": lambda z: [gpu_ot.solve(Problem(z.M.masked_fill(z.M > 0.9 * z.M.max(), math.inf), 0.1)).plan.to_dense()],
+    "plan": lambda z: (lambda p: [p @ z.y, p.T @ z.x, *p.marginals, p[2:4], p.sum()])(gpu_ot.solve(Problem(SqEuclidean(z.x, z.y), 0.1)).plan),
+    "map": lambda z: (lambda s: [s.transport_cost, s.map()] if hasattr(s, "map") else [s.value])(gpu_ot.solve(Problem(SqEuclidean(z.x, z.y), 0.1))),
+    "alignment": alignment,
+    "alignment to the diagonal": lambda z: alignment(z, reference="diagonal"),
+    "alignment, costs averaged": lambda z: alignment(z, cost_scale="mean"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_doors(seen, on_the_cpu, door):
+    """As on the CPU, and what they give is on the device."""
+    with on_the_cpu():
+        truth = DOORS[door](Measures("cpu"))
+    near(DOORS[door](Measures("cuda:1")), truth, rtol=1e-3, atol=1e-5)
+
+
+def test_pots_functions_on_the_device(seen, on_the_cpu):
+    """patch(device=...): numpy in, numpy out, and solved there."""
+    theirs = pytest.importorskip("ot")
+    a, b, M = (z.numpy() for z in (Measures("cpu").a, Measures("cpu").b, Measures("cpu").M))
+    truth = theirs.sinkhorn(a, b, M, 0.05), theirs.sinkhorn_unbalanced(a, b, M, 0.05, 0.5)
+    before = seen.launches
+    with gpu_ot.patch(device="cuda:1"):
+        ours = theirs.sinkhorn(a, b, M, 0.05), theirs.sinkhorn_unbalanced(a, b, M, 0.05, 0.5)
+    for mine, right in zip(ours, truth, strict=True):
+        assert isinstance(mine, np.ndarray)
+        np.testing.assert_allclose(mine, right, rtol=1e-3, atol=1e-6)
+    assert seen.launches > before
+
+
+def test_pairs_are_drawn_on_the_device(seen):
+    z = Measures("cuda:1")
+    plan = gpu_ot.solve(Problem(z.M, 0.1, z.a, z.b)).plan
+    rows, columns = plan.sample(5, generator=generator(1))
+    assert rows.device == columns.device == torch.device("cuda", 1) and rows.shape == (5,)
