@@ -21,7 +21,8 @@ from .problem import Problem
 from .solver import annealing
 from .solver.compiled import STATUS, rule_of, tuning
 from .solver.criterion import Marginal
-from .solver.status import CONVERGED, DIVERGED, Status
+from .solver.monitor import RESOLVED
+from .solver.status import CONVERGED, DIVERGED, STALLED, Status
 
 #: Bytes of a kernel up to which one core is the faster way: three solves of one after the other.
 LARGEST_BYTES = 2**24
@@ -113,17 +114,19 @@ def _solved(
 def _search(
     problem: Problem, cost: Cost, a: np.ndarray, b: np.ndarray, side: int | None, start: np.ndarray, tol: float, max_iter: int
 ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, Status]:
-    """The kernel, f (1, n), g (1, m), counts and status between two measures, or of one side's measure and itself."""
+    """The kernel, f (1, n), g (1, m), counts and status between two measures, or of one side's measure and itself. What rounding ends
+    far from the end goes the usual way, too."""
     from .compiled.search import Annealing, search
 
     C = cost.dense().contiguous().numpy()
     taus = _taus(problem.penalties if side is None else (problem.penalties[side],) * 2)
     constants = Annealing(annealing.PROBE_ITERATIONS, annealing.SETTLE, annealing.FEW, annealing.ANNEAL_FACTOR)
-    kernel, f, g, counts, status, _ = search(
+    kernel, f, g, counts, status, error = search(
         C, a, b, problem.eps, *taus, start, a, _rule(tol, problem.dtype), tuning(side is None and problem.balanced), constants,
         side is not None, *range_of(C.itemsize), max_iter,
     )  # fmt: skip
-    return kernel, f, g, counts, STATUS[status]
+    end = STATUS[status]
+    return kernel, f, g, counts, DIVERGED if end is STALLED and error > RESOLVED else end
 
 
 def _taus(penalties: Sequence[Any]) -> tuple[float, float]:

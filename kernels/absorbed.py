@@ -185,7 +185,7 @@ def potentials_kernel(
     tl.store(f + problem * n + at, x, mask=at < n)
 
     total = joined(sums + problem * parts * m, at, m, parts, BLOCK)
-    broken += tl.sum(((at < m) & ((tl.abs(total) < float("inf")) == 0)).to(tl.int32), 0)
+    broken += tl.sum(((at < m) & (((total > least) & (total < float("inf"))) == 0)).to(tl.int32), 0)
     least_t = tl.min(tl.where(at < m, total.to(tl.float64), float("inf")), 0)
     offset = tl.load(g0 + at, mask=at < m, other=0.0)
     tl.store(g_next + problem * m + at, (offset - eps * tl.log(total.to(tl.float64))) / damping_b, mask=at < m)

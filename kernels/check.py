@@ -150,6 +150,7 @@ def measure(b, g, g_next, m, slope, sums, differences, SQUARE: tl.constexpr, BLO
         w = tl.load(b + cols, mask=cols < m, other=0.0)
         here = tl.load(g + cols, mask=w > 0, other=0.0)
         gap = slope * (here - tl.load(g_next + cols, mask=w > 0, other=0.0))
+        gap = tl.where(gap > 40.0, 40.0, gap)  # `criterion.FAR`; NaN stays
         excess = tl.where(w > 0, w * expm1(gap), 0.0)
         off += tl.sum(excess * excess if SQUARE else tl.abs(excess), 0)
         unit += tl.sum(w * w if SQUARE else w, 0)

@@ -261,10 +261,10 @@ def rule_of(criterion: Criterion, dtype: torch.dtype) -> Any:
 
     common = ROUNDING * torch.finfo(dtype).eps, STALL_CHECKS, NEAR
     if isinstance(criterion, Marginal):
-        return Rule(float(criterion.tol), NORMS.index(criterion.norm), *common)
+        return Rule(float(criterion.threshold), NORMS.index(criterion.norm), *common)
     assert isinstance(criterion, Change)
     settings = bool(criterion.both_sides), float(criterion.translate_after), float(criterion.relative_after)
-    return Rule(float(criterion.tol), -1, *common, *settings)
+    return Rule(float(criterion.threshold), -1, *common, *settings)
 
 
 def tuning(gauge: bool) -> Any:
