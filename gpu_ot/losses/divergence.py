@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import errors, gradients
+from .. import errors, gradients, transforms
 from ..costs import Cost
 from ..errors import NotConverged, ProblemError
 from ..geometry.select import bind
@@ -37,6 +37,11 @@ class SelfTerm:
     def detach(self) -> SelfTerm:
         """Without gradients: for the constant side of a loss."""
         return replace(self, value=self.value.detach(), f=self.f.detach())
+
+    @property
+    def kept(self) -> SelfTerm:
+        """This, where autograd may keep its tensors."""
+        return replace(self, value=transforms.kept(self.value), f=transforms.kept(self.f))
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +117,7 @@ def divergence(
         return self_term(within, eps, weights, penalties[side], backend=backend, grad=grad, tol=tol, max_iter=max_iter)
 
     with ranks.report_failure(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
-        self_a, self_b = self_a or own(0, cost_aa), self_b or own(1, cost_bb)
+        self_a, self_b = (self_a or own(0, cost_aa)).kept, (self_b or own(1, cost_bb)).kept
         # At the row potentials of OT(a, a) the dual is at least 1/2 (OT(a, a) + OT(b, b)) - eps/2 (|a| - |b|)^2 for a positive definite
         # kernel (Feydy et al. 2019, Theorem 1). Plain iterations only raise it, so the divergence of a loop stopped early is not negative.
         # Accelerated ones are accepted for smaller errors, which means larger duals where the measures are close. Annealing, which forgets
