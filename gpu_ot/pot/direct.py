@@ -23,7 +23,8 @@ from ..problem import MASS_RTOL, Problem
 from ..solution.solution import Solution
 from ..solver.compiled import MOST, STATUS, rule_of, tuning
 from ..solver.criterion import Change, Marginal
-from ..solver.status import CONVERGED, DIVERGED, Status
+from ..solver.monitor import RESOLVED
+from ..solver.status import CONVERGED, DIVERGED, STALLED, Status
 from . import arrays
 from .answer import Answer
 from .arrays import take, tensors
@@ -99,7 +100,7 @@ def take_plain(a: Any, b: Any, M: Any, reg: Any, *, transposed: bool = False, gr
         return None
     if M.ndim != 2 or M.dtype not in TYPES or not 0 < M.nbytes <= LARGEST_BYTES:
         return None
-    wa, wb = _weights(a, M.shape[0], M.dtype), _weights(b, M.shape[1], M.dtype)
+    wa, wb = _weights(a, M.shape[0]), _weights(b, M.shape[1])
     if wa is None or wb is None:
         return None
     if transposed:
@@ -117,7 +118,7 @@ def _solve(given: Given, taus: tuple[float, float], start: np.ndarray, weight: n
         C, wa, wb, eps, *taus, start, weight, np.zeros(len(wb)), rtol, rule, strict, _tuning(taus[0] == taus[1] == math.inf), dropped, safe,
         limit, every, -1 if after >= limit else int(after),
     )  # fmt: skip
-    if status == UNUSUAL or STATUS[status] is DIVERGED:
+    if status == UNUSUAL or STATUS[status] is DIVERGED or (STATUS[status] is STALLED and not _resolved(rule, errors[-1], wb)):
         return None
     return Found(P, C, eps, wa, wb, f, g, start, errors, counts, STATUS[status], back)
 
@@ -150,6 +151,11 @@ def relaxed(
     return found and found._replace(P=np.ascontiguousarray(found.P.T), M=found.M.T)
 
 
+def _resolved(rule: Any, error: float, b: np.ndarray) -> bool:
+    """Whether an error at which rounding ended a run is small beside the weights, as in `Monitor`."""
+    return error <= RESOLVED * (1.0 if rule.norm < 0 else float(np.linalg.norm(b)))
+
+
 def _limit(max_iter: float) -> int:
     return int(min(max(max_iter, 1), MOST))
 
@@ -161,7 +167,7 @@ def _elsewhere() -> bool:
 
 def _plain(z: Tensor, gradients: bool) -> bool:
     usual = z.device.type == "cpu" and z.layout == torch.strided and z.dtype in TYPES.values() and not z.is_neg()
-    return usual and (gradients or not (z.requires_grad and torch.is_grad_enabled()))
+    return usual and (gradients or not (z.requires_grad and torch.is_grad_enabled())) and not transforms.unkept(z)
 
 
 @functools.lru_cache
@@ -179,8 +185,8 @@ def _tuning(gauge: bool) -> Any:
     return tuning(gauge)
 
 
-def _weights(w: Any, size: int, dtype: np.dtype) -> np.ndarray | None:
-    """A copy in float64; uniform for None and an empty list. None for what is not a plain vector of this type."""
+def _weights(w: Any, size: int) -> np.ndarray | None:
+    """A copy in float64; uniform for None and an empty list. None for what is not a plain vector."""
     if type(w) is np.ndarray:
-        return w.astype(np.float64) if w.shape == (size,) and w.dtype == dtype else None
+        return w.astype(np.float64) if w.shape == (size,) and w.dtype in TYPES else None
     return np.full(size, 1 / size) if w is None or (type(w) is list and not w) else None
