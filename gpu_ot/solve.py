@@ -51,6 +51,7 @@ def _of_a_problem(function: Callable[Options, Solution]) -> Callable[Options, So
     return call
 
 
+@transforms.eagerly
 @_of_a_problem
 def solve(
     problem: Problem,
@@ -120,10 +121,11 @@ def solve(
         if solution.status is DIVERGED:
             ranks.check_points(problem.cost)  # which may have changed since the problem was made
     if solution.status.name == "unresolved":
-        warnings.warn(f"gpu_ot.solve, {solution.status}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"gpu_ot.solve, {solution.status}", RuntimeWarning, stacklevel=4)
     return solution.raise_unless_converged() if strict else solution
 
 
+@transforms.eagerly
 def find(
     problem: Problem,
     *,

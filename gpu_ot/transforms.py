@@ -31,11 +31,31 @@ class Function(torch.autograd.Function):
         if "backward" in vars(cls):
             cls.backward = staticmethod(_without_autocast(cls.backward))  # type: ignore[method-assign]
 
+    #: Whether torch.compile must not look into it: its arguments are no tensors and numbers alone.
+    opaque = False
+
     @classmethod
     def apply(cls, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if active() or torch.compiler.is_compiling():
-            return super().apply(*args)
+            return _applied(cls, *args) if cls.opaque else super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def eagerly(function: Callable[..., T]) -> Callable[..., T]:
+    """The function, over which torch.compile passes: it reads numbers and decides by them."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> T:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@eagerly
+def _applied(cls: type[Function], *args: Any) -> Any:
+    return super(Function, cls).apply(*args)
 
 
 def _without_autocast(backward: Callable[..., T]) -> Callable[..., T]:

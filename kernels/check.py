@@ -94,8 +94,8 @@ def check_kernel(
         off = tl.sqrt(off)
         floor = tl.sqrt(floor)
         unit = tl.sqrt(unit)
-    # Exponents rounded to more than a tenth: no sum over them means anything, however small it comes out.
-    now = tl.where((floor > 0.1 * unit) & (off < floor), floor, off)
+    # Exponents rounded to more than a thousandth: no sum over them means anything, however small it comes out.
+    now = tl.where((floor > 1e-3 * unit) & (off < floor), floor, off)
     worse = tl.full([], 0, tl.int32)
     if LAST:
         last = tl.load(old_error + problem)

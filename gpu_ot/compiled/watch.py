@@ -13,6 +13,8 @@ from .machine import compiled, extreme
 RUNNING, CONVERGED, STALLED, DIVERGED = range(4)
 NORMS = ("l1", "l1_absolute", "l2", "l2_joint")
 L1, L1_ABSOLUTE, L2, L2_JOINT = range(4)
+#: `solver.criterion.RESOLVED`.
+RESOLVED = 1e-3
 
 
 class Rule(NamedTuple):
@@ -125,7 +127,7 @@ def change(rule, a, b, f, g, old_f, old_g, eps, n_iter, error, floor):
         for z in g[h]:
             size = max(size, abs(z)) if math.isfinite(z) else size
     floor[:] = rule.rounding + 2.220446049250313e-16 * size / eps
-    if floor[0] > 0.1 and found < floor[0]:
+    if floor[0] > RESOLVED and found < floor[0]:
         found = floor[0]
     error[:] = found
 
@@ -161,7 +163,7 @@ def marginal(rule, b, gap, g, eps, error, floor):
                 unit[h] = 1.0
             floor[h] *= unit[h]
     for h in range(H):
-        if floor[h] > 0.1 * unit[h]:
+        if floor[h] > RESOLVED * unit[h]:
             error[h] = floor[h] if error[h] < floor[h] else error[h]  # NaN stays
 
 

@@ -115,6 +115,28 @@ def _squares(x: Tensor, y: Tensor) -> Tensor:
     return C
 
 
+def inner(u: Tensor, v: Tensor) -> Tensor:
+    """<u_i, v_j>, (*batch, n, m), in full precision, its derivatives too."""
+    return _Inner.apply(u, v)
+
+
+class _Inner(transforms.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor, v: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return u @ v.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (G,), (u, v), (need_u, need_v) = grad_outputs, ctx.saved_tensors, ctx.needs_input_grad
+        return inner(G, v.mT) if need_u else None, inner(G.mT, u.mT) if need_v else None
+
+
 class SqEuclidean(_Clouds):
     """C_ij = |x_i - y_j|^2."""
 
@@ -159,7 +181,7 @@ class Dot(_Clouds):
 
     @in_full_precision
     def dense(self) -> Tensor:
-        return -(self.x @ self.y.mT)
+        return -inner(self.x, self.y)
 
     def formula(self, i: Axis, j: Axis) -> Any:
         return -(i(self.x) | j(self.y))
@@ -176,7 +198,7 @@ class Cosine(_Clouds):
     @in_full_precision
     def dense(self) -> Tensor:
         _, _, u, v = self.fold()
-        return 1 - u @ v.mT
+        return 1 - inner(u, v)
 
     def formula(self, i: Axis, j: Axis) -> Any:
         _, _, u, v = self.fold()

@@ -109,7 +109,7 @@ def samples_loss(*inputs: Any) -> tuple[Tensor, ...]:
     """The operation as a function of (a, x, b, y) and its settings. The compiler wants no Function where there is nothing to
     differentiate."""
     wanted = torch.is_grad_enabled() and any(z.requires_grad for z in inputs[:4])
-    if torch.compiler.is_compiling() and not wanted and not transforms.active():
+    if torch.compiler.is_compiling() and not wanted:
         return _samples_loss(*inputs)
     return Transformable.apply(*inputs)
 

@@ -84,6 +84,7 @@ class Divergence:
         return self.between.n_sweeps + self.self_a.n_sweeps + self.self_b.n_sweeps
 
 
+@transforms.eagerly
 def divergence(
     problem: Problem, *, cost_aa: Cost | Tensor | None = None, cost_bb: Cost | Tensor | None = None, self_a: SelfTerm | None = None,
     self_b: SelfTerm | None = None, backend: str = "auto", grad: str = "envelope", tol: float = 1e-4, max_iter: int = 10_000,
@@ -149,6 +150,7 @@ def at_potentials(problem: Problem, f: Tensor, g: Tensor, own: tuple[Tensor, Ten
     return value + eps / 2 * (problem.a.sum(-1) - problem.b.sum(-1)).square()
 
 
+@transforms.eagerly
 def self_term(
     cost: Cost | Tensor, eps: float | Tensor, a: Tensor | None = None, penalty: Penalty = BALANCED, *, backend: str = "auto",
     grad: str = "envelope", tol: float = 1e-4, max_iter: int = 10_000,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import errors
+from .. import errors, transforms
 from ..costs import Cost, SqEuclidean
 from ..errors import ProblemError
 from ..penalties import KL
@@ -54,6 +54,7 @@ class SinkhornLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"eps={self.eps}, tau={self.tau}, reduction={self.reduction!r}, detach_plan={self.detach_plan}"
 
+    @transforms.eagerly
     def forward(self, x: Tensor | Cost, y: Tensor | None = None, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         if not isinstance(x, (Tensor, Cost)):
             raise errors.not_a_tensor("x", x)
@@ -68,7 +69,7 @@ class SinkhornLoss(nn.Module):
             solution = solve(problem, backend=self.backend, grad=self.grad, tol=self.tol, max_iter=self.max_iter)
             value = solution.held_cost if self.detach_plan else solution.value
         if solution.status not in (CONVERGED, STALLED) and solution.status.name != "unresolved":  # which `solve` has said
-            warnings.warn(f"SinkhornLoss, {solution.n_iter} iterations, {solution.status}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"SinkhornLoss, {solution.n_iter} iterations, {solution.status}", RuntimeWarning, stacklevel=5)
         if self.reduction == "none":
             return value
         return value.mean() if self.reduction == "mean" and value.numel() else value.sum()  # of no problems: 0

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import errors
+from .. import errors, transforms
 from ..costs.base import Cost
 from ..problem import Problem, matched
 from ..solve import find, needs_gradient
@@ -62,6 +62,7 @@ METHODS = {
 }
 
 
+@transforms.eagerly
 def run(
     method: str, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool, warmstart: Any,
     loss: bool = False, /, *, print_period: int | None = None, numInnerItermax: int = 100, epsilon0: float | None = None,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import errors, gradients, transforms
 from ..costs import SqEuclidean
+from ..costs.clouds import inner
 from ..gradients import implicit
 from ..problem import Problem
 from ..solve import find, needs_gradient
@@ -28,6 +29,7 @@ METHODS = ("auto", "log_sinkhorn", "sinkhorn", "proximal")
 REG_TYPES = ("kl", "entropy")
 
 
+@transforms.eagerly
 @in_full_precision
 def solve_batch(
     M, reg=None, a=None, b=None, max_iter=1000, tol=1e-5, method="auto", inner_iter=1, inner_reg=1e-3, reg_type="entropy", grad="envelope"
@@ -124,7 +126,7 @@ def _costs(x: Tensor, y: Tensor, metric: str, p: float) -> Tensor:
         x, y = (z.float() if z.dtype.itemsize < 4 else z for z in (x, y))
         tiny = 1e-10  # POT's guard: part of the definition here
         negative_entropy = (y * (y + tiny).log()).sum(-1)
-        return negative_entropy.unsqueeze(-2) - (x + tiny).log() @ y.mT
+        return negative_entropy.unsqueeze(-2) - inner((x + tiny).log(), y)
     if metric.lower() not in ("sqeuclidean", "euclidean", "minkowski"):
         raise errors.ProblemError(f"Unknown metric: {metric}. Choose 'sqeuclidean', 'euclidean', 'minkowski' or 'kl'.")
     return matrix(between(x, y, metric, p))

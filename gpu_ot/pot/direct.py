@@ -21,10 +21,9 @@ from ..geometry.absorbed import Absorbed, range_of
 from ..geometry.compiled import LARGEST_BYTES
 from ..problem import MASS_RTOL, Problem
 from ..solution.solution import Solution
-from ..solver.compiled import MOST, STATUS, rule_of, tuning
+from ..solver.compiled import MOST, STATUS, resolved, rule_of, tuning
 from ..solver.criterion import Change, Marginal
-from ..solver.monitor import RESOLVED
-from ..solver.status import CONVERGED, DIVERGED, STALLED, Status
+from ..solver.status import CONVERGED, DIVERGED, Status
 from . import arrays
 from .answer import Answer
 from .arrays import take, tensors
@@ -118,7 +117,9 @@ def _solve(given: Given, taus: tuple[float, float], start: np.ndarray, weight: n
         C, wa, wb, eps, *taus, start, weight, np.zeros(len(wb)), rtol, rule, strict, _tuning(taus[0] == taus[1] == math.inf), dropped, safe,
         limit, every, -1 if after >= limit else int(after),
     )  # fmt: skip
-    if status == UNUSUAL or STATUS[status] is DIVERGED or (STATUS[status] is STALLED and not _resolved(rule, errors[-1], wb)):
+    if status == UNUSUAL or STATUS[status] is DIVERGED:
+        return None
+    if STATUS[status] is not CONVERGED and not resolved(f, g, eps):
         return None
     return Found(P, C, eps, wa, wb, f, g, start, errors, counts, STATUS[status], back)
 
@@ -149,11 +150,6 @@ def relaxed(
     start, swapped = np.zeros(len(given.a)), (taus[1], taus[0])
     found = _solve(given, swapped, start, given.a.copy(), -1.0, rule, rules.both_sides, _limit(max_iter), rules.check_every, math.inf)
     return found and found._replace(P=np.ascontiguousarray(found.P.T), M=found.M.T)
-
-
-def _resolved(rule: Any, error: float, b: np.ndarray) -> bool:
-    """Whether an error at which rounding ended a run is small beside the weights, as in `Monitor`."""
-    return error <= RESOLVED * (1.0 if rule.norm < 0 else float(np.linalg.norm(b)))
 
 
 def _limit(max_iter: float) -> int:

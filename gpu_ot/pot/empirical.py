@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import errors
+from .. import errors, transforms
 from ..problem import Problem
 from ..solve import find
 from ..solver.criterion import Marginal
@@ -52,6 +52,7 @@ def _print_progress(n_iter: int, error: Tensor) -> None:
         print(f"Error in marginal at iteration {n_iter} = {float(error.amax())}")
 
 
+@transforms.eagerly
 def _between_points(
     loss: bool, X_s: Any, X_t: Any, reg: Any, a: Any, b: Any, metric: Any, max_iter: int, tol: float, lazy: bool, batch: Any, verbose: bool,
     log: bool, warn: bool, warmstart: Any, options: dict[str, Any],

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import errors
+from .. import errors, transforms
 from ..costs.base import Cost
 from ..distributed.costs import Sharded
 from ..penalties import KL, TV
@@ -113,6 +113,7 @@ def problem_of(cost: Cost, reg: Any, a: Any, b: Any, relaxed: Any, penalty: type
     return Problem(cost, number(reg), a, b, (rows, columns))
 
 
+@transforms.eagerly
 def solve_matrix(M: Any, a: Any, b: Any, c: Any, settings: Settings) -> OTResult:
     s, reg, tau = settings, settings.reg, settings.relaxed
     if s.grad == "detach":
@@ -142,6 +143,7 @@ def with_gradients(done: Answer, grad: str, others: Callable[[], tuple[Any, ...]
     return value, *rest
 
 
+@transforms.eagerly
 @in_full_precision
 def solve_cost(cost: Cost, a: Tensor | None, b: Tensor | None, back: Callable[[Tensor], Any], settings: Settings) -> OTResult:
     """Without an n-by-m array: O((n + m) d) memory, whatever the gradient."""

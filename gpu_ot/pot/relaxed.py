@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import errors, gradients
+from .. import errors, gradients, transforms
 from ..costs import Cost
 from ..penalties import KL, TV
 from ..problem import Problem, float_type, matched, vector_dtype
@@ -159,6 +159,7 @@ def _divergence(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(some, p * (torch.where(some, p, 1.0) / torch.where(some, q, 1.0)).log(), 0.0) - p + q
 
 
+@transforms.eagerly
 @in_full_precision
 def run(
     a: Any, b: Any, M: Any, reg: Any, reg_m: Any, *, method: str = "sinkhorn", reg_type: str = "kl", penalty: type[KL] | type[TV] = KL,

@@ -20,7 +20,7 @@ from ..geometry.protocol import Geometry, weigh
 from ..penalties import KL
 from .acceleration import Anderson, Plain
 from .annealing import Stretch
-from .criterion import ROUNDING, Change, Criterion, Marginal
+from .criterion import RESOLVED, ROUNDING, Change, Criterion, Marginal
 from .monitor import NEAR, STALL_CHECKS, Monitor
 from .status import CONVERGED, DIVERGED, MAX_ITER, STALLED
 from .step import Alternating, Start, State, Symmetric
@@ -253,6 +253,12 @@ class Engine:
 def _take(parts: Any, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     for low, high in parts:  # shared by the threads: each takes the next
         work(low, high, *arguments)
+
+
+def resolved(f: np.ndarray, g: np.ndarray, eps: float) -> bool:
+    """Whether eps is large enough for potentials of this size, as in `Monitor`."""
+    size = max(float(np.abs(f).max()), float(np.abs(g).max()))
+    return size * torch.finfo(torch.float64).eps <= RESOLVED * eps
 
 
 def rule_of(criterion: Criterion, dtype: torch.dtype) -> Any:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: A sum of rounded numbers is off by a few of their last digits; below `ROUNDING` of them there is nothing to gain.
 ROUNDING = 8.0
+#: An eps is resolved where rounding moves the marginals by less than this part of the mass.
+RESOLVED = 1e-3
 #: A column that is heavier than it should be by more than exp(FAR) is far off, however far: relaxed marginals may overflow.
 FAR = 40.0
 NORMS = ("l1", "l1_absolute", "l2", "l2_joint")
@@ -95,8 +97,8 @@ class Marginal(Criterion):
         sums = ROUNDING * torch.finfo(dtype).eps
         differences = torch.finfo(g.dtype).eps * torch.where(b > 0, g.abs(), 0.0).amax(-1, keepdim=True) / step.eps
         error, floor, unit = self._sizes(torch.stack((excess, b * (sums + differences), b.expand_as(excess))), b)
-        # Exponents rounded to more than a tenth: no sum over them means anything, however small it comes out.
-        error = torch.where(floor > 0.1 * unit, torch.maximum(error, floor), error)
+        # Exponents rounded to more than that: no sum over them means anything, however small it comes out.
+        error = torch.where(floor > RESOLVED * unit, torch.maximum(error, floor), error)
         return Measured(state.f, g, error, floor)
 
     def relative(self, step: Alternating, error: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ class Change(Criterion):
         if self.both_sides or relative:
             change = 0.5 * (change + _change(f, old_f, problem.a, step.eps, relative))
         each, floor = problem.b.shape[:-1], self.floor(step, f, g, dtype)
-        change = torch.where(floor > 0.1, torch.maximum(change, floor), change)  # as of `Marginal`
+        change = torch.where(floor > RESOLVED, torch.maximum(change, floor), change)  # as of `Marginal`
         return Measured(f, g, change.expand(each), floor.expand(each))
 
     def relative(self, step: Alternating, error: Tensor) -> Tensor:

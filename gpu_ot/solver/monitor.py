@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..vectors import log, to_host
-from .criterion import Criterion
+from .criterion import RESOLVED, Criterion
 from .status import CONVERGED, DIVERGED, INFEASIBLE, MAX_ITER, STALLED, Status, unresolved
 from .step import Alternating, State
 
@@ -22,8 +22,6 @@ from .step import Alternating, State
 STALL_CHECKS, NEAR = 10, 1e3
 #: Start testing for infeasibility after this many iterations.
 INFEASIBILITY_AFTER = 50
-#: A plan whose marginals rounding moves by more than this part of the mass is not resolved.
-RESOLVED = 1e-3
 
 
 @dataclass
@@ -122,16 +120,18 @@ class Monitor:
         unseen = self.kept is None or (self.criterion.pairwise and self.status is None)  # iterations after the last check
         f, g = self.criterion.seen(self.step, state) if unseen or self.kept is None else self.kept
         done = torch.zeros(f.shape[:-1], dtype=torch.bool, device=f.device) if state.done is None else state.done
-        status = self._stalled(f, g) if self.status is STALLED else self.status or MAX_ITER
+        status = self.status or MAX_ITER
+        status = self._resolved(status, f, g) if status in (MAX_ITER, STALLED) else status
         return Outcome(f, g, status, done, state.n_iter, state.n_sweeps, self.errors)
 
-    def _stalled(self, f: Tensor, g: Tensor) -> Status:
-        """Whether what is left of the error is small, or eps too small for the numbers that it divides."""
-        eps, error = self.step.eps, float(self.criterion.relative(self.step, self.errors[-1]).amax())
-        if error <= RESOLVED:
-            return STALLED
+    def _resolved(self, status: Status, f: Tensor, g: Tensor) -> Status:
+        """The status of a run that did not converge, unless the reason is an eps too small for the numbers that it divides."""
         size = max(float(torch.where(z.isfinite(), z.abs(), 0.0).amax()) for z in (f, g))
-        return unresolved(error, eps, size * torch.finfo(g.dtype).eps / RESOLVED)
+        digit = size * torch.finfo(g.dtype).eps
+        if digit <= RESOLVED * self.step.eps or not self.errors:
+            return status
+        error = float(self.criterion.relative(self.step, self.errors[-1]).amax())
+        return unresolved(max(error, digit / self.step.eps), self.step.eps, digit / RESOLVED)
 
 
 class _Progress:

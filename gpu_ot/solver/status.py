@@ -39,9 +39,10 @@ DIVERGED = Status(
 
 
 def unresolved(error: float, eps: float, least: float) -> Status:
-    """The end of a loop whose eps is so small beside the costs that rounding alone moves the marginals by `error` of the mass."""
+    """The end of a loop whose eps is so small beside the costs that rounding alone moves the marginals: by `error` of the mass in all."""
     return Status(
         "unresolved",
-        f"The plan is not the one asked for: its marginals are off by {error:.2g} of the mass. eps = {eps:.3g} is below what the floating "
-        f"type of the potentials resolves of costs this large, eps = {least:.2g} or more: raise eps, or subtract what all pairs pay.",
+        f"The plan is not the one asked for: its marginals are off by {min(error, 1.0):.2g} of the mass{' or more' if error > 1 else ''}. "
+        f"eps = {eps:.3g} is below what the floating type of the potentials resolves of costs this large, which is eps = {least:.2g} or "
+        "more: raise eps, or subtract what all pairs pay.",
     )
