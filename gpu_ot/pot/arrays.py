@@ -84,6 +84,8 @@ def number(z: Any, name: str = "reg") -> float:
     if type(z) is float:
         return z
     try:
+        if isinstance(z, str):
+            raise ValueError
         return float(z.detach() if isinstance(z, Tensor) else z.item() if hasattr(z, "item") else z)
     except (TypeError, ValueError, RuntimeError):
         found = f"an array of shape {errors.shape(z.shape)}" if hasattr(z, "shape") else repr(z)

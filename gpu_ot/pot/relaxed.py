@@ -195,7 +195,7 @@ def run(
             raise elsewhere("reg = 0", "ot.unbalanced.mm_unbalanced(a, b, M, reg_m), or pass a small reg > 0")
         raise errors.bad_eps("reg", reg)
 
-    dtype, wide = float_type(*(z for z in (tM, ta, tb, tc) if z is not None)), vector_dtype(tM.device)
+    dtype, wide = float_type(tM), vector_dtype(tM.device)
     uniform = (torch.full((size,), 1 / size, device=tM.device, dtype=wide) for size in tM.shape)
     wa, wb = (u if w is None else w.to(wide) for w, u in zip((ta, tb), uniform, strict=True))
     taus = pair(reg_m)
