@@ -351,7 +351,10 @@ def test_several_relaxed_histograms_are_entropic(kind, reg_type, method):
 
 def test_envelope_by_its_other_name():
     M = rand(5, 4).requires_grad_()
-    for call in (lambda grad: gpu_ot.pot.solve(M, reg=0.1, grad=grad).value, lambda grad: gpu_ot.solve_batch(M[None], 0.1, grad=grad).value[0]):
+    for call in (
+        lambda grad: gpu_ot.pot.solve(M, reg=0.1, grad=grad).value,
+        lambda grad: gpu_ot.solve_batch(M[None], 0.1, grad=grad).value[0],
+    ):
         close(*(torch.autograd.grad(call(name), M)[0] for name in ("implicit", "envelope")), rtol=0, atol=0)
 
 
@@ -480,7 +483,5 @@ def test_value_linear_has_the_derivative_that_differences_have(grad, reg_type):
     slope = sum((g * z).sum() for g, z in zip(torch.autograd.grad(total, asked), (D, d, e), strict=True))
     step = 1e-5
     with torch.no_grad():
-        up, down = (
-            gpu_ot.solve_batch(M + s * D, 0.1, a + s * d, b + s * e, **options).value_linear.sum() for s in (step, -step)
-        )
+        up, down = (gpu_ot.solve_batch(M + s * D, 0.1, a + s * d, b + s * e, **options).value_linear.sum() for s in (step, -step))
     close(slope, (up - down) / (2 * step), rtol=1e-6)
