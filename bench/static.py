@@ -75,7 +75,9 @@ def build(kernel, types: dict, constants: dict, target: GPUTarget, warps: int, s
         signature[name] = types.get(name, "*fp32")
         if signature[name].startswith("*") or name in ("u_rows", "v_rows", "w_rows", "per_split"):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    assert all(signature[name] in ("i32", "constexpr") for name in kernel.do_not_specialize if name in signature), "a pointer loses its alignment"
+    assert all(signature[name] in ("i32", "constexpr") for name in kernel.do_not_specialize if name in signature), (
+        "a pointer loses its alignment"
+    )
     options = dict(num_warps=warps, num_stages=stages, **FUSED, **more)
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 

@@ -19,7 +19,7 @@ from .geometry.absorbed import range_of
 from .gradients.envelope import HELD
 from .problem import Problem
 from .solver import annealing
-from .solver.compiled import STATUS, rule_of, tuning
+from .solver.compiled import STATUS, resolved, rule_of, tuning
 from .solver.criterion import Marginal
 from .solver.status import CONVERGED, DIVERGED, Status
 
@@ -113,7 +113,8 @@ def _solved(
 def _search(
     problem: Problem, cost: Cost, a: np.ndarray, b: np.ndarray, side: int | None, start: np.ndarray, tol: float, max_iter: int
 ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, Status]:
-    """The kernel, f (1, n), g (1, m), counts and status between two measures, or of one side's measure and itself."""
+    """The kernel, f (1, n), g (1, m), counts and status between two measures, or of one side's measure and itself. Where eps
+    is not resolved it is DIVERGED, too: the usual way says so."""
     from .compiled.search import Annealing, search
 
     C = cost.dense().contiguous().numpy()
@@ -123,7 +124,8 @@ def _search(
         C, a, b, problem.eps, *taus, start, a, _rule(tol, problem.dtype), tuning(side is None and problem.balanced), constants,
         side is not None, *range_of(C.itemsize), max_iter,
     )  # fmt: skip
-    return kernel, f, g, counts, STATUS[status]
+    end = STATUS[status]
+    return kernel, f, g, counts, end if end is CONVERGED or resolved(f, g, problem.eps) else DIVERGED
 
 
 def _taus(penalties: Sequence[Any]) -> tuple[float, float]:
@@ -154,6 +156,8 @@ def _slopes(cost: Any, pull: float, terms: tuple[Term, ...], needed: list[bool])
 
 class _Held(transforms.Function):
     """A value known already, with its first derivatives."""
+
+    opaque = True
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, a: Tensor, b: Tensor, value: Tensor, slopes: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

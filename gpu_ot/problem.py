@@ -100,6 +100,12 @@ class Problem:
         learnable = Learnable(eps, columns, rows)
         return self._with(cost=self.cost.T, a=self.b, b=self.a, penalties=self.penalties[::-1], learnable=learnable)
 
+    @property
+    def kept(self) -> Problem:
+        """The same problem, where autograd may keep its tensors; not checked again."""
+        cost, a, b = _kept(self.cost, self.a, self.b)
+        return self if cost is self.cost and a is self.a and b is self.b else self._with(cost=cost, a=a, b=b)
+
     def unwrapped(self) -> Problem:
         """The same problem of the numbers inside what torch.func makes of its tensors; not checked again."""
         cost = self.cost.of(transforms.unwrapped(z) for z in self.cost.inputs.values())
@@ -159,6 +165,7 @@ def _checked(
     cost: Cost, eps: float | Tensor | tuple[str, float], a: Tensor | None, b: Tensor | None, penalties: tuple[Penalty, Penalty]
 ) -> dict[str, Any]:
     """The fields of a Problem."""
+    cost, a, b = _kept(cost, a, b)
     inputs = cost.inputs
     tensors = inputs | {name: w for name, w in (("a", a), ("b", b)) if w is not None}
     _check_tensors(tensors)
@@ -167,7 +174,8 @@ def _checked(
         raise errors.bad_eps("eps", eps)
 
     given = float_type(*inputs.values())
-    mass_rtol = MASS_RTOL if float_type(*tensors.values()).itemsize >= 4 else MASS_RTOL_HALF
+    halves = any(z.is_floating_point() and z.dtype.itemsize < 4 for z in tensors.values())
+    mass_rtol = MASS_RTOL_HALF if halves else MASS_RTOL
     dtype = given if given.itemsize >= 4 else torch.float32
     cost = cost.to(dtype)
     shape = cost.shape
@@ -191,7 +199,7 @@ def _checked(
         raise errors.wrong_shape("the pair (a, b)", shape, f"batches that broadcast, found {found} beside that cost") from None
     wa, wb = wa.expand(*batch, n), wb.expand(*batch, m)
 
-    if isinstance(eps, tuple):
+    if isinstance(eps, tuple) and batch.numel():
         eps_number *= float(cost.scale(eps[0]))
         if not 0 < eps_number < math.inf:
             raise errors.ProblemError(f"eps = {eps} is {eps_number} here: the costs do not vary. Give eps as a number, in their units.")
@@ -206,6 +214,14 @@ def _checked(
         cost = Matrix(torch.where(padding, 0.0, cost.dense()))
     wb = matched(wa, wb) if balanced else wb
     return dict(cost=cost, eps=eps_number, a=wa, b=wb, penalties=pair, given_dtype=given, dtype=dtype, forbids=forbids, learnable=learnable)
+
+
+def _kept(cost: Cost, *weights: Tensor | None) -> tuple[Any, ...]:
+    """Of tensors that autograd may keep: those made under torch.inference_mode, which has ended, are copied."""
+    tensors = *cost.inputs.values(), *weights
+    if not any(isinstance(z, Tensor) and transforms.unkept(z) for z in tensors):
+        return cost, *weights
+    return cost.of(map(transforms.kept, cost.inputs.values())), *(w if w is None else transforms.kept(w) for w in weights)
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:
@@ -251,6 +267,8 @@ def _check_values(cost: Cost, a: Tensor, b: Tensor, balanced: bool, mass_rtol: f
 
     Whether the cost forbids a pair, and the pairs (*batch, n, m) of lines that are padding and forbid everything, or None.
     """
+    if not a.numel():  # a batch of no problems
+        return False, None
     a, b = a.detach(), b.detach()
     mass_a, mass_b = a.sum(-1), b.sum(-1)
     seen = [z.amin() for z in (a, b)] + _extremes(cost)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -50,6 +51,7 @@ def _of_a_problem(function: Callable[Options, Solution]) -> Callable[Options, So
     return call
 
 
+@transforms.eagerly
 @_of_a_problem
 def solve(
     problem: Problem,
@@ -78,7 +80,8 @@ def solve(
                  as small as the derivatives should be exact), and again: second derivatives of `value` in all of its inputs;
                  "unroll" differentiates f, g and `value` through every iteration that was run, any number of times.
                  All of this holds inside torch.func.grad, vjp and jacrev, nested too; in place of vmap pass the batch itself.
-    tol, norm    when to stop: L1 marginal error as a fraction of the mass, or see `gpu_ot.solver.criterion.Marginal`.
+    tol, norm    when to stop: L1 marginal error as a fraction of the mass, or see `gpu_ot.solver.criterion.Marginal`. 0 asks for all
+                 of `max_iter`; a positive one that the type cannot reach ends the loop as *stalled*.
     max_iter     iterations at most; a status says so when they run out.
     check_every  iterations between checks of the error; when left out, 1 on a CPU, where a check is free, and 10 otherwise.
     accelerate   "auto": a few plain iterations, then eps annealed where they show that this pays, then Anderson mixing; or by name:
@@ -95,7 +98,7 @@ def solve(
     Returns a Solution: `value` (*batch,) in units of the cost, potentials f (*batch, n) and g (*batch, m),
     a lazy plan, and a `status` that says whether, when and why the loop stopped.
     Raises ProblemError for a setting that does not exist, BackendError for a backend that cannot serve this problem. Not
-    converging is a status, not an exception.
+    converging is a status, not an exception; an eps too small to be resolved is a warning, too.
 
     Feydy et al. 2019, arXiv:1810.08278 (the dual and its loop); Séjourné et al. 2019, arXiv:1910.12958 (relaxed marginals).
     """
@@ -117,9 +120,12 @@ def solve(
         _ = solution.value  # computed now: the inputs may change in place before somebody reads it
         if solution.status is DIVERGED:
             ranks.check_points(problem.cost)  # which may have changed since the problem was made
+    if solution.status.name == "unresolved":
+        warnings.warn(f"gpu_ot.solve, {solution.status}", RuntimeWarning, stacklevel=4)
     return solution.raise_unless_converged() if strict else solution
 
 
+@transforms.eagerly
 def find(
     problem: Problem,
     *,
@@ -153,6 +159,9 @@ def find(
             raise errors.unknown(name, given, known)
     if max_iter < 1:
         raise errors.ProblemError(f"max_iter must be at least 1, found {max_iter}.")
+    problem = problem.kept
+    if not problem.a.numel():
+        return _of_nothing(problem, order)
     grad = grad if grad == "implicit" or needs_gradient(problem) else "envelope"
     unrolled = grad == "unroll"
     if unrolled and (isinstance(schedule, Anneal) or accelerate == "mixing"):
@@ -199,6 +208,16 @@ def find(
             return (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g)
 
     return Solution(problem, geometry, value, f, g, end.status, end.converged, end.n_iter, end.n_sweeps, history)
+
+
+def _of_nothing(problem: Problem, order: str) -> Solution:
+    """The solution of a batch of no problems, in its shapes, with gradients of 0 for what all problems share."""
+    geometry = bind(problem, "softmin")
+    numbers = [z for z in problem.learnable if z is not None]
+    tie = torch.stack([z.double().sum() for z in (problem.a, problem.b, *problem.cost.inputs.values(), *numbers)]).sum() * 0
+    f, g = torch.zeros_like(problem.a), torch.zeros_like(problem.b)
+    value, none = f.sum(-1) + tie, torch.ones(f.shape[:-1], dtype=torch.bool, device=f.device)
+    return Solution(problem, geometry, lambda: value, f + tie, g + tie, CONVERGED, none, 0, 0, f.new_zeros(0, *f.shape[:-1]))
 
 
 def _step(problem: Problem, order: str, accelerate: str, after: float = 0) -> Alternating:

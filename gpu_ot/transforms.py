@@ -6,6 +6,7 @@ afterwards, by functions that torch.func can differentiate. torch.vmap hides the
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from operator import attrgetter
@@ -23,13 +24,51 @@ active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 class Function(torch.autograd.Function):
     """An autograd function whose arguments are positional. torch reads the signature of `forward` in every call, which takes longer than
-    most of our forwards."""
+    most of our forwards. Its derivative is computed outside of torch.autocast, even where somebody calls `backward` within."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "backward" in vars(cls):
+            cls.backward = staticmethod(_without_autocast(cls.backward))  # type: ignore[method-assign]
+
+    #: Whether torch.compile must not look into it: its arguments are no tensors and numbers alone.
+    opaque = False
 
     @classmethod
     def apply(cls, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if active() or torch.compiler.is_compiling():
-            return super().apply(*args)
+            return _applied(cls, *args) if cls.opaque else super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def eagerly(function: Callable[..., T]) -> Callable[..., T]:
+    """The function, over which torch.compile passes: it reads numbers and decides by them."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> T:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@eagerly
+def _applied(cls: type[Function], *args: Any) -> Any:
+    return super(Function, cls).apply(*args)
+
+
+def _without_autocast(backward: Callable[..., T]) -> Callable[..., T]:
+    @functools.wraps(backward)
+    def call(*args: Any) -> T:
+        if not torch.compiler.is_compiling():
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    with torch.autocast(device, enabled=False):
+                        return call(*args)
+        return backward(*args)
+
+    return call
 
 
 def batched(z: Tensor) -> bool:
@@ -40,6 +79,16 @@ def batched(z: Tensor) -> bool:
 def requires_grad(*tensors: Tensor) -> bool:
     """Whether autograd, or any transform around, differentiates with respect to one of the tensors."""
     return any(map(attrgetter("requires_grad"), tensors)) or (active() and any(map(_any_requires_grad, tensors)))
+
+
+def unkept(z: Tensor) -> bool:
+    """Whether autograd refuses to keep z for a backward pass: it was made under torch.inference_mode, which has ended."""
+    return z.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def kept(z: Tensor) -> Tensor:
+    """z, or a copy that autograd may keep."""
+    return z.clone() if unkept(z) else z
 
 
 def numbers(z: Tensor) -> Tensor:

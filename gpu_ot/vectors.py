@@ -41,16 +41,16 @@ def _in_pieces(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     return torch.cat([function(piece) for piece in z.reshape(-1).split(PIECE)]).view(z.shape)
 
 
-def in_full_precision(method: Callable[..., T]) -> Callable[..., T]:
-    """The method, run outside of torch.autocast, which would round its products of float32 to halves."""
+def in_full_precision(function: Callable[..., T]) -> Callable[..., T]:
+    """The function, run outside of torch.autocast, which would round its products of float32 to halves."""
 
-    @functools.wraps(method)
-    def call(self: Any, *args: Any, **kwargs: Any) -> T:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> T:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
-                    return call(self, *args, **kwargs)
-        return method(self, *args, **kwargs)
+                    return call(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return call
 

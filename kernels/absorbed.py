@@ -96,7 +96,9 @@ def softmin(K: Tensor, b: Tensor, f0: Tensor, g0: Tensor, g: Tensor, eps: float,
     with on_device_of(K):
         weigh_kernel[(triton.cdiv(m, BLOCK), batch)](g, b, g0, w, m, m if b.dim() > 1 else 0, float(eps), BLOCK=BLOCK, **FUSED)
         sums = K[0] @ w[0] if batch == 1 else torch.bmm(K, w.unsqueeze(-1))
-        softmin_kernel[(batch,)](sums, w, f0, s, exact, n, m, float(eps), float(safe), info.tiny / info.eps, BLOCK=BLOCK, num_warps=4, **FUSED)
+        softmin_kernel[(batch,)](
+            sums, w, f0, s, exact, n, m, float(eps), float(safe), info.tiny / info.eps, BLOCK=BLOCK, num_warps=4, **FUSED
+        )
     return s, exact
 
 
@@ -185,7 +187,7 @@ def potentials_kernel(
     tl.store(f + problem * n + at, x, mask=at < n)
 
     total = joined(sums + problem * parts * m, at, m, parts, BLOCK)
-    broken += tl.sum(((at < m) & ((tl.abs(total) < float("inf")) == 0)).to(tl.int32), 0)
+    broken += tl.sum(((at < m) & (((total > least) & (total < float("inf"))) == 0)).to(tl.int32), 0)
     least_t = tl.min(tl.where(at < m, total.to(tl.float64), float("inf")), 0)
     offset = tl.load(g0 + at, mask=at < m, other=0.0)
     tl.store(g_next + problem * m + at, (offset - eps * tl.log(total.to(tl.float64))) / damping_b, mask=at < m)

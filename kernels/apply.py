@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import COUNTS, FUSED, on_device_of
 from . import tuning
+from .launches import COUNTS, FUSED, on_device_of
 from .tiles import RESIDENT, Cloud, cloud, products, row_tile
 from .tuning import Tile
 

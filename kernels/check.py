@@ -41,7 +41,9 @@ def check(
     stride = m if b.ndim > 1 else 0
     with on_device_of(g):
         if joint:
-            size_kernel[(batch,)](b, g, g_next, sizes, m, stride, *numbers[:1], *numbers[2:], SQUARE=True, BLOCK=block, num_warps=8, **FUSED)
+            size_kernel[(batch,)](
+                b, g, g_next, sizes, m, stride, *numbers[:1], *numbers[2:], SQUARE=True, BLOCK=block, num_warps=8, **FUSED
+            )
         check_kernel[(batch,)](
             b, f, g, g_next, old_f, old_g, old_error, old_done, done if inexact is None else inexact, new_f, new_g, error, done, sizes,
             flags, batch, n, m, stride, *numbers, NORM=NORMS.index(norm), LAST=last is not None, TOGETHER=together,
@@ -94,8 +96,8 @@ def check_kernel(
         off = tl.sqrt(off)
         floor = tl.sqrt(floor)
         unit = tl.sqrt(unit)
-    # Exponents rounded to more than a tenth: no sum over them means anything, however small it comes out.
-    now = tl.where((floor > 0.1 * unit) & (off < floor), floor, off)
+    # Exponents rounded to more than a thousandth: no sum over them means anything, however small it comes out.
+    now = tl.where((floor > 1e-3 * unit) & (off < floor), floor, off)
     worse = tl.full([], 0, tl.int32)
     if LAST:
         last = tl.load(old_error + problem)
@@ -150,6 +152,7 @@ def measure(b, g, g_next, m, slope, sums, differences, SQUARE: tl.constexpr, BLO
         w = tl.load(b + cols, mask=cols < m, other=0.0)
         here = tl.load(g + cols, mask=w > 0, other=0.0)
         gap = slope * (here - tl.load(g_next + cols, mask=w > 0, other=0.0))
+        gap = tl.where(gap > 40.0, 40.0, gap)  # `criterion.FAR`; NaN stays
         excess = tl.where(w > 0, w * expm1(gap), 0.0)
         off += tl.sum(excess * excess if SQUARE else tl.abs(excess), 0)
         unit += tl.sum(w * w if SQUARE else w, 0)

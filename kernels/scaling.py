@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import COUNTS, FUSED, on_device_of
 from . import tuning
+from .launches import COUNTS, FUSED, on_device_of
 
 ROW_BYTES = 2**16  # whole rows lie in the registers of one program: 16384 columns in fp32, 8192 in fp64
 

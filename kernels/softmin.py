@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import COUNTS, FUSED, on_device_of
 from . import tuning
+from .launches import COUNTS, FUSED, on_device_of
 from .tiles import Cloud, cloud, products, row_tile
 from .tuning import Tile
 
@@ -202,7 +202,10 @@ def join_kernel(
     split = tl.arange(0, SPLITS)[:, None]
     batch = tl.program_id(1).to(tl.int64)
     scale = 1.4426950408889634 / eps
-    t = tl.load(pieces + (batch * splits + split) * n + rows, mask=(split < splits) & (rows < n), other=float("inf")).to(tl.float64) * -scale
+    t = (
+        tl.load(pieces + (batch * splits + split) * n + rows, mask=(split < splits) & (rows < n), other=float("inf")).to(tl.float64)
+        * -scale
+    )
     top = tl.maximum(tl.max(t, 0), -1e38)[None, :]  # [1, N]
     s = -(top + tl.log2(tl.sum(tl.exp2((t - top).to(tl.float32)), 0))[None, :]) / scale
     if UPDATE > 0:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .launches import COUNTS, FUSED, on_device_of
 
-
 NUMBERS = 8  # float64 numbers remembered of each problem, see `mix`
 #: As in gpu_ot.solver.acceleration.Anderson, which says what they are for; a test compares them.
 TURN, CAP, FOLLOW, SHORT, LONG, NOTHING_NEW = (tl.constexpr(z) for z in (0.9, 8.0, 4.0, 0.1, 0.5, 1e-6))

@@ -26,7 +26,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 #: The host waits for the numbers of the device.
 READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "bincount"}
 #: No kernel runs.
-NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh", "_unsafe_view", "set_"}
+NOTHING = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "_unsafe_view",
+    "set_",
+}
 NOTHING |= {"scalar_tensor", "promote_types", "resize_", "is_same_size"}
 #: Kernels inside of one operation, where they are more.
 INSIDE = {"logsumexp": 8, "sort": 4, "median": 4, "cumsum": 2}
@@ -140,7 +151,9 @@ def dispatch(func, args, kwargs):
         seen.read(name)
     elif name not in NOTHING and not is_view(func):
         # Where a number stands in for a tensor, torch fills one with it first.
-        seen.launch(name, INSIDE.get(name, 1) + (name == "where") * sum(isinstance(z, torch.Tensor) and not isinstance(z, Pretended) for z in flat))
+        seen.launch(
+            name, INSIDE.get(name, 1) + (name == "where") * sum(isinstance(z, torch.Tensor) and not isinstance(z, Pretended) for z in flat)
+        )
     kwargs = {key: torch.device("cpu") if key == "device" and value is not None else value for key, value in kwargs.items()}
     kwargs.pop("pin_memory", None)
     out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
@@ -317,7 +330,7 @@ def to(original):
             z = original(z, dtype)
         z = z if device is None else moved(z, device)
         z = z if dtype is None else original(z, dtype)
-        return original(z, *rest, **kwargs) if rest and isinstance(rest[0], torch.dtype) or kwargs.keys() - {"non_blocking"} else z
+        return original(z, *rest, **kwargs) if (rest and isinstance(rest[0], torch.dtype)) or kwargs.keys() - {"non_blocking"} else z
 
     return call
 

@@ -12,10 +12,25 @@ import numpy as np
 
 from .crew import both_shared
 from .exponential import exp64, log64
-from .kernel import absorb_at, aligned, both, first, largest, smallest, softmin_columns, softmin_rows, sums_of_rows
+from .kernel import (
+    absorb_at,
+    aligned,
+    both,
+    first,
+    largest,
+    smallest,
+    softmin_columns,
+    softmin_rows,
+    sums_of_rows,
+    within_range,
+)  # fmt: skip
 from .machine import compiled
 from .mixing import forget, propose
 from .watch import RUNNING, change, judge, log_mass, marginal, seen
+
+#: `solver.criterion.FAR`.
+FAR = 40.0
+EXP_FAR = math.exp(FAR)
 
 
 class Measures(NamedTuple):
@@ -80,11 +95,11 @@ def _multiply(k, problem, sweep):
         mass = 0.0
         for i in range(n):
             mass += u[i]
-        exact &= smallest(s) >= k.safe * total and largest(s) < np.inf and math.isfinite(mass)
+        exact &= smallest(s) >= k.safe * total and largest(s) < np.inf and within_range(total, w[0])
         reached = 0.0
         for j in range(m):
             reached += t[j]
-        exact &= smallest(t) >= k.safe * mass and math.isfinite(reached)
+        exact &= smallest(t) >= k.safe * mass and math.isfinite(reached) and within_range(mass, w[0])
         v = sweep.v_next[h]
         if tau_b < np.inf:
             shift, q = -1 / (tau_b + eps), 1 / (1 + eps / tau_b)
@@ -180,9 +195,17 @@ def _gap(problem, sweep, state, products, gap):
     """b * gap is the excess of the column marginal."""
     for h in range(len(gap)):
         for j in range(gap.shape[1]):
-            gap[h, j] = (
-                sweep.v[h, j] / sweep.v_next[h, j] - 1 if products else math.expm1((state.g[h, j] - state.g_next[h, j]) / problem.eps)
-            )
+            if products:
+                z = sweep.v[h, j] / sweep.v_next[h, j]
+                gap[h, j] = (EXP_FAR if z > EXP_FAR else z) - 1  # NaN stays
+            else:
+                gap[h, j] = _excess((state.g[h, j] - state.g_next[h, j]) / problem.eps)
+
+
+@compiled
+def _excess(z):
+    """exp(z) - 1, at most exp(FAR)."""
+    return math.expm1(FAR if z > FAR else z)
 
 
 @compiled
@@ -333,7 +356,7 @@ def go_symmetric(k, problem, state, memory, tuning, watch, rule, strict, counts,
                 total += w[j]
             sums_of_rows(k.K, w, s)
             for i in range(n):
-                exact &= s[i] >= k.safe * total and s[i] < np.inf
+                exact &= s[i] >= k.safe * total and s[i] < np.inf and within_range(total, w[0])
                 halfway[i] = k.f0[i] - eps * log64(s[i])
             if not exact:
                 for j in range(n):
@@ -342,7 +365,7 @@ def go_symmetric(k, problem, state, memory, tuning, watch, rule, strict, counts,
                 k.at[0] = np.nan
             for i in range(n):
                 halfway[i] = (g[i] + _damp(halfway[i], problem.tau_a, eps)) / 2
-                gap[h, i] = math.expm1(2 * (g[i] - halfway[i]) / eps)
+                gap[h, i] = _excess(2 * (g[i] - halfway[i]) / eps)
             state.f[h] = g
         counts[0] += 1
         counts[2] += 1

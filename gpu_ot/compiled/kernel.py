@@ -56,6 +56,16 @@ def _(z, like):
     return lambda z, like: exp64(z)
 
 
+def within_range(total, like):
+    """Whether numbers of this total, in the type of `like`, are far from where they overflow, and none that underflowed would count."""
+
+
+@overload(within_range)
+def _(total, like):
+    low, high = (1e-31, 1e37) if like == types.float32 else (1e-292, 1e305)
+    return lambda total, like: low <= total and total <= high
+
+
 @extreme
 def smallest(z):
     low = np.inf

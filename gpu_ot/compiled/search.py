@@ -10,7 +10,7 @@ import numpy as np
 from .block import Measures, State, begin, descend, go, go_symmetric
 from .crew import alone
 from .exponential import exp64, log64
-from .kernel import Kernel, aligned, softmin_rows, sums_of_rows
+from .kernel import Kernel, aligned, softmin_rows, sums_of_rows, within_range
 from .machine import compiled
 from .mixing import Memory
 from .watch import RUNNING, Watch
@@ -123,7 +123,7 @@ def value(k, a, b, eps, tau_a, tau_b, f, g, slopes, ga, gb):
             total += w[j]
         sums_of_rows(k.K, w, s)
         for i in range(n):
-            exact &= s[i] >= k.safe * total and s[i] < np.inf
+            exact &= s[i] >= k.safe * total and s[i] < np.inf and within_range(total, w[0])
             level[i] = k.f0[i] - eps * log64(s[i])
         kernel = exact
     h = np.empty(m)

@@ -9,7 +9,7 @@ import numpy as np
 from .block import Measures, State, begin, go, see
 from .crew import alone
 from .exponential import exp64
-from .kernel import Kernel, aligned, narrow_exp
+from .kernel import Kernel, aligned, narrow_exp, within_range
 from .machine import compiled
 from .mixing import Memory
 from .watch import RUNNING, Watch
@@ -61,14 +61,19 @@ def write_plan(k, problem, state, P):
     n, m = k.C.shape
     scale, a, b, f, g = 1 / problem.eps, problem.a[0], problem.b[0], state.f[0], state.g[0]
     if k.at[0] == problem.eps:
-        w = np.empty(m, k.K.dtype)
+        w, u = np.empty(m, k.K.dtype), np.empty(n, k.K.dtype)
+        total, mass = 0.0, 0.0
         for j in range(m):
             w[j] = b[j] * exp64((g[j] - k.g0[j]) * scale) if b[j] > 0 else 0.0
+            total += w[j]
         for i in range(n):
-            u = k.K.dtype.type(a[i] * exp64((f[i] - k.f0[i]) * scale) if a[i] > 0 else 0.0)
-            for j in range(m):
-                P[i, j] = u * k.K[i, j] * w[j]
-        return
+            u[i] = a[i] * exp64((f[i] - k.f0[i]) * scale) if a[i] > 0 else 0.0
+            mass += u[i]
+        if within_range(total, w[0]) and within_range(mass, w[0]):
+            for i in range(n):
+                for j in range(m):
+                    P[i, j] = u[i] * k.K[i, j] * w[j]
+            return
     zero, h = P.dtype.type(0), np.empty(m)
     for j in range(m):
         h[j] = g[j] + problem.eps * math.log(b[j]) if b[j] > 0 else -np.inf

@@ -13,12 +13,14 @@ from .machine import compiled, extreme
 RUNNING, CONVERGED, STALLED, DIVERGED = range(4)
 NORMS = ("l1", "l1_absolute", "l2", "l2_joint")
 L1, L1_ABSOLUTE, L2, L2_JOINT = range(4)
+#: `solver.criterion.RESOLVED`.
+RESOLVED = 1e-3
 
 
 class Rule(NamedTuple):
     """A criterion, and the constants that belong to it.
 
-    tol    -inf: nothing ends the run before its last iteration.
+    tol    `Criterion.threshold`; -inf: nothing ends the run before its last iteration.
     norm   of Marginal, an index into NORMS; -1 for Change, with its settings.
     """
 
@@ -124,8 +126,10 @@ def change(rule, a, b, f, g, old_f, old_g, eps, n_iter, error, floor):
             size = max(size, abs(z)) if math.isfinite(z) else size
         for z in g[h]:
             size = max(size, abs(z)) if math.isfinite(z) else size
-    error[:] = found
     floor[:] = rule.rounding + 2.220446049250313e-16 * size / eps
+    if floor[0] > RESOLVED and found < floor[0]:
+        found = floor[0]
+    error[:] = found
 
 
 @compiled
@@ -159,7 +163,7 @@ def marginal(rule, b, gap, g, eps, error, floor):
                 unit[h] = 1.0
             floor[h] *= unit[h]
     for h in range(H):
-        if floor[h] > 0.1 * unit[h]:
+        if floor[h] > RESOLVED * unit[h]:
             error[h] = floor[h] if error[h] < floor[h] else error[h]  # NaN stays
 
 
@@ -186,14 +190,14 @@ def judge(rule, watch, plain, f, g, error, floor, strict):
         converged &= done[h]
         settled &= done[h] or error[h] <= floor[h]
         worst, broken = max(worst, ratio), broken or math.isnan(ratio)
-    if rule.tol == -np.inf:
-        return RUNNING
     if converged:
         return CONVERGED
-    if settled:
+    if settled and rule.tol > -np.inf:
         return STALLED
     if broken or not math.isfinite(worst):
         return DIVERGED
+    if rule.tol == -np.inf:
+        return RUNNING
     progress[2] = 0 if worst < progress[1] else progress[2] + 1
     progress[1] = min(progress[1], worst)
     return STALLED if progress[2] >= rule.stall_checks and worst < rule.near else RUNNING

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import errors
 from ..communicator import ALONE, COLUMNS, ROWS, Alone
-from ..vectors import vector_dtype
+from ..vectors import in_full_precision, vector_dtype
 from . import scale
 
 
@@ -198,6 +198,7 @@ class Cost:
                 return some.entries(rows, cols)
             return self.entries(rows, cols).flatten(0, -3)[every(self.shape[:-2].numel(), problems)]
 
+    @in_full_precision
     def scale(self, kind: str) -> Tensor:
         """The "std", "mean", "median" or "max" of all finite entries of all problems together: 0-d, float64, detached; NaN without any.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import transforms
 from ..communicator import COLUMNS, ROWS
+from ..vectors import in_full_precision
 from .base import Axis, Cost, Folded, unmatched
 
 #: Features from which squared distances of float32 points on a CPU are products in float64, and numbers of a slab of those (4 MiB).
@@ -86,6 +87,12 @@ class _Distances(transforms.Function):
         return *_pull(x, y, C, G, ctx.squared), None
 
 
+def _distances(x: Tensor, y: Tensor, squared: bool) -> Tensor:
+    if x.dtype.itemsize < 4:  # of halves torch knows none on a CPU
+        return _Distances.apply(x.float(), y.float(), squared).to(x.dtype)
+    return _Distances.apply(x, y, squared)
+
+
 def _pull(x: Tensor, y: Tensor, C: Tensor, G: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
     """The derivatives in x and y of a function whose derivative in C is G, as products about a common centre."""
     W = 2 * G if squared else torch.where(C > 0, G / torch.where(C > 0, C, 1.0), 0.0)
@@ -108,13 +115,35 @@ def _squares(x: Tensor, y: Tensor) -> Tensor:
     return C
 
 
+def inner(u: Tensor, v: Tensor) -> Tensor:
+    """<u_i, v_j>, (*batch, n, m), in full precision, its derivatives too."""
+    return _Inner.apply(u, v)
+
+
+class _Inner(transforms.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor, v: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return u @ v.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (G,), (u, v), (need_u, need_v) = grad_outputs, ctx.saved_tensors, ctx.needs_input_grad
+        return inner(G, v.mT) if need_u else None, inner(G.mT, u.mT) if need_v else None
+
+
 class SqEuclidean(_Clouds):
     """C_ij = |x_i - y_j|^2."""
 
     folds = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
     def dense(self) -> Tensor:
-        return _Distances.apply(self.x, self.y, True)
+        return _distances(self.x, self.y, True)
 
     def pull(self, G: Tensor) -> tuple[Tensor, Tensor]:
         """The derivatives in x and y of a function whose derivative in C is G (*batch, n, m)."""
@@ -135,7 +164,7 @@ class Euclidean(_Clouds):
     """C_ij = |x_i - y_j|; its gradient is 0 where the points coincide."""
 
     def dense(self) -> Tensor:
-        return _Distances.apply(self.x, self.y, False)
+        return _distances(self.x, self.y, False)
 
     def pull(self, G: Tensor) -> tuple[Tensor, Tensor]:
         """As `SqEuclidean.pull`; 0 where the points coincide."""
@@ -150,8 +179,9 @@ class Dot(_Clouds):
 
     folds = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
+    @in_full_precision
     def dense(self) -> Tensor:
-        return -(self.x @ self.y.mT)
+        return -inner(self.x, self.y)
 
     def formula(self, i: Axis, j: Axis) -> Any:
         return -(i(self.x) | j(self.y))
@@ -165,9 +195,10 @@ class Cosine(_Clouds):
 
     folds = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
+    @in_full_precision
     def dense(self) -> Tensor:
         _, _, u, v = self.fold()
-        return 1 - u @ v.mT
+        return 1 - inner(u, v)
 
     def formula(self, i: Axis, j: Axis) -> Any:
         _, _, u, v = self.fold()

@@ -145,7 +145,7 @@ class Absorbed(Trusting, Dense):
         mass = ((a / s) if rows.scaling is None else a * rows.scaling(s)).sum(-1, keepdim=True)
         # Sinkhorn's steps shrink, so a range that holds at both ends of the k iterations has held between them; anything
         # that overflowed is still inf or NaN here.
-        exact = (s >= self.safe * w.sum(-1, keepdim=True)).all() & (t >= self.safe * mass).all() & mass.isfinite().all()
+        exact = (s >= self._least(w.sum(-1, keepdim=True))).all() & (t >= self._least(mass)).all() & mass.isfinite().all()
         exact &= s.isfinite().all() & t.isfinite().all()
         if rows.hard and columns.hard:  # `_Side.potential`, in place: the commonest case
             f = kernel.f0 - eps * rows.log(s.to(g.dtype))
@@ -231,10 +231,13 @@ class Absorbed(Trusting, Dense):
             return None
         w = exp((h - (kernel.f0 if columns else kernel.g0)) / eps).to(self.dtype)
         sums = kernel.products.columns(w) if columns else kernel.products.rows(w)
-        info = torch.finfo(self.dtype)
-        least = (self.safe * w.sum(-1, keepdim=True)).clamp(min=info.tiny / info.eps)  # below it, scalings that underflowed would count
-        exact = (sums >= least) & sums.isfinite()
+        exact = (sums >= self._least(w.sum(-1, keepdim=True))) & sums.isfinite()
         return sums if bool(exact.all().item()) else None
+
+    def _least(self, total: Tensor) -> Tensor:
+        """The sum of products with numbers of this `total` from which on it is exact: below it, numbers that underflowed would count."""
+        info = torch.finfo(self.dtype)
+        return (self.safe * total).clamp(min=info.tiny / info.eps)
 
     def scalings(self, k: Tensor, h: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
         """(u, v) with exp((k_i + h_j - C_ij) / eps) = u_i K_ij v_j; None when there is no kernel at eps, or the range is left.

@@ -7,10 +7,15 @@ The first sweep of every new formula waits 10 to 30 s for a compiler; the result
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import importlib.util
 import io
 import os
+import re
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..costs import Axis, Cost
+from ..errors import backend_refused
 from ..problem import Problem, vector_dtype
 from .chunked import Chunked
 from .protocol import Geometry, needed, pull_folded
@@ -45,6 +51,8 @@ def refuse(problem: Problem) -> str | None:
         return "its formulas are compiled, and no C++ compiler was found (set CXX, or install g++)"
     if problem.a.device.type not in ("cpu", "cuda"):
         return f"it runs on cpu and cuda, and the tensors are on {problem.a.device.type}"
+    if why := broken():
+        return why
     if cost.folds:
         return None
     try:
@@ -55,6 +63,41 @@ def refuse(problem: Problem) -> str | None:
     except Exception as why:  # the user's own function met a lazy tensor: anything may happen
         return f"the cost cannot be written with lazy tensors: {why or type(why).__name__}"
     return None
+
+
+@functools.cache
+def broken() -> str | None:
+    """Why pykeops cannot be imported, or None."""
+    try:
+        _pykeops()
+    except Exception as why:  # it reads, compiles and loads files while it is imported: anything may happen
+        return unreadable(why)
+    return None
+
+
+def unreadable(why: BaseException) -> str:
+    """What is wrong with the files that KeOps keeps, and the way out. A run that is killed may leave them half-written."""
+    kept = os.environ.get("KEOPS_CACHE_FOLDER") or os.path.expanduser(f"~/.cache/keops{importlib.metadata.version('keopscore')}")
+    empty = [str(path) for path in Path(kept).rglob("*") if path.suffix in (".so", ".pkl", ".dylib") and not path.stat().st_size]
+    named = getattr(why, "path", None) or next(iter(re.findall(r"(/[^:\s]+\.(?:so|pkl|dylib))", str(why))), None)
+    files = [str(named)] if named else empty
+    way = f"delete {' and '.join(files)}" if files else f"delete the folder {kept}"
+    return (
+        f"KeOps cannot read what it has kept on disk, which a run that was killed may have left half-written: {way} and start again ({why})"
+    )
+
+
+def _mended(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, and a BackendError that names the file where KeOps cannot load a library that it has kept."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any) -> Any:
+        try:
+            return method(self, *args)
+        except (ImportError, EOFError, OSError) as why:
+            raise backend_refused("keops", unreadable(why)) from why
+
+    return call
 
 
 class Keops(Geometry):
@@ -78,11 +121,13 @@ class Keops(Geometry):
     def T(self) -> Keops:
         return Keops(self.cost, not self.transposed)
 
+    @_mended
     def softmin(self, h: Tensor, eps: float) -> Tensor:
         h, offset = self._centred(h, eps)
         with torch.no_grad():
             return self._softmin(h, offset, eps, self._held())
 
+    @_mended
     def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
         h, offset = self._centred(h, eps)
         with torch.no_grad():
@@ -96,6 +141,7 @@ class Keops(Geometry):
         geometry = Chunked(self.cost)
         return (geometry.T if self.transposed else geometry).plan(k, h, eps)
 
+    @_mended
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
         if self.folded is not None:
             # Plan products: one formula to compile, where autograd would take one a gradient.

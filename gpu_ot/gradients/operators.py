@@ -28,6 +28,8 @@ from ..geometry.protocol import Attached, Geometry, attach, folds, weigh
 class Each(transforms.Function):
     """An operation that torch.vmap runs for one of its many after the other, as for the rows of a Jacobian."""
 
+    opaque = True
+
     @classmethod
     def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         found = [

@@ -105,6 +105,15 @@ class _Derivative(transforms.Function):
         raise NotImplementedError("SamplesLoss has first derivatives under torch.func and torch.compile: its potentials are held still.")
 
 
+def samples_loss(*inputs: Any) -> tuple[Tensor, ...]:
+    """The operation as a function of (a, x, b, y) and its settings. The compiler wants no Function where there is nothing to
+    differentiate."""
+    wanted = torch.is_grad_enabled() and any(z.requires_grad for z in inputs[:4])
+    if torch.compiler.is_compiling() and not wanted:
+        return _samples_loss(*inputs)
+    return Transformable.apply(*inputs)
+
+
 def _by_batch(op: Any) -> Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]:
     """The rule for vmap: one more batch axis in front, which the solver takes anyway."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import errors, gradients
+from .. import errors, gradients, transforms
 from ..costs import Cost
 from ..errors import NotConverged, ProblemError
 from ..geometry.select import bind
@@ -37,6 +37,11 @@ class SelfTerm:
     def detach(self) -> SelfTerm:
         """Without gradients: for the constant side of a loss."""
         return replace(self, value=self.value.detach(), f=self.f.detach())
+
+    @property
+    def kept(self) -> SelfTerm:
+        """This, where autograd may keep its tensors."""
+        return replace(self, value=transforms.kept(self.value), f=transforms.kept(self.f))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +84,7 @@ class Divergence:
         return self.between.n_sweeps + self.self_a.n_sweeps + self.self_b.n_sweeps
 
 
+@transforms.eagerly
 def divergence(
     problem: Problem, *, cost_aa: Cost | Tensor | None = None, cost_bb: Cost | Tensor | None = None, self_a: SelfTerm | None = None,
     self_b: SelfTerm | None = None, backend: str = "auto", grad: str = "envelope", tol: float = 1e-4, max_iter: int = 10_000,
@@ -112,7 +118,7 @@ def divergence(
         return self_term(within, eps, weights, penalties[side], backend=backend, grad=grad, tol=tol, max_iter=max_iter)
 
     with ranks.report_failure(), torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
-        self_a, self_b = self_a or own(0, cost_aa), self_b or own(1, cost_bb)
+        self_a, self_b = (self_a or own(0, cost_aa)).kept, (self_b or own(1, cost_bb)).kept
         # At the row potentials of OT(a, a) the dual is at least 1/2 (OT(a, a) + OT(b, b)) - eps/2 (|a| - |b|)^2 for a positive definite
         # kernel (Feydy et al. 2019, Theorem 1). Plain iterations only raise it, so the divergence of a loop stopped early is not negative.
         # Accelerated ones are accepted for smaller errors, which means larger duals where the measures are close. Annealing, which forgets
@@ -144,6 +150,7 @@ def at_potentials(problem: Problem, f: Tensor, g: Tensor, own: tuple[Tensor, Ten
     return value + eps / 2 * (problem.a.sum(-1) - problem.b.sum(-1)).square()
 
 
+@transforms.eagerly
 def self_term(
     cost: Cost | Tensor, eps: float | Tensor, a: Tensor | None = None, penalty: Penalty = BALANCED, *, backend: str = "auto",
     grad: str = "envelope", tol: float = 1e-4, max_iter: int = 10_000,

@@ -17,14 +17,15 @@ from ..errors import ProblemError
 from ..penalties import KL
 from ..problem import MASS_RTOL_HALF, Problem, float_type, matched
 from ..solve import solve
-from .compiled import Transformable
+from . import foreign
+from .compiled import samples_loss
 from .divergence import SelfTerm, divergence
 from .measures import Sides, backend_for, between_samples, flags, measures, real, report
 
 #: (x, y) -> a Cost, or costs (*batch, n, m).
 Ground = Callable[[Tensor, Tensor], Cost | Tensor]
 
-_KERNEL_NORMS = ("gaussian", "laplacian", "energy", "hausdorff")
+KERNEL_NORMS = ("gaussian", "laplacian", "energy", "hausdorff")
 
 
 class SamplesLoss(nn.Module):
@@ -68,10 +69,11 @@ class SamplesLoss(nn.Module):
         scaling: float = 0.5, truncate: float | None = 5, cost: Ground | None = None, kernel: Any = None,
         cluster_scale: float | None = None, debias: bool = True, potentials: bool = False, verbose: bool = False, backend: str = "auto",
         *, tol: float = 1e-4, max_iter: int = 10_000, plan: bool = False, precision: torch.dtype | None = None, grad: str = "envelope",
-        static_y: bool = False, group: Any = None,
+        static_y: bool = False, group: Any = None, **others: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        if loss in _KERNEL_NORMS:
+        foreign.refuse("SamplesLoss", others)
+        if loss in KERNEL_NORMS:
             raise ProblemError(f'loss = "{loss}" is a kernel norm, not optimal transport: use geomloss.SamplesLoss("{loss}") for it.')
         if loss != "sinkhorn":
             raise errors.unknown("loss", loss, ["sinkhorn"])
@@ -118,9 +120,7 @@ class SamplesLoss(nn.Module):
             x, y = x.to(dtype), y.to(dtype)
         if transformed:
             reach = self.reach or math.inf
-            value, f, g, _, _ = Transformable.apply(
-                a, x, b, y, self.p, self.blur, reach, self.debias, self.backend, self.tol, self.max_iter
-            )
+            value, f, g, _, _ = samples_loss(a, x, b, y, self.p, self.blur, reach, self.debias, self.backend, self.tol, self.max_iter)
             return (f.to(given), g.to(given)) if self.potentials else value.to(given)
         with torch.autocast(x.device.type, enabled=False):
             kept = self._kept_term(target) if self.debias else None

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import errors
+from .. import errors, transforms
 from ..costs import Cost, SqEuclidean
 from ..errors import ProblemError
 from ..penalties import KL
 from ..problem import Problem
 from ..solve import solve
 from ..solver.status import CONVERGED, STALLED
+from . import foreign
 
 
 class SinkhornLoss(nn.Module):
@@ -40,9 +42,10 @@ class SinkhornLoss(nn.Module):
     def __init__(
         self, eps: float | Tensor, tau: float | Tensor | tuple[float | Tensor, float | Tensor] | None = None,
         cost: Callable[[Tensor, Tensor], Cost | Tensor] = SqEuclidean, reduction: str = "mean", detach_plan: bool = False,
-        *, backend: str = "auto", grad: str = "envelope", tol: float = 1e-4, max_iter: int = 10_000,
+        *, backend: str = "auto", grad: str = "envelope", tol: float = 1e-4, max_iter: int = 10_000, **others: Any,
     ) -> None:  # fmt: skip
         super().__init__()
+        foreign.refuse("SinkhornLoss", others)
         if reduction not in ("mean", "sum", "none"):
             raise errors.unknown("reduction", reduction, ["mean", "sum", "none"])
         self.eps, self.tau, self.cost, self.reduction, self.detach_plan = eps, tau, cost, reduction, detach_plan
@@ -51,6 +54,7 @@ class SinkhornLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"eps={self.eps}, tau={self.tau}, reduction={self.reduction!r}, detach_plan={self.detach_plan}"
 
+    @transforms.eagerly
     def forward(self, x: Tensor | Cost, y: Tensor | None = None, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         if not isinstance(x, (Tensor, Cost)):
             raise errors.not_a_tensor("x", x)
@@ -64,6 +68,8 @@ class SinkhornLoss(nn.Module):
             problem = Problem(cost, self.eps, a, b, (rows, columns))
             solution = solve(problem, backend=self.backend, grad=self.grad, tol=self.tol, max_iter=self.max_iter)
             value = solution.held_cost if self.detach_plan else solution.value
-        if solution.status not in (CONVERGED, STALLED):
-            warnings.warn(f"SinkhornLoss, {solution.n_iter} iterations, {solution.status}", RuntimeWarning, stacklevel=4)
-        return value if self.reduction == "none" else value.mean() if self.reduction == "mean" else value.sum()
+        if solution.status not in (CONVERGED, STALLED) and solution.status.name != "unresolved":  # which `solve` has said
+            warnings.warn(f"SinkhornLoss, {solution.n_iter} iterations, {solution.status}", RuntimeWarning, stacklevel=5)
+        if self.reduction == "none":
+            return value
+        return value.mean() if self.reduction == "mean" and value.numel() else value.sum()  # of no problems: 0

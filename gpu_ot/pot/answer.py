@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import gradients
+from ..geometry.protocol import weigh
 from ..solution.plan import Plan
 from ..solution.solution import Solution
 from .arrays import take, tensors
@@ -32,15 +35,30 @@ class Answer:
     def give(self, z: Tensor) -> Any:
         return self.back(z.to(self.solution.problem.given_dtype))
 
+    @property
+    def unresolved(self) -> bool:
+        """Whether eps is too small for the potentials, so that exponents made of both mean nothing."""
+        return self.solution.status.name == "unresolved"
+
+    @cached_property
+    def P(self) -> Tensor:
+        """(*batch, n, m). Its rows are exact even where eps is not resolved."""
+        s = self.solution
+        if not self.unresolved:
+            return s.plan.to_dense()
+        C = s.problem.cost.dense().to(s.g.dtype)
+        return s.problem.a.unsqueeze(-1) * ((weigh(s.g, s.problem.b, s.problem.eps).unsqueeze(-2) - C) / s.problem.eps).softmax(-1)
+
     def plan(self) -> Any:
-        return self.give(self.solution.plan.to_dense())
+        return self.give(self.P)
 
     def lazy_plan(self) -> Any:
         return self.solution.plan if self.back is tensors else ConvertedPlan(self.solution.plan, self.back)
 
     def linear(self) -> Tensor:
         """<P, M> of each histogram; forbidden pairs carry nothing."""
-        return self.unit * self.solution.sharp_cost
+        linear = gradients.inner(self.P, self.solution.problem.cost.dense()) if self.unresolved else self.solution.sharp_cost
+        return self.unit * linear
 
     def objective(self) -> Tensor:
         """<P, M> + reg KL(P | a⊗b), or + reg sum P log P, of the plan at hand.
@@ -94,7 +112,7 @@ class Answer:
 
     @property
     def last_iteration(self) -> int:
-        return self.solution.n_iter - 1  # POT counts from 0
+        return max(self.solution.n_iter - 1, 0)  # POT counts from 0
 
 
 def carried(mass: Tensor, z: Tensor) -> Tensor:

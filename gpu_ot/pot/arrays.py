@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import errors
+from .. import errors, transforms
 from ..costs import Cost, Lazy
 from ..errors import ProblemError
 from ..problem import float_type
@@ -26,10 +26,11 @@ numpy_device: torch.device | None = None
 def take(**named: Any) -> tuple[list[Any], Callable[[Tensor], Any]]:
     """The arguments as tensors, in order, and a function that converts results to the caller's kind of array.
 
-    None and empty arrays become None. A Cost stays one, and a LazyTensor of KeOps becomes one; without any array beside it, results
+    None and empty vectors become None. A Cost stays one, and a LazyTensor of KeOps becomes one; without any array beside it, results
     are tensors. Raises ProblemError for a mixture of kinds, as POT does: nothing crosses devices in silence.
     """
     first = kind = None
+    named = {name: unframed(z) for name, z in named.items()}
     for z in named.values():
         own = _kind(z)
         if first is None and own is not None:
@@ -57,8 +58,8 @@ def take_problem(a: Any, b: Any, M: Any, **others: Any) -> tuple[list[Any], Call
         raise errors.wrong_shape("a", ta.shape, f"({n},) to match M with shape ({n}, {m})")
     if tb is not None and tb.shape[:1] + tb.shape[2:] != (m,):
         raise errors.wrong_shape("b", tb.shape, f"({m},) or ({m}, n_hists) to match M with shape ({n}, {m})")
-    if isinstance(found, Tensor) and not found.is_complex():  # arrays of several types promote; a Problem has the type of its costs
-        found = found.to(float_type(found, *(z for z in (ta, tb) if z is not None)))
+    if isinstance(found, Tensor) and not (found.is_complex() or found.is_floating_point()):  # integers have the type of the weights
+        found = found.to(float_type(*(z for z in (ta, tb) if z is not None)))
     return [ta, tb if tb is None or tb.ndim == 1 else tb.mT, found, *rest], back
 
 
@@ -78,9 +79,17 @@ def lazily(M: Any) -> Any:
     return Lazy(M) if hasattr(M, "__GenericLazyTensor__") else M
 
 
-def number(z: Any) -> float:
-    """A setting as a float, without its gradient."""
-    return float(z.detach() if isinstance(z, Tensor) else z)
+def number(z: Any, name: str = "reg") -> float:
+    """A setting as a float, without its gradient. An array may hold it alone."""
+    if type(z) is float:
+        return z
+    try:
+        if isinstance(z, str):
+            raise ValueError
+        return float(z.detach() if isinstance(z, Tensor) else z.item() if hasattr(z, "item") else z)
+    except (TypeError, ValueError, RuntimeError):
+        found = f"an array of shape {errors.shape(z.shape)}" if hasattr(z, "shape") else repr(z)
+        raise ProblemError(f"{name} must be a number, found {found}.") from None
 
 
 def is_array(z: Any) -> bool:
@@ -95,6 +104,11 @@ def _kind(z: Any) -> type | None:
         return Tensor
     foreign = hasattr(z, "__dlpack__") and hasattr(z, "__dlpack_device__") and not isinstance(z, np.generic)
     return type(z) if foreign else None
+
+
+def unframed(z: Any) -> Any:
+    """Tables and columns of pandas and polars as numpy's arrays; whatever else as it is."""
+    return z.to_numpy() if not isinstance(z, (np.ndarray, Tensor)) and hasattr(z, "to_numpy") and not hasattr(z, "__dlpack__") else z
 
 
 def _tensor(name: str, z: Any, like: Any, kind: type | None) -> Tensor | Cost | None:
@@ -124,7 +138,7 @@ def _tensor(name: str, z: Any, like: Any, kind: type | None) -> Tensor | Cost | 
     if not isinstance(z, Tensor):
         message = f"{name} must be an array, a tensor or a list of numbers, found {type(z).__name__}."
         raise Elsewhere(f"{message} Arrays without __dlpack__ are POT's alone.") if hasattr(z, "shape") else ProblemError(message)
-    return z if z.ndim == 0 or z.shape[0] > 0 else None
+    return None if z.ndim == 1 and not len(z) else transforms.kept(z)
 
 
 def tensors(z: Tensor) -> Tensor:

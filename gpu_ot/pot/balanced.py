@@ -8,22 +8,24 @@ u_i = a_i exp(f_i / reg), v_j = b_j exp(g_j / reg), P = diag(u) exp(-M / reg) di
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import errors
+from .. import errors, transforms
 from ..costs.base import Cost
 from ..problem import Problem, matched
 from ..solve import find, needs_gradient
 from ..solver.annealing import Anneal
 from ..solver.criterion import Marginal
 from ..solver.step import scaled
+from ..vectors import in_full_precision
 from . import direct, unrolled
 from .answer import Answer
 from .arrays import number, take_problem, take_start
-from .refusals import print_error, warn_unless_converged
+from .refusals import NOT_CONVERGED, print_error, warn_unless_converged
 from .refusals import warn as warn_caller
 
 #: POT's default limit. A caller who allows fewer iterations gets POT's iterates; one who allows 1e7 wants the converged plan.
@@ -38,40 +40,54 @@ class Method(NamedTuple):
     check_every: int = 10
     joint: bool = True  # several histograms stop together
     potentials: bool = False  # warmstart is (alpha, beta) = reg log(u, v), not log(u, v)
+    headers: int = 20  # lines of the table of `verbose` under one header; 0 where POT prints nothing
+    last_line: bool = True  # whether the table has the error that ends the loop
+
+    def table(self, tol: float) -> Callable[[int, Tensor], None]:
+        """Prints the lines of POT's table where POT does."""
+
+        def line(n_iter: int, error: Tensor) -> None:
+            if self.headers and (self.last_line or not float(error.amax()) < tol):
+                print_error(n_iter - 1, error, self.check_every, self.headers * self.check_every)
+
+        return line
 
 
 METHODS = {
-    "sinkhorn": Method("err niter u v"),
+    "sinkhorn": Method("err niter u v", last_line=False),
     "sinkhorn_log": Method("err niter log_u log_v u v", uniform_start=False, joint=False),
     "sinkhorn_stabilized": Method("err logu logv alpha beta warmstart", check_every=20, potentials=True),
-    "sinkhorn_epsilon_scaling": Method("err niter alpha beta warmstart", potentials=True),
-    "greenkhorn": Method("u v"),
+    "sinkhorn_epsilon_scaling": Method("err niter alpha beta warmstart", potentials=True, headers=10),
+    "greenkhorn": Method("u v", headers=0),
 }
 
 
+@transforms.eagerly
 def run(
     method: str, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool, warmstart: Any,
-    loss: bool = False, /, *, print_period: int | None = None, numInnerItermax: int = 100, accelerate: bool | None = None, **ignored: Any,
+    loss: bool = False, /, *, print_period: int | None = None, numInnerItermax: int = 100, epsilon0: float | None = None,
+    accelerate: bool | None = None, **ignored: Any,
 ) -> Any:  # fmt: skip
     """What POT's `method` returns: the plan, or with `loss` or several histograms the losses; and `log`. POT ignores unknown options."""
     rules = METHODS[method]
     if print_period is not None and method == "sinkhorn_stabilized":
         rules = rules._replace(check_every=print_period)
     if method == "sinkhorn_epsilon_scaling":
-        numItermax = max(36, numItermax) * numInnerItermax  # POT's stages, each of so many iterations
+        numItermax = max(numItermax, 1) * numInnerItermax  # so many stages, each of so many iterations
+        epsilon0 = 1e4 if epsilon0 is None else epsilon0
     gradients = unrolled.required(a, b, M)
-    if not verbose and warmstart is None and not (gradients and log):
+    if not verbose and warmstart is None and epsilon0 is None and not (gradients and log):
         found = direct.balanced(a, b, M, reg, rules, numItermax, stopThr, math.inf if gradients else _after(accelerate, stopThr), gradients)
         if found is not None:
             if warn:
-                warn_unless_converged(found.status)
+                warn_unless_converged(found)
             if gradients:
                 options = (reg, rules, numItermax, stopThr, False, False, None)
                 P = unrolled.plan(a, b, M, found, lambda a, b, M: solve_balanced(a, b, M, *options, accelerate=False).plan())
                 return (P.double() * M.double()).sum().to(P.dtype) if loss else P
             result = found.cost() if loss else found.plan()
             return (result, _log(found.answer(), rules)) if log else result
-    done = solve_balanced(a, b, M, reg, rules, numItermax, stopThr, verbose, warn, warmstart, accelerate=accelerate)
+    done = solve_balanced(a, b, M, reg, rules, numItermax, stopThr, verbose, warn, warmstart, accelerate=accelerate, above=epsilon0)
     lazy = not done.solution.problem.cost.stored
     result = done.give(done.linear()) if loss or done.many else done.lazy_plan() if lazy else done.plan()
     return (result, _log(done, rules)) if log else result
@@ -87,14 +103,18 @@ def _log(done: Answer, rules: Method) -> dict[str, Any]:
     return {**{key: log[key] for key in rules.log.split() if key not in absent}, **done.report()}
 
 
+@in_full_precision
 def solve_balanced(
     a: Any, b: Any, M: Any, reg: Any, rules: Method, max_iter: int, tol: float, verbose: bool, warn: bool, warmstart: Any,
-    unroll: bool = True, accelerate: bool | None = None, entropy: bool = False,
+    unroll: bool = True, accelerate: bool | None = None, entropy: bool = False, above: float | None = None,
+    names: tuple[str, str] = ("numItermax", "stopThr"),
 ) -> Answer:  # fmt: skip
     """Solve by the rules of one of POT's methods.
 
     unroll      True: the potentials are differentiated through the iterations, which are POT's to the end. False: not at all.
     accelerate  True: at once; False: never; None: from iteration `PLAIN` on.
+    above       an eps to come down from, an iteration at each, where nothing is to be differentiated.
+    names       of max_iter and tol in the caller's words.
     """
     (ta, tb, tM), back = take_problem(a, b, M)
     n, m = tM.shape
@@ -121,15 +141,17 @@ def solve_balanced(
         problem = Problem(cost, eps, wa, matched(wa.double(), wb.double()).to(wb.dtype))
 
     unrolled = unroll and needs_gradient(problem)
+    if above is not None and schedule is None and warmstart is None and not unrolled:
+        schedule = Anneal(above / number(unit), problem.eps, math.exp(-1))
     after = math.inf if unrolled else _after(accelerate, tol)
     solution = find(
         problem, criterion=Marginal(tol, "l2_joint" if rules.joint else "l2"), grad="unroll" if unrolled else "envelope",
         start=scaled(_start(problem, rules, warmstart, many, eps * number(unit))), schedule=schedule, max_iter=max(max_iter, 1),
         check_every=rules.check_every, accelerate="none" if after == math.inf else "mixing", after=after,
-        on_check=(lambda n_iter, error: print_error(n_iter - 1, error, rules.check_every)) if verbose else None,
+        on_check=rules.table(tol) if verbose else None,
     )  # fmt: skip
     if warn:
-        warn_unless_converged(solution.status)
+        warn_unless_converged(solution, NOT_CONVERGED, *names)
     return Answer(solution, back, unit, many, entropy)
 
 

@@ -8,23 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import errors
+from .. import errors, gradients, transforms
+from ..costs import SqEuclidean
+from ..costs.clouds import inner
+from ..gradients import implicit
 from ..problem import Problem
-from ..solve import find
+from ..solve import find, needs_gradient
 from ..solver.criterion import Marginal
 from ..solver.step import scaled
+from ..vectors import in_full_precision
 from .answer import Answer
 from .arrays import number, take
-from .clouds import between, take_points
+from .clouds import between, matrix, narrowed, take_points
 from .forwarding import forward
-from .linear import GRADS, with_gradients
-from .refusals import elsewhere
+from .linear import ALIASES, GRADS, with_gradients
+from .refusals import NOT_CONVERGED, elsewhere, warn_unless_converged
 from .result import OTResult
 
 METHODS = ("auto", "log_sinkhorn", "sinkhorn", "proximal")
 REG_TYPES = ("kl", "entropy")
 
 
+@transforms.eagerly
+@in_full_precision
 def solve_batch(
     M, reg=None, a=None, b=None, max_iter=1000, tol=1e-5, method="auto", inner_iter=1, inner_reg=1e-3, reg_type="entropy", grad="envelope"
 ):
@@ -35,12 +41,12 @@ def solve_batch(
     reg_type   "entropy" for sum P log P, "kl" for KL(P | a⊗b): the same plan, another value.
     method     "log_sinkhorn" or "auto": `potentials` are (log u, log v); "sinkhorn": (u, v). One solver.
     tol        Euclidean norm of the rows' error, in the worst problem.
-    grad       "envelope": `value` in M, a, b, reg is exact at the optimum, and `value_linear` has the plan for its derivative in M;
-               "autodiff" and "last_step": everything, through the iterations; "detach": nothing.
+    grad       "envelope" or "implicit": `value` in M, a, b, reg, and `value_linear` in M, a, b, are exact at the optimum, the second by
+               conjugate gradients in its backward pass; "autodiff" and "last_step": everything, through the iterations; "detach": nothing.
 
     Returns an OTResult: plan (B, n, m), value and value_linear (B,), potentials (B, n) and (B, m).
     """
-    entropy = reg_type.lower() == "entropy"
+    entropy, grad = reg_type.lower() == "entropy", ALIASES.get(grad, grad)
     settings = (("method", method, METHODS), ("reg_type", reg_type, REG_TYPES), ("grad", grad, GRADS))
     for name, given, known in settings:
         if (given.lower() if name == "reg_type" else given) not in known:
@@ -61,6 +67,7 @@ def solve_batch(
         problem, order="columns", criterion=Marginal(tol, "l2"), grad="unroll" if grad in ("autodiff", "last_step") else "envelope",
         start=scaled(torch.zeros_like(problem.b)), max_iter=max(max_iter, 1), accelerate="none",
     )  # fmt: skip
+    warn_unless_converged(solution, NOT_CONVERGED, "max_iter", "tol")
     done = Answer(solution, back, reg if learnable else 1.0, entropy=entropy)
 
     def others() -> tuple[Any, ...]:
@@ -69,12 +76,20 @@ def solve_batch(
     value, P, potentials = with_gradients(done, grad, others)
     return OTResult(
         value=done.give(value),
-        value_linear=done.give(loss_linear_batch(torch.where(tM.isinf(), 0.0, tM) if problem.forbids else tM, P)),
+        value_linear=done.give(_sharp_cost(done) if grad == "envelope" and needs_gradient(problem) else gradients.inner(P, tM)),
         potentials=potentials,
         plan=done.give(P),
         log={"n_iter": done.last_iteration},
         **done.report(),
     )
+
+
+def _sharp_cost(done: Answer) -> Tensor:
+    """<P, M> of each problem, as a function of the costs and weights by the equations that the potentials solve."""
+    s = done.solution
+    at = s.problem, s.geometry
+    f, g = implicit.potentials(*at, s.f, s.g, caution="" if s.converged.all() else str(s.status))
+    return done.unit * gradients.plan_cost(*at, f, g)
 
 
 def _take_batch(name: str, M: Any, **weights: Any) -> tuple[Tensor, list[Tensor | None], Callable[[Tensor], Any]]:
@@ -89,8 +104,10 @@ def solve_sample_batch(
     reg_type="entropy", grad="envelope",
 ):  # fmt: skip
     """POT's `ot.batch.solve_sample_batch`: `solve_batch` between the points X_a (B, n, d) and X_b (B, m, d), `metric` as `dist_batch`."""
-    M = dist_batch(X_a, X_b, metric=metric, p=p)
-    return solve_batch(M, reg, a, b, max_iter, tol, method, inner_iter, inner_reg, reg_type, grad)
+    (x, y), back = take_points(3, X_a=X_a, X_b=X_b)
+    M = back(_costs(x, y, metric, p))
+    found = solve_batch(M, reg, a, b, max_iter, tol, method, inner_iter, inner_reg, reg_type, grad)
+    return narrowed(found, SqEuclidean(x, y))
 
 
 def dist_batch(X1, X2=None, metric="sqeuclidean", p=2, nx=None):
@@ -99,13 +116,20 @@ def dist_batch(X1, X2=None, metric="sqeuclidean", p=2, nx=None):
     metric   "sqeuclidean", "euclidean", "minkowski" with p, or "kl": sum_k y_k log(y_k / x_k) of histograms, as the rows.
     """
     (x, y), back = take_points(3, X1=X1, X2=X1 if X2 is None else X2)
+    return narrowed(back(_costs(x, y, metric, p)), SqEuclidean(x, y))
+
+
+@in_full_precision
+def _costs(x: Tensor, y: Tensor, metric: str, p: float) -> Tensor:
+    """(B, n, m), those of halves in float32."""
     if metric.lower() == "kl":
+        x, y = (z.float() if z.dtype.itemsize < 4 else z for z in (x, y))
         tiny = 1e-10  # POT's guard: part of the definition here
         negative_entropy = (y * (y + tiny).log()).sum(-1)
-        return back(negative_entropy.unsqueeze(-2) - (x + tiny).log() @ y.mT)
+        return negative_entropy.unsqueeze(-2) - inner((x + tiny).log(), y)
     if metric.lower() not in ("sqeuclidean", "euclidean", "minkowski"):
         raise errors.ProblemError(f"Unknown metric: {metric}. Choose 'sqeuclidean', 'euclidean', 'minkowski' or 'kl'.")
-    return back(between(x, y, metric, p).dense())
+    return matrix(between(x, y, metric, p))
 
 
 def bregman_log_projection_batch(K, a=None, b=None, nx=None, max_iter=10000, tol=1e-5, grad="detach"):
@@ -132,7 +156,11 @@ def bregman_projection_batch(K, a=None, b=None, nx=None, max_iter=10000, tol=1e-
 
 def loss_linear_batch(M, T, nx=None):
     """POT's `ot.batch.loss_linear_batch`: <M, T> of each problem, (B,)."""
-    return (M * T).sum((1, 2))
+    return (_kept(M) * _kept(T)).sum((1, 2))
+
+
+def _kept(z: Any) -> Any:
+    return transforms.kept(z) if isinstance(z, Tensor) else z
 
 
 def loss_linear_samples_batch(X, Y, T, metric="sqeuclidean"):

@@ -49,12 +49,13 @@ def sinkhorn_epsilon_scaling(
     a, b, M, reg, numItermax=100, epsilon0=1e4, numInnerItermax=100, tau=1e3, stopThr=1e-9, warmstart=None, verbose=False, print_period=10,
     log=False, warn=True, **kwargs,
 ):  # fmt: skip
-    """POT's `ot.bregman.sinkhorn_epsilon_scaling`: the same plan, solved at `reg` from the start, within the iterations POT would allow.
+    """POT's `ot.bregman.sinkhorn_epsilon_scaling`: one iteration at each reg from `epsilon0` down, then at `reg` until the plan is there.
 
-    `epsilon0` and `tau` are accepted and not needed. `log` holds err, niter, alpha, beta, warmstart.
+    numItermax, numInnerItermax   their product limits the iterations. POT runs 35 stages whatever `numItermax` says.
+    `tau` is accepted and not needed. `log` holds err, niter, alpha, beta, warmstart.
     """
     options = (numItermax, stopThr, verbose, log, warn, warmstart)
-    return run("sinkhorn_epsilon_scaling", a, b, M, reg, *options, numInnerItermax=numInnerItermax, **kwargs)
+    return run("sinkhorn_epsilon_scaling", a, b, M, reg, *options, numInnerItermax=numInnerItermax, epsilon0=epsilon0, **kwargs)
 
 
 def greenkhorn(a, b, M, reg, numItermax=10000, stopThr=1e-9, verbose=False, log=False, warn=True, warmstart=None):

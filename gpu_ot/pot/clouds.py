@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import errors
 from ..costs import Cosine, Cost, Euclidean, Formula, SqEuclidean
 from ..problem import float_type
+from ..vectors import in_full_precision
 from .arrays import take
 from .refusals import elsewhere
+from .result import OTResult
 
 METRICS = ("sqeuclidean", "euclidean", "cityblock", "minkowski", "cosine", "correlation")
 
@@ -37,6 +41,12 @@ def between(x: Tensor, y: Tensor, metric: Any = "sqeuclidean", p: float = 2, w: 
         )
     if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1]:
         raise errors.wrong_shape("x2", y.shape, f"(m, d) to match x1 with shape {errors.shape(x.shape)}")
+    if w is not None:  # sum w |x - y|^p is the same cost between stretched clouds
+        power = {"sqeuclidean": 2.0, "euclidean": 2.0, "cityblock": 1.0, "minkowski": p}.get(metric.lower())
+        if power is None:
+            raise errors.ProblemError(f'w is not known to metric = "{metric}": it weighs the coordinates of differences.')
+        stretch = w.to(dtype) ** (1 / power)
+        x, y = x * stretch, y * stretch
     match metric.lower():
         case "sqeuclidean":
             return SqEuclidean(x, y)
@@ -48,10 +58,33 @@ def between(x: Tensor, y: Tensor, metric: Any = "sqeuclidean", p: float = 2, w: 
             return Cosine(x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True))
         case "cityblock":
             return Formula(lambda x_i, y_j: (x_i - y_j).abs().sum(-1), x, y)
-    if w is not None:  # sum w |x - y|^p is the same cost between stretched clouds
-        stretch = w.to(dtype) ** (1 / p)
-        x, y = x * stretch, y * stretch
     return Formula(lambda x_i, y_j: _root(((x_i - y_j).abs() ** p).sum(-1), p), x, y)
+
+
+@in_full_precision
+def matrix(cost: Cost) -> Tensor:
+    """The costs as an array; those of halves in float32, in which they are solved."""
+    return (cost.to(torch.float32) if float_type(*cost.inputs.values()).itemsize < 4 else cost).dense()
+
+
+def narrowed(result: Any, cost: Cost) -> Any:
+    """A result from `matrix(cost)` in the type of the points, where these are halves."""
+    dtype = float_type(*cost.inputs.values())
+    return _cast(result, dtype) if dtype.itemsize < 4 else result
+
+
+def _cast(z: Any, dtype: torch.dtype) -> Any:
+    if isinstance(z, Tensor):
+        return z.to(dtype) if z.is_floating_point() else z
+    if isinstance(z, (np.ndarray, np.generic)):
+        return z.astype(str(dtype).removeprefix("torch.")) if z.dtype.kind == "f" else z
+    if isinstance(z, dict):
+        return {key: _cast(value, dtype) for key, value in z.items()}
+    if isinstance(z, (tuple, list)):
+        return type(z)(_cast(value, dtype) for value in z)
+    if isinstance(z, OTResult):
+        return replace(z, **{field.name: _cast(getattr(z, field.name), dtype) for field in fields(z)})
+    return z
 
 
 def _root(z: Any, p: float) -> Any:

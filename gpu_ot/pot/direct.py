@@ -21,7 +21,7 @@ from ..geometry.absorbed import Absorbed, range_of
 from ..geometry.compiled import LARGEST_BYTES
 from ..problem import MASS_RTOL, Problem
 from ..solution.solution import Solution
-from ..solver.compiled import STATUS, rule_of, tuning
+from ..solver.compiled import STATUS, resolved, rule_of, tuning
 from ..solver.criterion import Change, Marginal
 from ..solver.status import CONVERGED, DIVERGED, Status
 from . import arrays
@@ -122,6 +122,8 @@ def _solve(given: Given, taus: tuple[float, float], start: np.ndarray, weight: n
     )  # fmt: skip
     if status == UNUSUAL or STATUS[status] is DIVERGED:
         return None
+    if STATUS[status] is not CONVERGED and not resolved(f, g, eps):
+        return None
     return Found(P, C, eps, wa, wb, f, g, start, errors, counts, STATUS[status], back)
 
 
@@ -164,7 +166,7 @@ def _elsewhere() -> bool:
 
 def _plain(z: Tensor, gradients: bool) -> bool:
     usual = z.device.type == "cpu" and z.layout == torch.strided and z.dtype in TYPES.values() and not z.is_neg()
-    return usual and (gradients or not (z.requires_grad and torch.is_grad_enabled()))
+    return usual and (gradients or not (z.requires_grad and torch.is_grad_enabled())) and not transforms.unkept(z)
 
 
 @functools.lru_cache

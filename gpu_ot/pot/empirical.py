@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import errors
+from .. import errors, transforms
 from ..problem import Problem
 from ..solve import find
 from ..solver.criterion import Marginal
 from ..solver.step import scaled
+from ..vectors import in_full_precision
 from .answer import Answer
 from .arrays import take, take_start
 from .balanced import METHODS, run
-from .clouds import between, take_points
-from .refusals import known_method, warn_unless_converged
+from .clouds import between, matrix, narrowed, take_points
+from .refusals import NOT_CONVERGED, known_method, warn_unless_converged
 
 
+@in_full_precision
 def solve_lazily(
     problem: Problem, back: Callable[[Tensor], Any], max_iter: int, tol: float, verbose: bool, warn: bool, warmstart: Any,
-    unroll: bool = True, entropy: bool = False,
+    unroll: bool = True, entropy: bool = False, names: tuple[str, str] = ("numIterMax", "stopThr"),
 ) -> Answer:  # fmt: skip
     """Solve with exact columns, until the L1 error of the rows is below `tol`; f and g carry a gradient with `unroll`."""
     start = torch.zeros_like(problem.b) if warmstart is None else problem.eps * take_start(warmstart, 1, problem.b)
@@ -35,7 +37,7 @@ def solve_lazily(
         start=scaled(start), max_iter=max(max_iter, 1), accelerate="none", on_check=_print_progress if verbose else None,
     )  # fmt: skip
     if warn:
-        warn_unless_converged(solution.status)
+        warn_unless_converged(solution, NOT_CONVERGED, *names)
     return Answer(solution, back, entropy=entropy)
 
 
@@ -46,10 +48,11 @@ def lazy_log(done: Answer) -> dict[str, Any]:
 
 
 def _print_progress(n_iter: int, error: Tensor) -> None:
-    if n_iter % 100 == 1:
+    if n_iter % 100 == 1 and n_iter > 1:  # POT's first line comes after 100 iterations
         print(f"Error in marginal at iteration {n_iter} = {float(error.amax())}")
 
 
+@transforms.eagerly
 def _between_points(
     loss: bool, X_s: Any, X_t: Any, reg: Any, a: Any, b: Any, metric: Any, max_iter: int, tol: float, lazy: bool, batch: Any, verbose: bool,
     log: bool, warn: bool, warmstart: Any, options: dict[str, Any],
@@ -58,8 +61,8 @@ def _between_points(
     (x, y), back = take_points(X_s=X_s, X_t=X_t)
     cost = between(x, y, metric)
     if not lazy:
-        method, M = known_method(options.pop("method", "sinkhorn"), METHODS), back(cost.dense())
-        return run(method, a, b, M, reg, max_iter, tol, verbose, log, warn, warmstart, loss, **options)
+        method, M = known_method(options.pop("method", "sinkhorn"), METHODS), back(matrix(cost))
+        return narrowed(run(method, a, b, M, reg, max_iter, tol, verbose, log, warn, warmstart, loss, **options), cost)
     if not (isinstance(batch, int) or (isinstance(batch, tuple) and len(batch) == 2)):
         raise errors.ProblemError(f"Batch size must be in integer or a tuple of two integers, found {batch!r}.")
     (_, ta, tb), back = take(X_s=X_s, a=a, b=b)

@@ -8,19 +8,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import errors
+from .. import errors, transforms
 from ..costs.base import Cost
 from ..distributed.costs import Sharded
 from ..penalties import KL, TV
 from ..problem import Problem
+from ..vectors import in_full_precision
 from . import balanced, empirical, relaxed
 from .answer import Answer
-from .arrays import is_array, lazily, number, take
-from .refusals import elsewhere, known_method, warn_unless_converged
+from .arrays import is_array, lazily, number, take, unframed
+from .refusals import elsewhere, known_method
 from .relaxed import ELSEWHERE, pair
 from .result import OTResult
 
 GRADS = ("autodiff", "envelope", "last_step", "detach")
+#: POT's earlier name of a mode.
+ALIASES = {"implicit": "envelope"}
 METHODS = ("sinkhorn", "sinkhorn_log")
 
 
@@ -37,13 +40,13 @@ def solve(
     unbalanced, unbalanced_type   the price of a wrong marginal, a number or a pair; "KL" or "TV". None holds the marginals exactly.
     max_iter, tol    1000, and 1e-9 by the rule of `sinkhorn_log`, or of `sinkhorn_unbalanced`.
     potentials_init  (log u, log v) to start from.
-    grad         "autodiff" or "last_step": everything, through the iterations; "envelope": `value` alone, exact at the optimum;
-                 "detach": nothing.
+    grad         "autodiff" or "last_step": everything, through the iterations; "envelope" or "implicit": `value` alone, exact at the
+                 optimum; "detach": nothing.
 
     Returns an OTResult. Raises Elsewhere, a NotImplementedError that names POT's function, for what is not entropic.
     """
     settings = checked(reg, reg_type, unbalanced, unbalanced_type, method, potentials_init, verbose, grad, max_iter, tol)
-    M = lazily(M)
+    M = lazily(unframed(M))
     if isinstance(M, Cost):
         (ta, tb, cost), back = take(a=a, b=b, M=M)
         return solve_cost(cost, ta, tb, back, settings)
@@ -75,6 +78,7 @@ def checked(
     reg: Any, reg_type: Any, unbalanced: Any, unbalanced_type: str, method: str | None, init: Any, verbose: bool, grad: str,
     max_iter: int | None, tol: float | None,
 ) -> Settings:  # fmt: skip
+    grad = ALIASES.get(grad, grad)
     if grad not in GRADS:
         raise errors.unknown("grad", grad, GRADS)
     if grad == "last_step" and max_iter == 0:
@@ -109,23 +113,25 @@ def problem_of(cost: Cost, reg: Any, a: Any, b: Any, relaxed: Any, penalty: type
     return Problem(cost, number(reg), a, b, (rows, columns))
 
 
+@transforms.eagerly
 def solve_matrix(M: Any, a: Any, b: Any, c: Any, settings: Settings) -> OTResult:
     s, reg, tau = settings, settings.reg, settings.relaxed
     if s.grad == "detach":
         M, a, b, c, reg, tau = (z.detach() if isinstance(z, Tensor) else z for z in (M, a, b, c, reg, tau))
     if s.relaxed is None:
         rules = balanced.METHODS["sinkhorn_log"]
-        done = balanced.solve_balanced(a, b, M, reg, rules, s.max_iter, s.tol, s.verbose, True, s.init, s.unroll, entropy=s.entropy)
+        options: dict[str, Any] = dict(entropy=s.entropy, names=("max_iter", "tol"))
+        done = balanced.solve_balanced(a, b, M, reg, rules, s.max_iter, s.tol, s.verbose, True, s.init, s.unroll, **options)
     else:
         done = relaxed.run(
             a, b, M, reg, tau, reg_type="entropy" if s.entropy else "kl", penalty=s.penalty, c=None if s.entropy else c, warmstart=s.init,
-            numItermax=s.max_iter, stopThr=s.tol, verbose=s.verbose, log=False, unroll=s.unroll,
+            numItermax=s.max_iter, stopThr=s.tol, verbose=s.verbose, log=False, unroll=s.unroll, names=("max_iter", "tol"),
         )  # fmt: skip
-        warn_unless_converged(done.solution.status)
     value, linear, potentials, plan = with_gradients(done, s.grad, lambda: (done.linear(), done.logarithms(), done.plan()))
     return OTResult(value=done.give(value), value_linear=done.give(linear), potentials=potentials, plan=plan, **done.report())
 
 
+@in_full_precision
 def with_gradients(done: Answer, grad: str, others: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
     """(the objective, *others()), which carry the gradients that `grad` says."""
     recorded = torch.is_grad_enabled()
@@ -137,6 +143,8 @@ def with_gradients(done: Answer, grad: str, others: Callable[[], tuple[Any, ...]
     return value, *rest
 
 
+@transforms.eagerly
+@in_full_precision
 def solve_cost(cost: Cost, a: Tensor | None, b: Tensor | None, back: Callable[[Tensor], Any], settings: Settings) -> OTResult:
     """Without an n-by-m array: O((n + m) d) memory, whatever the gradient."""
     s, recorded = settings, torch.is_grad_enabled()
@@ -148,7 +156,7 @@ def solve_cost(cost: Cost, a: Tensor | None, b: Tensor | None, back: Callable[[T
         raise errors.ProblemError('reg_type = "entropy" with relaxed marginals needs a matrix of costs: pass lazy=False, or reg_type="KL".')
     problem = problem_of(cost, s.reg, a, b, s.relaxed, s.penalty)
     with torch.set_grad_enabled(s.grad != "detach" and recorded):
-        done = empirical.solve_lazily(problem, back, s.max_iter, s.tol, s.verbose, True, s.init, s.unroll, s.entropy)
+        done = empirical.solve_lazily(problem, back, s.max_iter, s.tol, s.verbose, True, s.init, s.unroll, s.entropy, ("max_iter", "tol"))
         value = done.optimum()
     with torch.set_grad_enabled(s.unroll and recorded):
         linear, log = done.linear(), empirical.lazy_log(done)

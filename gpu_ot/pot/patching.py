@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..losses.samples import KERNEL_NORMS
+from ..losses.samples import SamplesLoss as Ours
 from . import arrays, batch, bregman, solvers, unbalanced
 from .refusals import Elsewhere
 
@@ -26,6 +28,7 @@ REPLACED: dict[str, tuple[Any, tuple[str, ...]]] = {
 _lock = threading.RLock()
 _active: list[patch] = []  # in the order of entering; the last decides the device
 _replacements: dict[Callable[..., Any], Callable[..., Any]] = {}  # POT's function -> ours; made once, kept between patches
+_losses: dict[Callable[..., Any], Callable[..., Any]] = {}  # the same of geomloss
 
 
 class patch:
@@ -36,15 +39,17 @@ class patch:
     default arguments) stay POT's. A call that POT can answer and this package cannot, such as `ot.solve` without `reg`, runs on POT's
     function.
 
-    device   where numpy arrays and lists are solved, "cuda" for instance: they are copied there, and results back. None is the CPU.
-             Tensors stay where they are.
+    device    where numpy arrays and lists are solved, "cuda" for instance: they are copied there, and results back. None is the CPU.
+              Tensors stay where they are.
+    geomloss  True: `geomloss.SamplesLoss`, too, is this package's. Its kernel norms ("gaussian", "laplacian", "energy", "hausdorff")
+              stay geomloss's.
 
     Patches may be nested: the innermost device counts. They may be entered from several threads: all of them see the patch until the
-    last one has left. Raises ImportError when POT is not installed.
+    last one has left. Raises ImportError when POT, or geomloss where it is asked for, is not installed.
     """
 
-    def __init__(self, device: str | torch.device | None = None) -> None:
-        self.device = None if device is None else torch.device(device)
+    def __init__(self, device: str | torch.device | None = None, geomloss: bool = False) -> None:
+        self.device, self.geomloss = None if device is None else torch.device(device), geomloss
         if self.device is not None:
             torch.empty(0, device=self.device)  # a missing device fails here, not in a client's call
         self._entered = 0
@@ -83,11 +88,14 @@ class patch:
 def _settle() -> None:
     """Puts ours or POT's functions into all modules, as `_active` says. Called with the lock held."""
     arrays.numpy_device = _active[-1].device if _active else None
-    if _active:
-        _collect()
-        _exchange(_replacements)
-    else:
-        _exchange({ours: theirs for theirs, ours in _replacements.items()})
+    for wanted, collect, replacements in (
+        (bool(_active), _collect, _replacements), (any(each.geomloss for each in _active), _collect_losses, _losses),
+    ):  # fmt: skip
+        if wanted:
+            collect()
+            _exchange(replacements)
+        elif replacements:
+            _exchange({ours: theirs for theirs, ours in replacements.items()})
 
 
 def _collect() -> None:
@@ -97,6 +105,21 @@ def _collect() -> None:
             theirs = getattr(module, name, None)  # older versions of POT lack some
             if theirs is not None and theirs not in _replacements and theirs not in _replacements.values():
                 _replacements[theirs] = _with_fallback(getattr(source, name), theirs)
+
+
+def _collect_losses() -> None:
+    theirs = importlib.import_module("geomloss").SamplesLoss
+    if theirs in _losses.values():
+        return
+    if theirs not in _losses:
+
+        class SamplesLoss(Ours):
+            __doc__ = Ours.__doc__
+
+            def __new__(cls, loss: str = "sinkhorn", *args: Any, **kwargs: Any) -> Any:
+                return theirs(loss, *args, **kwargs) if loss in KERNEL_NORMS else super().__new__(cls)
+
+        _losses[theirs] = SamplesLoss
 
 
 def _with_fallback(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -41,9 +43,22 @@ def warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-def warn_unless_converged(status: Status, message: str = NOT_CONVERGED) -> None:
-    if status not in (CONVERGED, STALLED):
-        warn(f"{message} Status {status}")
+def warn_unless_converged(found: Any, message: str = NOT_CONVERGED, limit: str = "numItermax", tol: str = "stopThr") -> None:
+    """Say why the loop that `found` ended with (`status`, `errors`) stopped short. `limit` and `tol` are the names of its settings."""
+    status: Status = found.status
+    if status in (CONVERGED, STALLED):
+        return
+    if status.name == "max_iter":
+        error = float(found.errors[-1].max()) if len(found.errors) else float("nan")
+        why = f"The iterations ran out at an error of {error:.3g}: raise `{limit}` or `reg`, or loosen `{tol}`."
+    else:
+        why = _OURS.sub(lambda word: _POTS[word[0]], status.explanation)
+    warn(f"{message} Status {status.name}: {why}")
+
+
+#: Our names in the explanation of a status, and POT's.
+_POTS = {"eps": "reg", "penalties=KL(tau)": "sinkhorn_unbalanced"}
+_OURS = re.compile(r"\beps\b|penalties=KL\(tau\)")
 
 
 def print_error(iteration: int, error: Tensor, every: int, header_every: int = 200) -> None:

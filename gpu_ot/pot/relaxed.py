@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import errors, gradients
+from .. import errors, gradients, transforms
 from ..costs import Cost
 from ..penalties import KL, TV
 from ..problem import Problem, float_type, matched, vector_dtype
@@ -25,6 +25,8 @@ from ..solve import find, needs_gradient
 from ..solver.criterion import Change
 from ..solver.status import CONVERGED
 from ..solver.step import Start
+from ..vectors import in_full_precision
+from . import refusals
 from .answer import Answer, carried, log_weight
 from .arrays import number, take_problem, take_start
 from .refusals import elsewhere, print_error, warn, warn_unless_converged
@@ -33,6 +35,7 @@ NOT_CONVERGED = (
     "Stabilized Unbalanced Sinkhorn did not converge.Try a larger entropy `reg` or a lower mass `reg_m`."
     "Or a larger absorption threshold `tau`."
 )
+ONLY_ENTROPY = "Reg_type not implemented yet. Use entropy."
 ENTROPY_HAS_NO_REFERENCE = "If reg_type = entropy, then the matrix c is overwritten by the one matrix."
 
 #: POT's other algorithms for relaxed marginals, by the names a caller may try.
@@ -49,12 +52,13 @@ class Method(NamedTuple):
     check_every: int = 1
     header_every: int = 50
     translate: bool = False
-    warns: bool = False
+    warning: str = refusals.NOT_CONVERGED
+    table: bool = False  # `verbose` prints without `log`, too
 
 
 METHODS = {
     "sinkhorn": Method(),
-    "sinkhorn_stabilized": Method(both_sides=False, check_every=10, header_every=200, warns=True),
+    "sinkhorn_stabilized": Method(both_sides=False, check_every=10, header_every=200, warning=NOT_CONVERGED, table=True),
     "sinkhorn_translation_invariant": Method(translate=True),
     "sinkhorn_reg_scaling": Method(),
 }
@@ -155,19 +159,22 @@ def _divergence(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(some, p * (torch.where(some, p, 1.0) / torch.where(some, q, 1.0)).log(), 0.0) - p + q
 
 
+@transforms.eagerly
+@in_full_precision
 def run(
     a: Any, b: Any, M: Any, reg: Any, reg_m: Any, *, method: str = "sinkhorn", reg_type: str = "kl", penalty: type[KL] | type[TV] = KL,
     c: Any = None, warmstart: Any = None, numItermax: int = 1000, stopThr: float = 1e-6, verbose: bool = False, log: bool = True,
-    accelerate: bool | None = None, unroll: bool = True,
+    accelerate: bool | None = None, unroll: bool = True, names: tuple[str, str] = ("numItermax", "stopThr"),
 ) -> Unbalanced:  # fmt: skip
     """Solve as POT's `method` does.
 
     log         True: record the change in every iteration, as POT does, which means to run them one by one.
     unroll      True: differentiate the potentials through the iterations. False: only `optimum` carries a gradient.
     accelerate  True: translated to the best mass in each iteration; False: never; None: from iteration `PLAIN` on.
+    names       of numItermax and stopThr in the caller's words.
     """
     rules = METHODS[method]
-    after = settled_after(rules, accelerate if penalty is KL else bool(accelerate))
+    after = settled_after(rules, accelerate if penalty is KL else bool(accelerate), stopThr)
     (ta, tb, tM, tc), back = take_problem(a, b, M, c=c)
     if isinstance(tM, Cost):
         raise errors.ProblemError("relaxed marginals of a Cost: gpu_ot.solve(M, a, b, reg, unbalanced=reg_m) solves them lazily.")
@@ -176,6 +183,10 @@ def run(
     entropy = isinstance(reg_type, str) and reg_type.lower() == "entropy"
     if not entropy and not (isinstance(reg_type, str) and reg_type.lower() == "kl"):
         raise elsewhere(f"reg_type = {reg_type!r}", "ot.unbalanced.lbfgsb_unbalanced(a, b, M, reg, reg_m, reg_div=...)")
+    many = tb is not None and tb.ndim == 2
+    if many and not entropy:  # POT knows nothing else for several histograms
+        warn(ONLY_ENTROPY)
+        entropy = True
     if entropy and tc is not None:
         warn(ENTROPY_HAS_NO_REFERENCE)
         tc = None
@@ -184,7 +195,7 @@ def run(
             raise elsewhere("reg = 0", "ot.unbalanced.mm_unbalanced(a, b, M, reg_m), or pass a small reg > 0")
         raise errors.bad_eps("reg", reg)
 
-    dtype, wide = float_type(*(z for z in (tM, ta, tb, tc) if z is not None)), vector_dtype(tM.device)
+    dtype, wide = float_type(tM), vector_dtype(tM.device)
     uniform = (torch.full((size,), 1 / size, device=tM.device, dtype=wide) for size in tM.shape)
     wa, wb = (u if w is None else w.to(wide) for w, u in zip((ta, tb), uniform, strict=True))
     taus = pair(reg_m)
@@ -217,17 +228,15 @@ def run(
     if verbose:
         for k, change in enumerate(found.errors):
             print_error(k * rules.check_every, change, 1, rules.header_every)
-    if rules.warns:
-        warn_unless_converged(found.status, NOT_CONVERGED)
+    warn_unless_converged(found, rules.warning, *names)
     mass = tc.to(wa).sum() if tc is not None else wa.sum(-1) * wb.sum(-1) * (not entropy)
     kept = reg if isinstance(reg, Tensor) and reg.requires_grad else number(reg)
-    many = tb is not None and tb.ndim == 2
     return Unbalanced(found, back, 1.0, many, entropy, M=tM, reg=kept, taus=taus, a=wa, b=wb, reference_mass=mass)
 
 
-def settled_after(rules: Method, accelerate: bool | None) -> float:
-    """The iteration after which every iterate is translated to its best mass."""
-    return 0 if rules.translate or accelerate else PLAIN if accelerate is None else math.inf
+def settled_after(rules: Method, accelerate: bool | None, tol: float) -> float:
+    """The iteration after which every iterate is translated to its best mass. A tolerance of 0 asks for POT's iterates alone."""
+    return 0 if rules.translate or accelerate else PLAIN if accelerate is None and tol > 0 else math.inf
 
 
 def pair(reg_m: Any) -> tuple[Tensor | float, Tensor | float]:

@@ -11,7 +11,7 @@ from ..distributed.costs import Sharded
 from ..distributed.dtensors import is_dtensor, local
 from ..solve import solve as solve_problem
 from .arrays import take
-from .clouds import between, take_points
+from .clouds import between, matrix, narrowed, take_points
 from .linear import METHODS, checked, kinds, problem_of, solve_cost, solve_matrix
 from .refusals import elsewhere, known_method
 from .relaxed import ELSEWHERE
@@ -77,7 +77,7 @@ def solve_sample(
         (x, y), back = take_points(X_a=X_a, X_b=X_b)
         cost = between(x, y, metric)
         if not lazy:
-            return solve_matrix(back(cost.dense()), a, b, c, settings)
+            return narrowed(solve_matrix(back(matrix(cost)), a, b, c, settings), cost)
         if c is not None:
             raise errors.ProblemError("c is an n-by-m array, which lazy=True is there to avoid: pass lazy=False.")
         (ta, tb), _ = take(a=a, b=b)

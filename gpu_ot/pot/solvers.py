@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arrays import take
-from .clouds import between, take_points
+from .clouds import between, matrix, narrowed, take_points
 from .forwarding import forward
 from .linear import solve
 from .refusals import elsewhere
@@ -17,13 +17,14 @@ def dist(x1, x2=None, metric="sqeuclidean", p=2, w=None, backend="auto", nx=None
     """POT's `ot.dist`: the (n, m) costs between the rows of x1 (n, d) and x2 (m, d); x2 = x1 when left out.
 
     Computed from differences: clouds far from the origin keep their digits, and the derivative is 0 where points coincide.
-    metric   "sqeuclidean", "euclidean", "cityblock", "minkowski" (with p, and weights w), "cosine", "correlation".
+    metric   "sqeuclidean", "euclidean", "cityblock", "minkowski" with p, all with weights w of the coordinates; "cosine", "correlation".
     """
     if backend == "scipy":
         raise elsewhere('backend = "scipy"', 'ot.dist(..., backend="scipy")')
     (x, y), back = take_points(x1=x1, x2=x1 if x2 is None else x2)
     (_, weights), _ = take(x1=x1, w=w)
-    return back(between(x, y, metric, p, weights).dense())
+    cost = between(x, y, metric, p, weights)
+    return narrowed(back(matrix(cost)), cost)
 
 
 __getattr__, __dir__ = forward(__name__, "ot.solvers")

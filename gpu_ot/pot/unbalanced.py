@@ -10,7 +10,7 @@ from . import direct, unrolled
 from .arrays import number
 from .forwarding import forward
 from .refusals import known_method, warn, warn_unless_converged
-from .relaxed import ELSEWHERE, METHODS, NOT_CONVERGED, pair, run, settled_after
+from .relaxed import ELSEWHERE, METHODS, pair, run, settled_after
 
 __all__ = [
     "sinkhorn_knopp_unbalanced",
@@ -66,7 +66,7 @@ def sinkhorn_unbalanced(
     reg        > 0, in units of M; it and reg_m may be tensors that carry a gradient.
     reg_m      in units of M, for both marginals or a pair; inf or None holds a marginal exactly.
     method     "sinkhorn", "sinkhorn_stabilized", "sinkhorn_translation_invariant" or "sinkhorn_reg_scaling".
-    reg_type   "kl" for KL(P | c); "entropy" for sum P log P - P, that is c = 1.
+    reg_type   "kl" for KL(P | c); "entropy" for sum P log P - P, that is c = 1, and all there is for several histograms.
     c          reference measure (n, m), a⊗b when left out. Where it is 0 so is P: a row without support moves nothing.
     numItermax, stopThr   stop when u and v change by less than `stopThr`, relative to their largest entry or 1.
     warmstart  (log u, log v) of an earlier call.
@@ -86,7 +86,7 @@ def sinkhorn_unbalanced(
         return found.plan()
     done = run(
         a, b, M, reg, reg_m, method=_known(method), reg_type=reg_type, c=c, warmstart=warmstart, numItermax=numItermax, stopThr=stopThr,
-        verbose=verbose, log=log, accelerate=kwargs.get("accelerate"),
+        verbose=verbose and (log or METHODS[_known(method)].table), log=log, accelerate=kwargs.get("accelerate"),
     )  # fmt: skip
     result = done.give(done.linear()) if done.many else done.plan()
     return (result, done.log()) if log else result
@@ -124,9 +124,9 @@ def _directly(
     taus = number(pairs[0]), number(pairs[1])
     if math.inf in taus or unrolled.required(*pairs):
         return None
-    found = direct.relaxed(a, b, M, reg, taus, rules, max_iter, tol, settled_after(rules, accelerate))
-    if found is not None and rules.warns:
-        warn_unless_converged(found.status, NOT_CONVERGED)
+    found = direct.relaxed(a, b, M, reg, taus, rules, max_iter, tol, settled_after(rules, accelerate, tol))
+    if found is not None:
+        warn_unless_converged(found, rules.warning)
     return found
 
 

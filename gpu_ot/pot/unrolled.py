@@ -31,6 +31,8 @@ def plan(a: Any, b: Any, M: Tensor, found: Found, again: Callable[..., Tensor]) 
 class _Plan(transforms.Function):
     """The plan of a balanced problem as a function of a, b and M, through the iterations that were run."""
 
+    opaque = True
+
     @staticmethod
     def forward(a: Tensor | None, b: Tensor | None, M: Tensor, found: Found, again: Callable[..., Tensor]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return torch.from_numpy(found.P)

@@ -188,6 +188,7 @@ class Plan:
         with torch.no_grad():
             return entries(self._k[..., rows], self._h[..., columns], self._costs(rows, columns), self._eps)
 
+    @in_full_precision
     def _costs(self, rows: slice | Tensor, columns: slice) -> Tensor:
         with torch.no_grad():
             C = self._cost.entries(columns, rows).mT if self._flipped else self._cost.entries(rows, columns)

@@ -183,6 +183,7 @@ class Solution:
         sent = plan._apply(torch.cat((torch.ones_like(beta).unsqueeze(-1), beta.unsqueeze(-1), v), -1))
         return (alpha * sent[..., 0] + sent[..., 1] - (u * sent[..., 2:]).sum(-1)).sum(-1)
 
+    @in_full_precision
     def _extended(self, side: int, new: Points | Cost) -> Tensor:
         """The potential of a side, 0 for rows and 1 for columns, at other points of that side."""
         own, other = (self.f, self.g)[side].detach(), self.levels[1 - side]

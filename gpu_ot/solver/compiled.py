@@ -20,7 +20,7 @@ from ..geometry.protocol import Geometry, weigh
 from ..penalties import KL
 from .acceleration import Anderson, Plain
 from .annealing import Stretch
-from .criterion import ROUNDING, Change, Criterion, Marginal
+from .criterion import RESOLVED, ROUNDING, Change, Criterion, Marginal
 from .monitor import NEAR, STALL_CHECKS, Monitor
 from .status import CONVERGED, DIVERGED, MAX_ITER, STALLED
 from .step import Alternating, Start, State, Symmetric
@@ -255,16 +255,22 @@ def _take(parts: Any, work: Callable[..., None], arguments: tuple[Any, ...]) -> 
         work(low, high, *arguments)
 
 
+def resolved(f: np.ndarray, g: np.ndarray, eps: float) -> bool:
+    """Whether eps is large enough for potentials of this size, as in `Monitor`."""
+    size = max(float(np.abs(f).max()), float(np.abs(g).max()))
+    return size * torch.finfo(torch.float64).eps <= RESOLVED * eps
+
+
 def rule_of(criterion: Criterion, dtype: torch.dtype) -> Any:
     """The criterion as `compiled.watch.Rule`, for sweeps in this type."""
     from ..compiled.watch import NORMS, Rule
 
     common = ROUNDING * torch.finfo(dtype).eps, STALL_CHECKS, NEAR
     if isinstance(criterion, Marginal):
-        return Rule(float(criterion.tol), NORMS.index(criterion.norm), *common)
+        return Rule(float(criterion.threshold), NORMS.index(criterion.norm), *common)
     assert isinstance(criterion, Change)
     settings = bool(criterion.both_sides), float(criterion.translate_after), float(criterion.relative_after)
-    return Rule(float(criterion.tol), -1, *common, *settings)
+    return Rule(float(criterion.threshold), -1, *common, *settings)
 
 
 def tuning(gauge: bool) -> Any:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 #: A sum of rounded numbers is off by a few of their last digits; below `ROUNDING` of them there is nothing to gain.
 ROUNDING = 8.0
+#: An eps is resolved where rounding moves the marginals by less than this part of the mass.
+RESOLVED = 1e-3
+#: A column that is heavier than it should be by more than exp(FAR) is far off, however far: relaxed marginals may overflow.
+FAR = 40.0
 NORMS = ("l1", "l1_absolute", "l2", "l2_joint")
 
 
@@ -42,9 +46,18 @@ class Criterion(ABC):
     #: Whether `measure` compares with one iteration earlier, so that a check takes an iteration of its own.
     pairwise: bool = False
 
+    @property
+    def threshold(self) -> float:
+        """The error below which a run may end. A tolerance of 0 asks for every iteration: no error is below -inf."""
+        return self.tol if self.tol > 0 else -math.inf
+
     def seen(self, step: Alternating, state: State) -> tuple[Tensor, Tensor]:
         """(f, g) as they are returned."""
         return state.f, state.g
+
+    @abstractmethod
+    def relative(self, step: Alternating, error: Tensor) -> Tensor:
+        """Errors (*batch,) as parts of the mass, or of the scalings."""
 
     @abstractmethod
     def measure(self, step: Alternating, state: State, before: State, dtype: torch.dtype) -> Measured:
@@ -80,13 +93,16 @@ class Marginal(Criterion):
     def measure(self, step: Alternating, state: State, before: State, dtype: torch.dtype) -> Measured:
         """The floor: rounding in the sums of the sweep, and in forming g / eps."""
         b, g = step.problem.b, state.g
-        excess = torch.where(b > 0, b * expm1(step.gap(state)), 0.0)
+        excess = torch.where(b > 0, b * expm1(step.gap(state).clamp(max=FAR)), 0.0)
         sums = ROUNDING * torch.finfo(dtype).eps
         differences = torch.finfo(g.dtype).eps * torch.where(b > 0, g.abs(), 0.0).amax(-1, keepdim=True) / step.eps
         error, floor, unit = self._sizes(torch.stack((excess, b * (sums + differences), b.expand_as(excess))), b)
-        # Exponents rounded to more than a tenth: no sum over them means anything, however small it comes out.
-        error = torch.where(floor > 0.1 * unit, torch.maximum(error, floor), error)
+        # Exponents rounded to more than that: no sum over them means anything, however small it comes out.
+        error = torch.where(floor > RESOLVED * unit, torch.maximum(error, floor), error)
         return Measured(state.f, g, error, floor)
+
+    def relative(self, step: Alternating, error: Tensor) -> Tensor:
+        return error / self._sizes(step.problem.b.unsqueeze(0), step.problem.b)[0]
 
     def check(self, monitor: Monitor, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
         if type(self) is not Marginal:
@@ -138,8 +154,12 @@ class Change(Criterion):
         change = _change(g, old_g, problem.b, step.eps, relative)
         if self.both_sides or relative:
             change = 0.5 * (change + _change(f, old_f, problem.a, step.eps, relative))
-        each = problem.b.shape[:-1]
-        return Measured(f, g, change.expand(each), self.floor(step, f, g, dtype).expand(each))
+        each, floor = problem.b.shape[:-1], self.floor(step, f, g, dtype)
+        change = torch.where(floor > RESOLVED, torch.maximum(change, floor), change)  # as of `Marginal`
+        return Measured(f, g, change.expand(each), floor.expand(each))
+
+    def relative(self, step: Alternating, error: Tensor) -> Tensor:
+        return error
 
     def next_error(self, step: Alternating, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The change that g is about to make."""

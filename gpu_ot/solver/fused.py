@@ -48,8 +48,8 @@ def check(monitor: Monitor, state: State, slope: float, norm: str, sums: float) 
         last = flatten(f_kept), flatten(g_kept), monitor.errors[-1].reshape(-1), monitor.done.reshape(-1)
     differences = torch.finfo(g.dtype).eps / monitor.step.eps
     f, kept, error, done, flags = check(
-        vectors(problem.b), flatten(state.f), flatten(g), flatten(state.g_next), slope, monitor.criterion.tol, sums, differences, norm,
-        last=last, together=state.plain, inexact=state.inexact,
+        vectors(problem.b), flatten(state.f), flatten(g), flatten(state.g_next), slope, monitor.criterion.threshold, sums, differences,
+        norm, last=last, together=state.plain, inexact=state.inexact,
     )  # fmt: skip
     each = problem.b.shape[:-1]
     return f.view(state.f.shape), kept.view(g.shape), error.view(each), done.view(each), flags

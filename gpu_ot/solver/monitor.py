@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..vectors import log, to_host
-from .criterion import Criterion
-from .status import CONVERGED, DIVERGED, INFEASIBLE, MAX_ITER, STALLED, Status
+from .criterion import RESOLVED, Criterion
+from .status import CONVERGED, DIVERGED, INFEASIBLE, MAX_ITER, STALLED, Status, unresolved
 from .step import Alternating, State
 
 #: Within `NEAR` rounding floors, so many checks without a new smallest error mean that rounding is all that is left.
@@ -57,7 +57,7 @@ class Monitor:
         self.kept: tuple[Tensor, Tensor] | None = None  # (f, g), whose error is the last of `errors`
         self.done: Tensor | None = None
         self.near = False  # whether the end was found near, see `end_is_near`
-        self.progress = _Progress()
+        self.progress = _Progress(endless=criterion.threshold == -math.inf)
         self._ceiling: Tensor | None = None
         self._pending: Callable[[], list[float]] | None = None
 
@@ -88,7 +88,8 @@ class Monitor:
             error = torch.where(worse, self.errors[-1], error)
             worse, (old_f, old_g) = worse.expand_as(error).unsqueeze(-1), self.kept
             f, g = torch.where(worse, old_f, f), torch.where(worse, old_g, g)
-        self.kept, done = (f, g), error < self.criterion.tol if self.criterion.strict else error <= self.criterion.tol
+        tol = self.criterion.threshold
+        self.kept, done = (f, g), error < tol if self.criterion.strict else error <= tol
         # All done; all done, at the rounding floor or infeasible; the largest error in floors; anything infeasible.
         worst, settled = (error / floor).amax(), done | (error <= floor)
         infeasible = self._infeasible() if self.step.problem.forbids and state.n_iter >= INFEASIBILITY_AFTER else None
@@ -99,7 +100,7 @@ class Monitor:
     def end_is_near(self, state: State) -> bool:
         """Whether one of the last iterations, or the next, may have met the criterion. Costs no sweep."""
         error, floor = self.criterion.next_error(self.step, state, self.dtype)
-        self.near = not bool((error >= self.criterion.tol) & (error > floor))
+        self.near = not bool((error >= self.criterion.threshold) & (error > floor))
         return self.near
 
     def _infeasible(self) -> Tensor | None:
@@ -119,23 +120,39 @@ class Monitor:
         unseen = self.kept is None or (self.criterion.pairwise and self.status is None)  # iterations after the last check
         f, g = self.criterion.seen(self.step, state) if unseen or self.kept is None else self.kept
         done = torch.zeros(f.shape[:-1], dtype=torch.bool, device=f.device) if state.done is None else state.done
-        return Outcome(f, g, self.status or MAX_ITER, done, state.n_iter, state.n_sweeps, self.errors)
+        status = self.status or MAX_ITER
+        status = self._resolved(status, f, g) if status in (MAX_ITER, STALLED) else status
+        return Outcome(f, g, status, done, state.n_iter, state.n_sweeps, self.errors)
+
+    def _resolved(self, status: Status, f: Tensor, g: Tensor) -> Status:
+        """The status of a run that did not converge, unless the reason is an eps too small for the numbers that it divides."""
+        size = max(float(torch.where(z.isfinite(), z.abs(), 0.0).amax()) for z in (f, g))
+        digit = size * torch.finfo(g.dtype).eps
+        if digit <= RESOLVED * self.step.eps or not self.errors:
+            return status
+        error = float(self.criterion.relative(self.step, self.errors[-1]).amax())
+        return unresolved(max(error, digit / self.step.eps), self.step.eps, digit / RESOLVED)
 
 
 class _Progress:
-    """Judges the flags of one check after the other."""
+    """Judges the flags of one check after the other.
 
-    def __init__(self) -> None:
-        self.best, self.idle = math.inf, 0
+    endless   nothing ends the run before its last iteration but numbers that are none.
+    """
+
+    def __init__(self, endless: bool = False) -> None:
+        self.best, self.idle, self.endless = math.inf, 0, endless
 
     def judge(self, flags: list[float]) -> Status | None:
         done, settled, ratio, infeasible = flags
         if done:
             return CONVERGED
-        if settled:
+        if settled and not self.endless:
             return INFEASIBLE if infeasible else STALLED
         if not math.isfinite(ratio):
             return DIVERGED
+        if self.endless:
+            return None
         self.idle = 0 if ratio < self.best else self.idle + 1
         self.best = min(self.best, ratio)
         # Far above rounding a standing error proves nothing: at small eps mass moves in long, flat stages.

@@ -36,3 +36,13 @@ DIVERGED = Status(
     "diverged",
     "The potentials left the range of floating numbers. Look for costs that are huge against eps in every pair of a row or column.",
 )
+
+
+def unresolved(error: float, eps: float, least: float) -> Status:
+    """The end of a loop whose eps is so small beside the costs that rounding alone moves the marginals: by `error` of the mass in all."""
+    return Status(
+        "unresolved",
+        f"The plan is not the one asked for: its marginals are off by {min(error, 1.0):.2g} of the mass{' or more' if error > 1 else ''}. "
+        f"eps = {eps:.3g} is below what the floating type of the potentials resolves of costs this large, which is eps = {least:.2g} or "
+        "more: raise eps, or subtract what all pairs pay.",
+    )
