@@ -104,8 +104,7 @@ def take_plain(a: Any, b: Any, M: Any, reg: Any, *, transposed: bool = False, gr
         return None
     if transposed:
         M, wa, wb = M.T, wb, wa
-    dtype = np.dtype(np.float64) if any(type(w) is np.ndarray and w.dtype == np.float64 for w in (a, b)) else M.dtype  # they promote
-    C = M if M.flags.c_contiguous and M.flags.writeable and M.dtype == dtype else np.array(M, dtype, order="C")
+    C = M if M.flags.c_contiguous and M.flags.writeable else np.array(M, order="C")
     return Given(C, wa, wb, float(reg), back)
 
 
