@@ -5,9 +5,10 @@
 
 First one launch of each kernel, then parity: every kernel and precision against float64 torch on the device, its error beside torch's
 own in float32. A failure is printed, the exit code is 1, and times of what has failed are not reported (they are in the rows, marked as
-measured on red tests). Then timings, the most telling first: contestants interleaved, medians and extremes of CUDA events, peak memory of torch's allocator, and the floor: what the chip needs
-at least for the exponentials, the arithmetic or the products, whichever is longest. A peer that is not installed or fails is a
-row that says so. Every section has its share of the minutes and ends with it; what no time was left for is a row too.
+measured on red tests). Then timings, the most telling first: contestants interleaved, medians and extremes of CUDA events, peak memory
+of torch's allocator, and the floor: what the chip needs at least for the exponentials, the arithmetic or the products, whichever is
+longest. A peer that is not installed or fails is a row that says so. Every section has its share of the minutes and ends with it; what no
+time was left for is a row too.
 """
 
 from __future__ import annotations

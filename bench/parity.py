@@ -61,7 +61,7 @@ if DRY:  # the interpreter multiplies the bits of a bf16
 
 
 def tasks() -> list[tuple[Any, ...]]:
-    """What the workers of the parity section share out: a launch of each kernel, checks, then the kernels that the timings want compiled."""
+    """What the workers of the parity section share out: a launch of each kernel, checks, then what the timings want compiled."""
     found: list[tuple[Any, ...]] = [("launches", backend) for backend in BACKENDS]
     found += [("parity_of_resident",), ("parity_of_steps",), ("parity_of_batches",)]
     found += [("parity_of_absorbed", dtype) for dtype in ("float32", "float64")]
@@ -268,7 +268,9 @@ def parity_of_resident(report: Any) -> None:
             a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
             start, details = torch.zeros(3, m, device=DEVICE, dtype=torch.float64), dict(n=n, m=m, eps=eps, kernel="resident")
             ours = run(C, a, b, None, None, start, eps, 10)
-            truth, peer = ([z.to(dtype) for z in ten(C.to(dtype), a.to(dtype), b.to(dtype), eps)] for dtype in (torch.float64, torch.float32))
+            truth, peer = (
+                [z.to(dtype) for z in ten(C.to(dtype), a.to(dtype), b.to(dtype), eps)] for dtype in (torch.float64, torch.float32)
+            )
             for name, *three in zip(("f", "g", "g_next"), ours, peer, truth, strict=True):
                 check(report, f"resident {name}", *three, 2e-6, **details)
         problem = Problem(C, 0.05, a.double(), b.double())
@@ -361,7 +363,9 @@ def parity_of_solves(report: Any) -> None:
             for device, dtype, name in ((DEVICE, torch.float32, backend), (torch.device("cpu"), torch.float64, "chunked")):
                 x, y = (z.to(device, dtype) for z in clouds)
                 x.requires_grad_()
-                value = solve(Problem(SqEuclidean(x, y), 0.05, penalties=penalty), backend=name, tol=1e-6, max_iter=60 if DRY else 2000).value
+                value = solve(
+                    Problem(SqEuclidean(x, y), 0.05, penalties=penalty), backend=name, tol=1e-6, max_iter=60 if DRY else 2000
+                ).value
                 found.append([value.detach().cpu().view(1), torch.autograd.grad(value, x)[0].cpu()])
             for name, mine, right in zip(("value", "gradient"), *found, strict=True):
                 check(report, f"solve by {backend}: {name}", mine, right.float(), right, 1e-4, kernel=backend)

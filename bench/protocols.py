@@ -122,9 +122,9 @@ def batched(report: Report, clock: Clock) -> None:
             return [ot.sinkhorn(w, w, M, eps, numItermax=steps, stopThr=0.0, warn=False) for w, M in zip(a[:8], C[:8], strict=False)]
 
         contestants: dict[str, Callable[[], Any]] = {
-            f"gpu_ot {name} fp32": lambda C=C, backend=backend: solve(
-                Problem(C, eps), backend=backend, tol=0.0, max_iter=steps, check_every=steps, accelerate="none"
-            ).f
+            f"gpu_ot {name} fp32": lambda C=C, backend=backend: (
+                solve(Problem(C, eps), backend=backend, tol=0.0, max_iter=steps, check_every=steps, accelerate="none").f
+            )
             for name, backend in (("resident", "resident"), ("solve dense", "dense"))
         }
         contestants |= {

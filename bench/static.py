@@ -75,7 +75,9 @@ def build(kernel, types: dict, constants: dict, target: GPUTarget, warps: int, s
         signature[name] = types.get(name, "*fp32")
         if signature[name].startswith("*") or name in ("u_rows", "v_rows", "w_rows", "per_split"):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    assert all(signature[name] in ("i32", "constexpr") for name in kernel.do_not_specialize if name in signature), "a pointer loses its alignment"
+    assert all(signature[name] in ("i32", "constexpr") for name in kernel.do_not_specialize if name in signature), (
+        "a pointer loses its alignment"
+    )
     options = dict(num_warps=warps, num_stages=stages, **FUSED, **more)
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
@@ -108,7 +110,7 @@ def streamed(kernel: str, storage: str, bucket: int, tile: tuning.Tile, target: 
     flops = 2 * D * {"pair": 3, "half": 1, "tf32": 2}[storage]
     if kernel == "softmin":
         constants |= dict(
-            SHIFTED=True, RAGGED=ragged, CENTRED=True, UPDATE=0 if (arch, storage, bucket) in tuning.FULL else 2
+            SHIFTED=True, RAGGED=ragged, CENTRED=True, UPDATE=0 if (arch, storage, bucket, tile.block_n) in tuning.FULL else 2
         )  # as iterations are run
         types |= dict.fromkeys(("out", "shift", "centre", "offset", "potential", "logs", "next_centre"), "*fp64")
         types |= dict.fromkeys(("eps_64", "damping", "limit"), "fp64") | dict(logs_stride="i32")

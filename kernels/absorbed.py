@@ -96,7 +96,9 @@ def softmin(K: Tensor, b: Tensor, f0: Tensor, g0: Tensor, g: Tensor, eps: float,
     with on_device_of(K):
         weigh_kernel[(triton.cdiv(m, BLOCK), batch)](g, b, g0, w, m, m if b.dim() > 1 else 0, float(eps), BLOCK=BLOCK, **FUSED)
         sums = K[0] @ w[0] if batch == 1 else torch.bmm(K, w.unsqueeze(-1))
-        softmin_kernel[(batch,)](sums, w, f0, s, exact, n, m, float(eps), float(safe), info.tiny / info.eps, BLOCK=BLOCK, num_warps=4, **FUSED)
+        softmin_kernel[(batch,)](
+            sums, w, f0, s, exact, n, m, float(eps), float(safe), info.tiny / info.eps, BLOCK=BLOCK, num_warps=4, **FUSED
+        )
     return s, exact
 
 

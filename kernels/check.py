@@ -41,7 +41,9 @@ def check(
     stride = m if b.ndim > 1 else 0
     with on_device_of(g):
         if joint:
-            size_kernel[(batch,)](b, g, g_next, sizes, m, stride, *numbers[:1], *numbers[2:], SQUARE=True, BLOCK=block, num_warps=8, **FUSED)
+            size_kernel[(batch,)](
+                b, g, g_next, sizes, m, stride, *numbers[:1], *numbers[2:], SQUARE=True, BLOCK=block, num_warps=8, **FUSED
+            )
         check_kernel[(batch,)](
             b, f, g, g_next, old_f, old_g, old_error, old_done, done if inexact is None else inexact, new_f, new_g, error, done, sizes,
             flags, batch, n, m, stride, *numbers, NORM=NORMS.index(norm), LAST=last is not None, TOGETHER=together,

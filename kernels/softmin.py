@@ -48,7 +48,7 @@ def sweep_into(
     batch, n, m = len(u.data), u.n, v.n
     tile = tile or tuning.tile("softmin", u.data, u.parts, u.width, n)
     splits, per_split = tuning.split(n, m, batch, tile, u.data)
-    apart = splits > 1 or (update is not None and tuning.full(u.data, u.parts, u.width))
+    apart = splits > 1 or (update is not None and tuning.full(u.data, u.parts, u.width, tile))
     parts = torch.empty(batch, splits, n, dtype=out.dtype, device=h.device) if apart else out
     kind, ends = 0, (h, h, h, h, h, h, 0, 1.0, 1.0, 1.0)
     if update is not None:
@@ -202,7 +202,10 @@ def join_kernel(
     split = tl.arange(0, SPLITS)[:, None]
     batch = tl.program_id(1).to(tl.int64)
     scale = 1.4426950408889634 / eps
-    t = tl.load(pieces + (batch * splits + split) * n + rows, mask=(split < splits) & (rows < n), other=float("inf")).to(tl.float64) * -scale
+    t = (
+        tl.load(pieces + (batch * splits + split) * n + rows, mask=(split < splits) & (rows < n), other=float("inf")).to(tl.float64)
+        * -scale
+    )
     top = tl.maximum(tl.max(t, 0), -1e38)[None, :]  # [1, N]
     s = -(top + tl.log2(tl.sum(tl.exp2((t - top).to(tl.float32)), 0))[None, :]) / scale
     if UPDATE > 0:
