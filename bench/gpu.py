@@ -1,13 +1,14 @@
 """One command for a day with a GPU: are the kernels right on it, and how fast are they beside their peers and the chip's limits?
 
     python bench/gpu.py [--out DIR] [--minutes 9]     writes DIR/gpu.json after every row, so that a kill loses nothing
-    python bench/gpu.py --dry                         everything tiny, on the CPU, in Triton's interpreter: checks this script
+    python bench/gpu.py --dry                         everything tiny, on a device that is not there: checks this script
 
-First parity: every kernel and precision against float64 torch on the device, its error beside torch's own in float32. A
-failure is printed, the exit code is 1, and timings are not reported (they are in the rows, marked as measured on red tests). Then timings:
-contestants interleaved, medians and extremes of CUDA events, peak memory of torch's allocator, and the floor: what the chip needs
-at least for the exponentials, the arithmetic or the products, whichever is longest. A peer that is not installed or fails is a
-row that says so. Every section has its share of the minutes and ends with it; what no time was left for is a row too.
+First one launch of each kernel, then parity: every kernel and precision against float64 torch on the device, its error beside torch's
+own in float32. A failure is printed, the exit code is 1, and times of what has failed are not reported (they are in the rows, marked as
+measured on red tests). Then timings, the most telling first: contestants interleaved, medians and extremes of CUDA events, peak memory
+of torch's allocator, and the floor: what the chip needs at least for the exponentials, the arithmetic or the products, whichever is
+longest. A peer that is not installed or fails is a row that says so. Every section has its share of the minutes and ends with it; what no
+time was left for is a row too.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from machine import DRY, START, empty_cache  # first: it settles the environment
 
 # isort: split
 import torch
-from parity import work
+from parity import compilations, tasks, work
 from protocols import SECTIONS
-from rows import PEERS, Clock, Report, reason
+from rows import PEERS, SHARES, Clock, Report, reason
 
 
 def main() -> int:
@@ -59,6 +60,7 @@ def main() -> int:
     report, clock = Report(args.out), Clock(args.minutes)
     print("  ".join(f"{key}={value}" for key, value in report.environment.items() if value is not None))
 
+    plan(args.minutes)
     for name, module in PEERS.items():
         if importlib.util.find_spec(module) is None:
             report.add(section="peers", case="absent", solver=name, skipped="not installed")
@@ -82,11 +84,28 @@ def main() -> int:
             section(report, clock)
         except Exception as error:
             # A section that breaks is a defect of this script or of the package, never of a peer: as loud as a failed check.
-            report.add(section=name, case="the section itself", solver="gpu_ot", error=reason(error), passed=False)
+            report.add(section=name, case="the section itself", solver="gpu_ot", error=reason(error))
             traceback.print_exc(limit=-3)
         empty_cache()
     watchdog.cancel()
     return report.finish()
+
+
+#: Seconds that a kernel takes one core to compile, measured offline, and the cores that do it.
+COMPILE_S, CORES = 1.5, max(1, min(8, (os.cpu_count() or 2) // 2))
+
+
+def plan(minutes: float) -> None:
+    """What is to come, and that it fits."""
+    count, seconds = compilations(), 58 * minutes
+    print(f"\n{'stage':<12}{'seconds':>8}  of {60 * minutes:.0f}, and what for")
+    for name, share in SHARES.items():
+        what = (SECTIONS[name].__doc__ or "").split("\n")[0]
+        if name == "parity":
+            compiling = COMPILE_S * count / CORES
+            what += f" {len(tasks())} groups; about {count} kernels to compile, {compiling:.0f} s on {CORES} cores."
+        print(f"{name:<12}{share * seconds:>8.0f}  {what}")
+    print(f"{'in all':<12}{sum(SHARES.values()) * seconds:>8.0f}\n", flush=True)
 
 
 if __name__ == "__main__":

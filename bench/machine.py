@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default flips in Triton 3.10 and changes numerics
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # of peers' kernels: the default flips in Triton 3.10 and changes numerics
+if "--out" in sys.argv[:-1]:  # what one run compiled, the next need not
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(sys.argv[sys.argv.index("--out") + 1]) / "triton_cache"))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes three quarters of the memory
 DRY = "--dry" in sys.argv
 if DRY:
@@ -23,7 +25,13 @@ START = time.monotonic()  # importing torch takes seconds
 
 import torch  # noqa: E402
 
-DEVICE = torch.device("cpu" if DRY else "cuda")
+if DRY:  # a device that is not there, for as long as this process runs: the branches of a GPU, the numbers of the interpreter
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    import pretend
+
+    PRETENCE = pretend.device()
+    PRETENCE.__enter__()
+DEVICE = torch.device("cuda")
 EPS = 0.1
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 #: (n = m, d) of the timings per iteration, the most telling first.

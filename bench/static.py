@@ -110,7 +110,7 @@ def streamed(kernel: str, storage: str, bucket: int, tile: tuning.Tile, target: 
     flops = 2 * D * {"pair": 3, "half": 1, "tf32": 2}[storage]
     if kernel == "softmin":
         constants |= dict(
-            SHIFTED=True, RAGGED=ragged, CENTRED=True, UPDATE=0 if (arch, storage, bucket) in tuning.FULL else 2
+            SHIFTED=True, RAGGED=ragged, CENTRED=True, UPDATE=0 if (arch, storage, bucket, tile.block_n) in tuning.FULL else 2
         )  # as iterations are run
         types |= dict.fromkeys(("out", "shift", "centre", "offset", "potential", "logs", "next_centre"), "*fp64")
         types |= dict.fromkeys(("eps_64", "damping", "limit"), "fp64") | dict(logs_stride="i32")

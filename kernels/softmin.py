@@ -48,7 +48,7 @@ def sweep_into(
     batch, n, m = len(u.data), u.n, v.n
     tile = tile or tuning.tile("softmin", u.data, u.parts, u.width, n)
     splits, per_split = tuning.split(n, m, batch, tile, u.data)
-    apart = splits > 1 or (update is not None and tuning.full(u.data, u.parts, u.width))
+    apart = splits > 1 or (update is not None and tuning.full(u.data, u.parts, u.width, tile))
     parts = torch.empty(batch, splits, n, dtype=out.dtype, device=h.device) if apart else out
     kind, ends = 0, (h, h, h, h, h, h, 0, 1.0, 1.0, 1.0)
     if update is not None:

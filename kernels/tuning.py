@@ -102,13 +102,21 @@ TABLE: dict[tuple[str, str, str], tuple[Tile, ...]] = {
 SHARED = {name: size << 10 for name, size in dict(sm_80=163, sm_86=99, sm_90=227, sm_100=227, sm_120=99, gfx942=64).items()}
 
 
-#: Softmins whose loop leaves no register to what follows it: a launch of its own damps their result. Counted by bench/static.py.
-FULL = {(arch, storage, bucket) for arch in ("sm_80", "sm_86", "sm_120") for storage, bucket in (("pair", 128), ("half", 64))}
+#: Softmins whose loop leaves no register to what follows it: a launch of its own damps their result. (architecture, storage, bucket,
+#: rows of a block), counted by bench/static.py.
+FULL = {(arch, *row) for arch in ("sm_80", "sm_86", "sm_120") for row in (("pair", 128, 64), ("half", 64, 128), ("half", 64, 64))}
+FULL |= {
+    ("sm_86", "pair", 16, 64),
+    ("sm_86", "half", 32, 64),
+    ("sm_86", "tf32", 16, 64),
+    ("sm_100", "tf32", 0, 64),
+    ("sm_120", "tf32", 16, 64),
+}
 
 
-def full(x: Tensor, parts: int, width: int) -> bool:
+def full(x: Tensor, parts: int, width: int, tile: Tile) -> bool:
     """Whether the softmin on points stored as x is one of those."""
-    return (architecture(x), *_stored(x, parts, width)) in FULL
+    return (architecture(x), *_stored(x, parts, width), tile.block_n) in FULL
 
 
 def _stored(x: Tensor, parts: int, width: int) -> tuple[str, int]:

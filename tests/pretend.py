@@ -17,6 +17,7 @@ import contextlib
 import threading
 from collections import Counter
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from torch._library.custom_ops import OPDEFS
@@ -184,7 +185,7 @@ class Place(threading.local):
 
 
 class Stream:
-    defaults: dict[int, Stream] = {}
+    defaults: ClassVar[dict[int, Stream]] = {}
     cuda_stream = 0
 
     def __init__(self, device=None, priority=0):
@@ -320,9 +321,10 @@ def to(original):
             like = rest.pop(0)
         elif rest and (isinstance(rest[0], (str, int, torch.device)) or rest[0] is None):
             device = rest.pop(0)
-        if rest and rest[0] is None:  # no type
-            rest = []
         dtype = kwargs.pop("dtype", None)
+        if rest and (rest[0] is None or isinstance(rest[0], torch.dtype)):
+            dtype = rest.pop(0) or dtype
+        rest = [] if device is not None or like is not None else rest  # whether to wait, or to copy at all events
         if like is not None:
             device, dtype = like.device, like.dtype
         z = self
@@ -330,7 +332,7 @@ def to(original):
             z = original(z, dtype)
         z = z if device is None else moved(z, device)
         z = z if dtype is None else original(z, dtype)
-        return original(z, *rest, **kwargs) if (rest and isinstance(rest[0], torch.dtype)) or kwargs.keys() - {"non_blocking"} else z
+        return original(z, *rest, **kwargs) if kwargs.keys() - {"non_blocking"} else z
 
     return call
 
@@ -357,6 +359,13 @@ def factory(original, name):
         return out.requires_grad_() if requires_grad else out
 
     return call
+
+
+class Generator(torch.Generator):
+    """On the CPU, whatever is asked."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, "cpu")
 
 
 def launcher(run):
@@ -433,8 +442,9 @@ def device(count=2, **properties):
     cuda |= dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), lambda *_, **__: 0)
     tensor = {name: factory(getattr(torch.Tensor, name), name) for name in METHODS}
     tensor |= {"to": to(torch.Tensor.to), "cpu": lambda z: moved(z, "cpu"), "cuda": lambda z, device=None: moved(z, index_of(device))}
-    tensor |= {"pin_memory": lambda z: z, "is_pinned": lambda z: False}
-    changed = [(torch.cuda, cuda), (torch.Tensor, tensor), (torch, {name: factory(getattr(torch, name), name) for name in FACTORIES})]
+    tensor |= {"pin_memory": lambda z: z, "is_pinned": lambda z: False, "type_as": lambda z, other: z.to(other)}
+    made = {name: factory(getattr(torch, name), name) for name in FACTORIES} | {"Generator": Generator}
+    changed = [(torch.cuda, cuda), (torch.Tensor, tensor), (torch, made)]
     with contextlib.suppress(ImportError):
         from triton.runtime.interpreter import InterpretedFunction
 
