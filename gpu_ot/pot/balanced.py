@@ -142,7 +142,8 @@ def solve_balanced(
 
     unrolled = unroll and needs_gradient(problem)
     if above is not None and schedule is None and warmstart is None and not unrolled:
-        schedule = Anneal(above / number(unit), problem.eps, math.exp(-1))
+        above = min(above / number(unit), float(problem.cost.scale("max")))  # nothing changes beyond the largest cost
+        schedule = Anneal(above, problem.eps, math.exp(-1))
     after = math.inf if unrolled else _after(accelerate, tol)
     solution = find(
         problem, criterion=Marginal(tol, "l2_joint" if rules.joint else "l2"), grad="unroll" if unrolled else "envelope",
