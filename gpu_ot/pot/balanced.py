@@ -62,7 +62,6 @@ METHODS = {
 }
 
 
-@transforms.eagerly
 def run(
     method: str, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool, warmstart: Any,
     loss: bool = False, /, *, print_period: int | None = None, numInnerItermax: int = 100, epsilon0: float | None = None,
@@ -103,6 +102,7 @@ def _log(done: Answer, rules: Method) -> dict[str, Any]:
     return {**{key: log[key] for key in rules.log.split() if key not in absent}, **done.report()}
 
 
+@transforms.eagerly
 @in_full_precision
 def solve_balanced(
     a: Any, b: Any, M: Any, reg: Any, rules: Method, max_iter: int, tol: float, verbose: bool, warn: bool, warmstart: Any,
