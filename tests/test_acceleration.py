@@ -213,6 +213,7 @@ def test_adversarial(name, eps, dtype, accelerate):
     assert transport_error(solution, P.double()) <= allowed
 
 
+@pytest.mark.filterwarnings("ignore:gpu_ot.solve, unresolved")
 @pytest.mark.parametrize("eps", [1e-2, 1e-4, 1e-8, 1e-30, 1e-300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_nan_at_any_eps(eps, dtype):
@@ -223,7 +224,7 @@ def test_no_nan_at_any_eps(eps, dtype):
     assert P.isfinite().all()
     rows = torch.full((40,), 1 / 40, dtype=torch.float64)
     if eps < 1e-14:  # f / eps has no digit behind the point: no plan can be read off, and the status says so
-        assert solution.status.name == "stalled" and not solution.converged
+        assert solution.status.name == "unresolved" and not solution.converged
     else:
         torch.testing.assert_close(P.sum(-1).double(), rows, rtol=1e-4, atol=1e-7)
 

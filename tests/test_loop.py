@@ -71,8 +71,15 @@ def test_runs_exactly_as_long_as_it_may(square, max_iter):
 
 
 def test_a_tolerance_below_rounding_ends_as_stalled(square):
-    outcome = run(Halving(), square, tol=0.0)
+    outcome = run(Halving(), square, tol=1e-300)
     assert outcome.status.name == "stalled" and outcome.n_iter < 100
+
+
+def test_a_tolerance_of_zero_runs_to_the_limit(square):
+    """Past rounding, and past an error of exactly 0."""
+    outcome = run(Halving(), square, tol=0.0, max_iter=2000)
+    assert outcome.status.name == "max_iter" and outcome.n_iter == 2000 and not outcome.converged.any()
+    assert float(outcome.errors[-1]) == 0
 
 
 class OneLaunch(Halving):
@@ -108,7 +115,7 @@ class Moving(Halving):
 
 @pytest.mark.parametrize("status, move", [("stalled", lambda k: 1e-13 * (1.5 + math.sin(7 * k))), ("diverged", lambda k: math.nan)])
 def test_noise_near_the_floor_and_nan_end_the_loop_in_words(square, status, move):
-    outcome = run(Moving(move), square, tol=0.0)
+    outcome = run(Moving(move), square, tol=1e-300)
     assert outcome.status.name == status and (status == "stalled" or outcome.n_iter == 1)
 
 

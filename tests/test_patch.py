@@ -166,7 +166,7 @@ def test_ten_million_iterations_end(problem):
     """Flow matching's own test asks for 1e7 of them where reg is small: after POT's default limit they are accelerated."""
     gen = torch.Generator().manual_seed(0)
     x, y = torch.randn(64, 8, generator=gen), torch.randn(64, 8, generator=gen)
-    M, a = torch.cdist(x, y).numpy(), ot.unif(64)
+    M, a = torch.cdist(x, y).double().numpy(), ot.unif(64)  # in float32 it would end as stalled
     with patch(), warnings.catch_warnings():
         warnings.simplefilter("error")
         loss, log = ot.sinkhorn2(a, a, M, reg=0.01, numItermax=int(1e7), log=True, warn=True)

@@ -184,18 +184,17 @@ def test_zero_weights_are_empty_atoms(arrays, method, reg_type):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("reg_type", ["kl", "entropy"])
 def test_several_histograms(arrays, method, reg_type):
-    """Each as if alone. POT knows only the entropy here, whatever reg_type says."""
+    """Each as if alone, with the entropy, which is all that POT knows here, whatever reg_type says."""
     a, b, M = arrays(12, 10)
     stack = np.stack if isinstance(b, np.ndarray) else torch.stack
     B = stack([b, b[[*range(9, -1, -1)]], b * 0 + 0.1], 1)
     options = dict(method=method, stopThr=1e-11, numItermax=3000)
     ours, log = unbalanced.sinkhorn_unbalanced(a, B, M, 0.05, 0.7, reg_type=reg_type, log=True, **options)
-    alone = [unbalanced.sinkhorn_unbalanced2(a, B[:, k], M, 0.05, 0.7, reg_type=reg_type, **options) for k in range(3)]
+    alone = [unbalanced.sinkhorn_unbalanced2(a, B[:, k], M, 0.05, 0.7, reg_type="entropy", **options) for k in range(3)]
     close(ours, [float(z) for z in alone], rtol=0, atol=1e-10)
     theirs, their_log = ot.unbalanced.sinkhorn_unbalanced(a, B, M, 0.05, 0.7, reg_type="entropy", log=True, **options)
-    if reg_type == "entropy":
-        close(ours, theirs, rtol=0, atol=1e-9)
-        close(unbalanced.sinkhorn_unbalanced2(a, B, M, 0.05, 0.7, reg_type=reg_type, **options), theirs, rtol=0, atol=1e-9)
+    close(ours, theirs, rtol=0, atol=1e-9)
+    close(unbalanced.sinkhorn_unbalanced2(a, B, M, 0.05, 0.7, reg_type=reg_type, **options), theirs, rtol=0, atol=1e-9)
     assert set(their_log) <= set(log) and log["logu"].shape == their_log["logu"].shape and type(ours) is type(theirs)
 
 
@@ -287,8 +286,12 @@ def test_warnings(arrays, capsys):
         unbalanced.sinkhorn_unbalanced(a, b, M, 0.1, 1.0, method="sinkhorn_reg_scaling")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        unbalanced.sinkhorn_knopp_unbalanced(a, b, M, 0.01, 10.0, numItermax=3, foo=3)
-    unbalanced.sinkhorn_knopp_unbalanced(a, b, M, 0.1, 1.0, verbose=True, numItermax=4, stopThr=0)
+        unbalanced.sinkhorn_knopp_unbalanced(a, b, M, 0.01, 10.0, numItermax=3, foo=3, warn=False)
+    with pytest.warns(UserWarning, match="raise `numItermax`"):  # POT says nothing
+        unbalanced.sinkhorn_knopp_unbalanced(a, b, M, 0.01, 10.0, numItermax=3)
+    unbalanced.sinkhorn_knopp_unbalanced(a, b, M, 0.1, 1.0, verbose=True, numItermax=4, stopThr=0, warn=False)
+    assert not capsys.readouterr().out  # as POT without log
+    unbalanced.sinkhorn_knopp_unbalanced(a, b, M, 0.1, 1.0, verbose=True, numItermax=4, stopThr=0, warn=False, log=True)
     assert [line.split("|")[0].strip() for line in capsys.readouterr().out.splitlines()] == ["It.", "-" * 19, "0", "1", "2", "3"]
 
 

@@ -26,11 +26,7 @@ from .kernel import (
 )  # fmt: skip
 from .machine import compiled
 from .mixing import forget, propose
-from .watch import RUNNING, change, judge, log_mass, marginal, seen
-
-#: `solver.criterion.FAR`.
-FAR = 40.0
-EXP_FAR = math.exp(FAR)
+from .watch import EXP_FAR, FAR, RUNNING, at_most, change, judge, log_mass, marginal, seen
 
 
 class Measures(NamedTuple):
@@ -196,16 +192,9 @@ def _gap(problem, sweep, state, products, gap):
     for h in range(len(gap)):
         for j in range(gap.shape[1]):
             if products:
-                z = sweep.v[h, j] / sweep.v_next[h, j]
-                gap[h, j] = (EXP_FAR if z > EXP_FAR else z) - 1  # NaN stays
+                gap[h, j] = at_most(sweep.v[h, j] / sweep.v_next[h, j] - 1, EXP_FAR)
             else:
-                gap[h, j] = _excess((state.g[h, j] - state.g_next[h, j]) / problem.eps)
-
-
-@compiled
-def _excess(z):
-    """exp(z) - 1, at most exp(FAR)."""
-    return math.expm1(FAR if z > FAR else z)
+                gap[h, j] = math.expm1(at_most((state.g[h, j] - state.g_next[h, j]) / problem.eps, FAR))
 
 
 @compiled
@@ -365,7 +354,7 @@ def go_symmetric(k, problem, state, memory, tuning, watch, rule, strict, counts,
                 k.at[0] = np.nan
             for i in range(n):
                 halfway[i] = (g[i] + _damp(halfway[i], problem.tau_a, eps)) / 2
-                gap[h, i] = _excess(2 * (g[i] - halfway[i]) / eps)
+                gap[h, i] = math.expm1(at_most(2 * (g[i] - halfway[i]) / eps, FAR))
             state.f[h] = g
         counts[0] += 1
         counts[2] += 1

@@ -15,6 +15,9 @@ NORMS = ("l1", "l1_absolute", "l2", "l2_joint")
 L1, L1_ABSOLUTE, L2, L2_JOINT = range(4)
 #: `solver.criterion.RESOLVED`.
 RESOLVED = 1e-3
+#: `solver.criterion.FAR`.
+FAR = 40.0
+EXP_FAR = math.exp(FAR)
 
 
 class Rule(NamedTuple):
@@ -46,6 +49,11 @@ class Watch(NamedTuple):
 
 def blank(H: int, n: int, m: int) -> Watch:
     return Watch(np.empty((H, n)), np.empty((H, m)), np.empty(H), np.zeros(H, np.bool_), np.array([0.0, math.inf, 0.0]))
+
+
+@compiled
+def at_most(z, most):
+    return most if z > most else z  # NaN stays
 
 
 @extreme

@@ -25,8 +25,6 @@ from .measures import Sides, backend_for, between_samples, flags, measures, real
 #: (x, y) -> a Cost, or costs (*batch, n, m).
 Ground = Callable[[Tensor, Tensor], Cost | Tensor]
 
-KERNEL_NORMS = ("gaussian", "laplacian", "energy", "hausdorff")
-
 
 class SamplesLoss(nn.Module):
     """geomloss's `SamplesLoss("sinkhorn")`: the debiased Sinkhorn divergence between weighted samples. Same arguments, same values.
@@ -64,6 +62,9 @@ class SamplesLoss(nn.Module):
     Feydy et al. 2019, arXiv:1810.08278; Séjourné et al. 2019, arXiv:1910.12958.
     """
 
+    #: geomloss's other losses, which are not transport.
+    KERNEL_NORMS = ("gaussian", "laplacian", "energy", "hausdorff")
+
     def __init__(
         self, loss: str = "sinkhorn", p: float = 2, blur: float = 0.05, reach: float | None = None, diameter: float | None = None,
         scaling: float = 0.5, truncate: float | None = 5, cost: Ground | None = None, kernel: Any = None,
@@ -73,7 +74,7 @@ class SamplesLoss(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         foreign.refuse("SamplesLoss", others)
-        if loss in KERNEL_NORMS:
+        if loss in self.KERNEL_NORMS:
             raise ProblemError(f'loss = "{loss}" is a kernel norm, not optimal transport: use geomloss.SamplesLoss("{loss}") for it.')
         if loss != "sinkhorn":
             raise errors.unknown("loss", loss, ["sinkhorn"])

@@ -62,7 +62,6 @@ METHODS = {
 }
 
 
-@transforms.eagerly
 def run(
     method: str, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool, warmstart: Any,
     loss: bool = False, /, *, print_period: int | None = None, numInnerItermax: int = 100, epsilon0: float | None = None,
@@ -103,6 +102,7 @@ def _log(done: Answer, rules: Method) -> dict[str, Any]:
     return {**{key: log[key] for key in rules.log.split() if key not in absent}, **done.report()}
 
 
+@transforms.eagerly
 @in_full_precision
 def solve_balanced(
     a: Any, b: Any, M: Any, reg: Any, rules: Method, max_iter: int, tol: float, verbose: bool, warn: bool, warmstart: Any,
@@ -142,7 +142,8 @@ def solve_balanced(
 
     unrolled = unroll and needs_gradient(problem)
     if above is not None and schedule is None and warmstart is None and not unrolled:
-        schedule = Anneal(above / number(unit), problem.eps, math.exp(-1))
+        above = min(above / number(unit), float(problem.cost.scale("max")))  # nothing changes beyond the largest cost
+        schedule = Anneal(above, problem.eps, math.exp(-1))
     after = math.inf if unrolled else _after(accelerate, tol)
     solution = find(
         problem, criterion=Marginal(tol, "l2_joint" if rules.joint else "l2"), grad="unroll" if unrolled else "envelope",

@@ -29,7 +29,7 @@ from ..vectors import in_full_precision
 from . import refusals
 from .answer import Answer, carried, log_weight
 from .arrays import number, take_problem, take_start
-from .refusals import elsewhere, print_error, warn, warn_unless_converged
+from .refusals import elsewhere, print_error, warn_unless_converged
 
 NOT_CONVERGED = (
     "Stabilized Unbalanced Sinkhorn did not converge.Try a larger entropy `reg` or a lower mass `reg_m`."
@@ -164,7 +164,7 @@ def _divergence(p: Tensor, q: Tensor) -> Tensor:
 def run(
     a: Any, b: Any, M: Any, reg: Any, reg_m: Any, *, method: str = "sinkhorn", reg_type: str = "kl", penalty: type[KL] | type[TV] = KL,
     c: Any = None, warmstart: Any = None, numItermax: int = 1000, stopThr: float = 1e-6, verbose: bool = False, log: bool = True,
-    accelerate: bool | None = None, unroll: bool = True, names: tuple[str, str] = ("numItermax", "stopThr"),
+    accelerate: bool | None = None, unroll: bool = True, warn: bool = True, names: tuple[str, str] = ("numItermax", "stopThr"),
 ) -> Unbalanced:  # fmt: skip
     """Solve as POT's `method` does.
 
@@ -185,10 +185,10 @@ def run(
         raise elsewhere(f"reg_type = {reg_type!r}", "ot.unbalanced.lbfgsb_unbalanced(a, b, M, reg, reg_m, reg_div=...)")
     many = tb is not None and tb.ndim == 2
     if many and not entropy:  # POT knows nothing else for several histograms
-        warn(ONLY_ENTROPY)
+        refusals.warn(ONLY_ENTROPY)
         entropy = True
     if entropy and tc is not None:
-        warn(ENTROPY_HAS_NO_REFERENCE)
+        refusals.warn(ENTROPY_HAS_NO_REFERENCE)
         tc = None
     if not 0 < number(reg) < math.inf:
         if number(reg) == 0:
@@ -213,7 +213,7 @@ def run(
     try:
         problem = Problem(cost, eps, sa, sb, (rows, columns))
     except errors.UnequalMasses as refusal:
-        warn(f"The plan returned has columns b and rows proportional to a: {refusal}")
+        refusals.warn(f"The plan returned has columns b and rows proportional to a: {refusal}")
         problem = Problem(cost, eps, matched(wb, wa).to(dtype), sb, (rows, columns))
     if warmstart is None:
         f, g = torch.zeros_like(problem.a), torch.zeros_like(problem.b)
@@ -228,7 +228,8 @@ def run(
     if verbose:
         for k, change in enumerate(found.errors):
             print_error(k * rules.check_every, change, 1, rules.header_every)
-    warn_unless_converged(found, rules.warning, *names)
+    if warn:
+        warn_unless_converged(found, rules.warning, *names)
     mass = tc.to(wa).sum() if tc is not None else wa.sum(-1) * wb.sum(-1) * (not entropy)
     kept = reg if isinstance(reg, Tensor) and reg.requires_grad else number(reg)
     return Unbalanced(found, back, 1.0, many, entropy, M=tM, reg=kept, taus=taus, a=wa, b=wb, reference_mass=mass)

@@ -26,7 +26,7 @@ def sinkhorn_knopp_unbalanced(
 ):
     """POT's `ot.unbalanced.sinkhorn_knopp_unbalanced`, in the log domain. Arguments and results as `sinkhorn_unbalanced`."""
     options = (reg_type, c, warmstart, numItermax, stopThr, verbose, log)
-    return sinkhorn_unbalanced(a, b, M, reg, reg_m, "sinkhorn", *options, accelerate=kwargs.get("accelerate"))
+    return sinkhorn_unbalanced(a, b, M, reg, reg_m, "sinkhorn", *options, **kwargs)
 
 
 def sinkhorn_stabilized_unbalanced(
@@ -37,7 +37,7 @@ def sinkhorn_stabilized_unbalanced(
     Warns when the loop stopped short. `tau` is accepted and not needed. Arguments and results as `sinkhorn_unbalanced`.
     """
     options = (reg_type, c, warmstart, numItermax, stopThr, verbose, log)
-    return sinkhorn_unbalanced(a, b, M, reg, reg_m, "sinkhorn_stabilized", *options, accelerate=kwargs.get("accelerate"))
+    return sinkhorn_unbalanced(a, b, M, reg, reg_m, "sinkhorn_stabilized", *options, **kwargs)
 
 
 def sinkhorn_unbalanced_translation_invariant(
@@ -49,7 +49,7 @@ def sinkhorn_unbalanced_translation_invariant(
     Arguments and results as `sinkhorn_unbalanced`. Séjourné, Vialard and Peyré 2022, arXiv:2201.00730.
     """
     options = (reg_type, c, warmstart, numItermax, stopThr, verbose, log)
-    return sinkhorn_unbalanced(a, b, M, reg, reg_m, "sinkhorn_translation_invariant", *options, accelerate=kwargs.get("accelerate"))
+    return sinkhorn_unbalanced(a, b, M, reg, reg_m, "sinkhorn_translation_invariant", *options, **kwargs)
 
 
 def sinkhorn_unbalanced(
@@ -72,6 +72,7 @@ def sinkhorn_unbalanced(
     warmstart  (log u, log v) of an earlier call.
     accelerate   (keyword) None: POT's iterations for the first 100; after that each iterate is translated to its best mass, which large
                  reg_m needs. False: never. True: at once.
+    warn         (keyword) False: say nothing where the loop stopped short.
 
     Returns the plan (n, m), or for k histograms the losses <P_k, M> (k,), in the kind, type and device of the inputs. With `log=True`
     also err, logu, logv with P = c exp(logu + logv - M / reg), cost = <P, M>, total_cost (the objective above, with the mass terms
@@ -80,13 +81,13 @@ def sinkhorn_unbalanced(
 
     Chizat et al. 2018, arXiv:1607.05816.
     """
-    plain = not (log or verbose) and warmstart is None and c is None
-    found = _directly(a, b, M, reg, reg_m, method, reg_type, numItermax, stopThr, kwargs.get("accelerate")) if plain else None
+    method, plain = _known(method), not (log or verbose) and warmstart is None and c is None
+    found = _directly(a, b, M, reg, reg_m, method, reg_type, numItermax, stopThr, kwargs) if plain else None
     if found is not None:
         return found.plan()
     done = run(
-        a, b, M, reg, reg_m, method=_known(method), reg_type=reg_type, c=c, warmstart=warmstart, numItermax=numItermax, stopThr=stopThr,
-        verbose=verbose and (log or METHODS[_known(method)].table), log=log, accelerate=kwargs.get("accelerate"),
+        a, b, M, reg, reg_m, method=method, reg_type=reg_type, c=c, warmstart=warmstart, numItermax=numItermax, stopThr=stopThr,
+        verbose=verbose and (log or METHODS[method].table), log=log, **_options(kwargs),
     )  # fmt: skip
     result = done.give(done.linear()) if done.many else done.plan()
     return (result, done.log()) if log else result
@@ -102,32 +103,37 @@ def sinkhorn_unbalanced2(
     """
     if returnCost not in ("linear", "total"):
         raise errors.ProblemError(f"Unknown returnCost = {returnCost}. Choose 'linear' or 'total'.")
-    plain = not (log or verbose) and warmstart is None and c is None and returnCost == "linear"
-    found = _directly(a, b, M, reg, reg_m, method, reg_type, numItermax, stopThr, kwargs.get("accelerate")) if plain else None
+    method, plain = _known(method), not (log or verbose) and warmstart is None and c is None and returnCost == "linear"
+    found = _directly(a, b, M, reg, reg_m, method, reg_type, numItermax, stopThr, kwargs) if plain else None
     if found is not None:
         return found.cost()
     done = run(
-        a, b, M, reg, reg_m, method=_known(method), reg_type=reg_type, c=c, warmstart=warmstart, numItermax=numItermax, stopThr=stopThr,
-        verbose=verbose, log=log, accelerate=kwargs.get("accelerate"),
+        a, b, M, reg, reg_m, method=method, reg_type=reg_type, c=c, warmstart=warmstart, numItermax=numItermax, stopThr=stopThr,
+        verbose=verbose, log=log, **_options(kwargs),
     )  # fmt: skip
     result = done.give(done.objective() if returnCost == "total" else done.linear())
     return (result, done.log()) if log else result
 
 
 def _directly(
-    a: Any, b: Any, M: Any, reg: Any, reg_m: Any, method: str, reg_type: Any, max_iter: int, tol: float, accelerate: bool | None
+    a: Any, b: Any, M: Any, reg: Any, reg_m: Any, method: str, reg_type: Any, max_iter: int, tol: float, options: dict[str, Any]
 ) -> direct.Found | None:
     """The problem in one piece, if it is that plain."""
     if not isinstance(reg_type, str) or reg_type.lower() != "kl":
         return None
-    rules, pairs = METHODS[_known(method)], pair(reg_m)
+    rules, pairs = METHODS[method], pair(reg_m)
     taus = number(pairs[0]), number(pairs[1])
     if math.inf in taus or unrolled.required(*pairs):
         return None
-    found = direct.relaxed(a, b, M, reg, taus, rules, max_iter, tol, settled_after(rules, accelerate, tol))
-    if found is not None:
+    found = direct.relaxed(a, b, M, reg, taus, rules, max_iter, tol, settled_after(rules, options.get("accelerate"), tol))
+    if found is not None and options.get("warn", True):
         warn_unless_converged(found, rules.warning)
     return found
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """What of a caller's further options is known; POT ignores the rest."""
+    return {name: given[name] for name in ("accelerate", "warn") if name in given}
 
 
 def _known(method: str) -> str:
