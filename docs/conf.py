@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 os.environ["PYKEOPS_VERBOSE"] = "0"  # its notes on this machine's libraries are no part of an example
 sys.path.insert(0, str(HERE))
 
+import figures  # noqa: E402
 import torch  # noqa: E402
 from docstrings import add_example, as_restructured_text  # noqa: E402
 from tables import tables  # noqa: E402
@@ -86,5 +87,6 @@ warnings.filterwarnings("ignore", category=UserWarning, message=".*non-interacti
 
 
 def setup(app):
+    figures.draw(HERE / "pictures")
     app.connect("autodoc-process-docstring", as_restructured_text)
     app.connect("autodoc-process-docstring", add_example)
