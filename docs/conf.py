@@ -55,7 +55,8 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {"index": []}
+html_sidebars = {path.stem: [] for path in HERE.glob("*.md") if path.stem != "api"}  # pages without pages below them
+smartquotes = False  # what is quoted is code
 
 #: The order of the gallery: what tempts first, what explains last.
 ORDER = (
