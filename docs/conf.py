@@ -19,7 +19,7 @@ import gpu_ot  # noqa: E402
 torch.set_num_threads(1)  # the same pictures, and the same time, on every machine
 
 project = "gpu_ot"
-author = "The gpu_ot developers"
+author = "The gpu_ot authors"
 copyright = author
 version = release = gpu_ot.__version__
 

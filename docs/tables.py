@@ -20,7 +20,9 @@ def read(name: str) -> dict:
 def machine(found: dict) -> str:
     """Where and with which versions it was measured."""
     env = found["environment"]
-    versions = ", ".join(f"{key} {env[key]}" for key in ("python", "torch", "numpy", "pot", "geomloss", "pykeops", "jax", "ott-jax") if env.get(key))
+    versions = ", ".join(
+        f"{key} {env[key]}" for key in ("python", "torch", "numpy", "pot", "geomloss", "pykeops", "jax", "ott-jax") if env.get(key)
+    )
     return f"{env['cpu']}, {env['cores']} cores; {versions}; gpu_ot at commit {env['commit']}."
 
 
@@ -59,13 +61,16 @@ def convergence() -> str:
 def clouds_cpu() -> str:
     rows = read("clouds_cpu")["rows"]
     return table(
-        ["solver", "seconds", "marginal error left"], [[row["solver"], f"{row['time_s']:.3g}", f"{row['marginal_error']:.1%}"] for row in rows]
+        ["solver", "seconds", "marginal error left"],
+        [[row["solver"], f"{row['time_s']:.3g}", f"{row['marginal_error']:.1%}"] for row in rows],
     )
 
 
 def gradients() -> str:
     rows = read("gradients")["rows"]
-    lines = [[f"{row['solver']}, gradient in {row['given']}, n = {row['n']}", f"{row['sweeps']:.2f}", f"{row['peak_mib']:.1f}"] for row in rows]
+    lines = [
+        [f"{row['solver']}, gradient in {row['given']}, n = {row['n']}", f"{row['sweeps']:.2f}", f"{row['peak_mib']:.1f}"] for row in rows
+    ]
     return table(["backend", "sweeps", "peak memory above the inputs, MiB"], lines)
 
 

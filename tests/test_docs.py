@@ -69,7 +69,9 @@ def test_every_public_name_has_a_page_and_an_example():
 
 def test_every_refusal_and_every_status_has_its_anchor():
     ends = ("Error", "Masses", "Refused", "Differ", "Failed")
-    refusals = {name for name, found in vars(errors).items() if inspect.isfunction(found) and found.__annotations__["return"].endswith(ends)}
+    refusals = {
+        name for name, found in vars(errors).items() if inspect.isfunction(found) and found.__annotations__["return"].endswith(ends)
+    }
     page = (DOCS / "errors.md").read_text()
     assert refusals == set(re.findall(r"^\((\w+)\)=$", page, re.M))
     names = {found.name for found in vars(status).values() if isinstance(found, status.Status)}

@@ -20,7 +20,7 @@ from gpu_ot import SamplesLoss
 generator = torch.Generator().manual_seed(0)
 
 
-def silhouette(mask, count=350):
+def silhouette(mask, count=600):
     """(count, 2) points spread over the pixels of a mask, about one unit wide."""
     rows, columns = torch.tensor(mask).nonzero(as_tuple=True)
     points = torch.stack((columns, -rows), 1).float()
@@ -58,6 +58,6 @@ print(f"divergence: {values[0]:.4f} at the start, {values[-1]:.6f} at the end")
 
 figure, axes = plt.subplots(1, 4, figsize=(11, 2.9), layout="constrained", sharex=True, sharey=True)
 for axis, step in zip(axes, (0, 2, 5, 24), strict=True):
-    axis.scatter(*clouds[step].T.numpy(), s=5, c=x[:, 0].numpy(), cmap="viridis")
+    axis.scatter(*clouds[step].T.numpy(), s=4, c=x[:, 0].numpy(), cmap="viridis")
     axis.set(title=f"step {step}", xticks=[], yticks=[], aspect="equal")
 plt.show()
