@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import gpu_ot
 from gpu_ot.cli import main
 
 if sys.version_info >= (3, 11):
@@ -21,7 +22,9 @@ else:
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpu_ot"
 README = (ROOT / "README.md").read_text()
+PAGES = [*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
+BASH = [code for page in PAGES for code in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)]
 
 #: The rooms of each floor, from the ground up. A room imports from floors below; on the top floor also from its own, without circles.
 FLOORS = (
@@ -32,7 +35,7 @@ FLOORS = (
     ("solver", "gradients"),
     ("solution", "distributed", "at_once"),
     ("solve",),
-    ("initial", "lerobot", "pot", "losses", "plots", "patch", "cli", "demo", "warm"),
+    ("initial", "lerobot", "pot", "losses", "plots", "patch", "cli", "demo", "warm", "info"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOP = len(FLOORS) - 1
@@ -92,8 +95,8 @@ def test_the_imports_draw_the_house():
     assert max(map(height, FLOOR)) <= len(FLOORS)
 
 
-def test_the_readme_shows_the_house():
-    shown = re.search(r"<!-- house -->(.*?)<!-- /house -->", README, re.S)
+def test_a_page_shows_the_house():
+    shown = re.search(r"<!-- house -->(.*?)<!-- /house -->", (ROOT / "docs" / "how_it_works.md").read_text(), re.S)
     floors = re.findall(r"^(\d)  (\w+)", shown[1], re.M)
     assert {room: int(floor) for floor, room in floors} == FLOOR and len(floors) == len(FLOOR)
 
@@ -172,7 +175,7 @@ def test_python_runs(code):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize("line", [line for code in blocks("bash") for line in code.splitlines() if line.strip()])
+@pytest.mark.parametrize("line", [line for code in [*blocks("bash"), *BASH] for line in code.splitlines() if line.strip()])
 def test_commands_exist(line, capsys):
     command = line.split("#")[0].split()
     if command[0] == "make":
@@ -188,6 +191,8 @@ def test_commands_exist(line, capsys):
         assert importlib.util.find_spec(command[command.index("-m") + 1]) is not None
     elif command[0] == "torchrun":
         assert (ROOT / next(word for word in command if word.endswith(".py"))).is_file()
+    elif command[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(command[2]) is not None
     elif command[0] == "python":
         assert (ROOT / command[1]).is_file()
     else:
@@ -196,6 +201,15 @@ def test_commands_exist(line, capsys):
 
 def test_every_block_is_of_a_kind_that_is_checked():
     assert {kind for kind, _ in BLOCKS} <= {"python", "bash", "text"} and len(blocks("python")) >= 4
+
+
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 130
+
+
+def test_the_version_is_in_one_place():
+    assert f"version: {gpu_ot.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"] == ["version"]
 
 
 def test_links_lead_to_files():
