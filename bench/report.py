@@ -104,7 +104,9 @@ def page(sources: list[Source], charts: dict[str, list[tuple[str, str]]]) -> str
         if known.get("dry"):
             parts.append("**A dry run in Triton's interpreter: it checks the script. Its times mean nothing and are left out.**\n")
         if each.red:
-            parts.append("**Checks of this run failed. No timings are reported.**\n")
+            left = any("time_ms" in row and not row.get("on_red_tests") for row in each.rows)
+            what = "Times of what they check are not reported." if left else "No timings are reported."
+            parts.append(f"**Checks of this run failed. {what}**\n")
         if each.checks:
             parts.append(checks(each))
         parts += [f"![{title}]({file})\n" for title, file in charts.get(each.name, [])]

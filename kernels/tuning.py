@@ -55,6 +55,8 @@ _HOPPER = {
     ("vector", "half"): (_A, _A, _A, _A, _B1, _WIDE),
     ("vector", "tf32"): (_A, _A, _A, _B1, _E, _WIDE),
 }
+# Beyond 256 features tf32 spills with a prefetch, however short.
+_BLACKWELL = _HOPPER | {("softmin", "tf32"): (_A, _A, _A, _B1, _E, _E1)}
 # mma.sync keeps the row tile in registers, so tiles are smaller.
 _AMPERE = {
     ("softmin", "pair"): (_A, _B, _B, _E1, _F1, _E),
@@ -93,7 +95,7 @@ _CDNA3 = {
 TABLE: dict[tuple[str, str, str], tuple[Tile, ...]] = {
     (kernel, arch, storage): tiles
     for arch, rows in (
-        *(("sm_80", _AMPERE), ("sm_86", _RTX), ("sm_90", _HOPPER), ("sm_100", _HOPPER), ("sm_120", _RTX)),
+        *(("sm_80", _AMPERE), ("sm_86", _RTX), ("sm_90", _HOPPER), ("sm_100", _BLACKWELL), ("sm_120", _RTX)),
         ("gfx942", _CDNA3),
     )
     for (kernel, storage), tiles in rows.items()
@@ -141,7 +143,7 @@ def row(kernel: str, arch: str, storage: str, bucket: int, thin: bool) -> Tile:
 
 #: What a program costs beside its tiles, and what joining splits costs, in tiles of one program; and the most splits that are joined.
 #: Estimates from counts, not timed.
-PROLOGUE, JOIN, MOST_SPLITS = 2, 8, 64
+PROLOGUE, JOIN, MOST_SPLITS = 2, 3, 64
 
 
 def split(n: int, m: int, batch: int, tile: Tile, x: Tensor) -> tuple[int, int]:

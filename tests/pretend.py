@@ -226,6 +226,7 @@ class Event:
         arrive(self.behind)
 
     def query(self):
+        arrive(self.behind)
         return True
 
     def wait(self, stream=None):

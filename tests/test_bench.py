@@ -195,6 +195,45 @@ def test_the_day_with_a_gpu_ends_at_once_without_one():
     assert done.returncode == 0 and "nothing measured" in done.stdout, done.stderr
 
 
+DRIVER = """
+import sys
+sys.argv = ["gpu.py", "--dry"]
+sys.path.insert(0, "bench")
+import rows
+report = rows.Report(None)
+report.rows = [
+    dict(section="parity", check="apply", kernel="apply fp32", passed=False),
+    dict(section="parity", check="softmin", kernel="softmin fp32", passed=True),
+]
+names = ["gpu_ot kernels fp32", "gpu_ot solve fp32", "gpu_ot kernels tf32", "gpu_ot resident fp32", "gpu_ot.sinkhorn fp64", "POT fp32"]
+print([rows.red(dict(section="s", solver=name, time_ms=1.0), report.failed()) for name in names])
+report.rows[0]["kernel"] = ""
+print([rows.red(dict(section="s", solver=name, time_ms=1.0), report.failed()) for name in names])
+"""
+
+
+def test_a_failed_check_is_red_for_what_needs_it():
+    """A kernel that errs takes with it the times of what runs it; a failure that names none those of everything of ours."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", DRIVER], cwd=BENCH.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == [str([False, True, False, False, False, False]), str([True, True, True, True, True, False])]
+
+
+@pytest.mark.slow
+def test_the_day_with_a_gpu_is_rehearsed_to_its_end(tmp_path):
+    """Every stage on a device that is not there: kernels launched and right, no contestant of ours that fails, and a plan that fits."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, str(BENCH / "gpu.py"), "--dry", "--out", str(tmp_path)], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert {row["section"] for row in rows} >= {"parity", "iterations", "dense", "batched", "tolerance", "giant"}
+    assert {row["kernel"] for row in rows if "passed" in row} >= {"triton", "dense", "resident", "step", "softmin fp32", "apply fp32"}
+    assert not [row for row in rows if str(row.get("solver", "")).startswith("gpu_ot") and "error" in row]
+    planned = [line.split() for line in done.stdout.splitlines() if line.startswith("in all")]
+    assert float(planned[0][2]) <= 9 * 60
+
+
 def test_the_table_of_kernels_compiles_without_spills_and_within_its_bars():
     """What the compiler makes of the kernels, offline; the table counts what that of Triton 3.9 issues."""
     pytest.importorskip("triton", minversion="3.9")

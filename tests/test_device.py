@@ -6,6 +6,7 @@ and KeOps' lazy tensors are torch's. The truth is torch's own operations on the 
 
 import contextlib
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import gpu_ot
 from gpu_ot import KL, Cosine, Problem, SqEuclidean
 from gpu_ot.geometry import keops, products
 from gpu_ot.lerobot import OTLossConfig, compute_ot_loss_for_policy
+from gpu_ot.lerobot.attach import CoTraining
 from gpu_ot.vectors import to_host
 from problems import generator, pairwise, rand
 
@@ -93,6 +95,16 @@ def test_a_copy_arrives_with_its_event(seen):
     right.record(torch.cuda.current_stream(1))
     right.synchronize()
     assert host.tolist() == [0, 0, 0]
+
+
+def test_nan_of_a_step_is_seen_on_its_own_device(seen):
+    """The training adapter looks at flags of cuda:1, behind an event of cuda:1, while cuda:0 is current."""
+    steps = SimpleNamespace(_pending=[])
+    CoTraining._watch(steps, ["pose"], torch.ones(1, dtype=torch.bool, device="cuda:1"))
+    before = seen.reads
+    with pytest.raises(gpu_ot.ProblemError, match="pose"):
+        CoTraining._watch(steps, ["pose"], torch.zeros(1, dtype=torch.bool, device="cuda:1"))
+    assert seen.reads == before
 
 
 def test_gradients_cross_devices(seen):

@@ -133,7 +133,7 @@ class CoTraining:
             return refuse_nan(names, finite)
         here, arrived = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True), torch.cuda.Event()
         here.copy_(finite, non_blocking=True)
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(finite.device))  # whichever device is current
         self._pending.append((names, here, arrived))
         while self._pending and self._pending[0][2].query():
             refuse_nan(*self._pending.pop(0)[:2])
