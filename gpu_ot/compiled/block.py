@@ -12,7 +12,7 @@ import numpy as np
 
 from .crew import both_shared
 from .exponential import exp64, log64
-from .kernel import absorb_at, both, first, largest, smallest, softmin_columns, softmin_rows, sums_of_rows, within_range
+from .kernel import absorb_and_both, absorb_at, both, first, largest, smallest, softmin_columns, softmin_rows, sums_of_rows, within_range
 from .machine import compiled
 from .mixing import forget, propose
 from .watch import EXP_FAR, FAR, RUNNING, at_most, change, judge, log_mass, marginal, seen
@@ -57,8 +57,8 @@ def _buffers(k, problem):
 
 
 @compiled
-def _multiply(k, problem, sweep):
-    """An iteration from the scalings v by products alone: s, t and v_next. Whether every sum is exact."""
+def _multiply(k, problem, sweep, absorb=False):
+    """An iteration from the scalings v by products alone: s, t and v_next. Whether every sum is exact. absorb: at k.g0, on the way."""
     H, n, m = len(problem.a), len(k.f0), len(k.g0)
     eps, tau_a, tau_b = problem.eps, problem.tau_a, problem.tau_b
     c, p = np.empty(n), 0.0
@@ -73,7 +73,9 @@ def _multiply(k, problem, sweep):
         for j in range(m):
             w[j] = problem.b[h, j] * sweep.v[h, j] if problem.b[h, j] > 0 else 0.0
             total += w[j]
-        if len(k.crew.t):
+        if absorb:
+            absorb_and_both(k, w, sweep.weights[h], eps, tau_a, s, u, t)
+        elif len(k.crew.t):
             both_shared(k.K, w, sweep.weights[h], p, c, s, u, t, k.crew)
         else:
             both(k.K, w, sweep.weights[h], p, c, s, u, t)
@@ -151,14 +153,18 @@ def iterate(k, problem, sweep, state, follow):
     eps, H, m = problem.eps, len(problem.a), len(k.g0)
     sweeps = 2
     fresh = k.at[0] != eps
+    alone = fresh and H == 1 and len(k.crew.t) == 0
     if follow and not fresh:
         sweep.v[:] = sweep.v_next
+    elif alone:
+        k.g0[:] = state.g[0]
+        sweep.v[:] = 1
     else:
         if fresh:
             absorb_at(k, state.g, eps)
             sweeps += 1
         _scale(k, problem, state.g, sweep)
-    if _multiply(k, problem, sweep):
+    if _multiply(k, problem, sweep, alone):
         return True, sweeps
     if not fresh:
         if follow:
