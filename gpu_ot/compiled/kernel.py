@@ -43,7 +43,7 @@ def _(z, like):
     return lambda z, like: exp64(z)
 
 
-def within_range(total, like):
+def within_range(total, like) -> Any:
     """Whether numbers of this total, in the type of `like`, are far from where they overflow, and none that underflowed would count."""
 
 
