@@ -47,7 +47,7 @@ def eagerly(function: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> T:
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)
+            return torch.compiler.disable(function)(*args, **kwargs)  # pyright: ignore[reportReturnType]
         return function(*args, **kwargs)
 
     return call

@@ -397,7 +397,7 @@ def test_a_half_written_keops_cache_is_named_and_passed_over(half_written, monke
         problem = Problem(cost, 0.1)
         said = gpu_ot.explain(problem)
         assert str(half_written) in said and "delete" in said
-        with pytest.raises(gpu_ot.BackendError, match="half-written: delete .*pykeops_cpp_ab.so"):
+        with pytest.raises(gpu_ot.BackendError, match=r"half-written: delete .*pykeops_cpp_ab\.so"):
             gpu_ot.solve(problem, backend="keops")
         assert gpu_ot.solve(problem).status.name == "converged"
         assert gpu_ot.solve(problem, backend="chunked").status.name == "converged"
@@ -412,5 +412,5 @@ def test_a_half_written_formula_is_named_when_it_is_first_needed(half_written, m
 
     geometry = keops.Keops.__new__(keops.Keops)
     monkeypatch.setattr(keops.Keops, "_centred", lambda self, h, eps: Unreadable().z)
-    with pytest.raises(gpu_ot.BackendError, match="half-written: delete .*pykeops_cpp_ab.so"):
+    with pytest.raises(gpu_ot.BackendError, match=r"half-written: delete .*pykeops_cpp_ab\.so"):
         geometry.softmin(torch.zeros(3), 0.1)

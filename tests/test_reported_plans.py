@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gpu_ot
-from gpu_ot import KL, TV, Problem, ProblemError, SamplesLoss, SinkhornLoss
+from gpu_ot import KL, TV, Problem, ProblemError, SamplesLoss, SinkhornLoss, SqEuclidean
 from gpu_ot.pot import patching
 from problems import close, generator, leaves, rand, random_problem
 
@@ -485,3 +485,16 @@ def test_value_linear_has_the_derivative_that_differences_have(grad, reg_type):
     with torch.no_grad():
         up, down = (gpu_ot.solve_batch(M + s * D, 0.1, a + s * d, b + s * e, **options).value_linear.sum() for s in (step, -step))
     close(slope, (up - down) / (2 * step), rtol=1e-6)
+
+
+# Sweeps to a tolerance: an absorbed kernel is built in the visit that uses it.
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_absorbing_takes_no_sweeps_of_its_own_on_the_way(seed):
+    """The cube, eps 1 % of the standard deviation: as many sweeps as in the log domain, and a few where kernels were outlived."""
+    x, y = rand(600, 3, seed=2 * seed), rand(600, 3, seed=2 * seed + 1)
+    problem = Problem(SqEuclidean(x, y), ("std", 0.01))
+    ours, plain = (gpu_ot.solve(problem, backend=backend, tol=1e-3) for backend in ("auto", "softmin"))
+    assert ours.status.name == "converged" and ours.n_sweeps <= plain.n_sweeps + 3
+    close(ours.f, plain.f, rtol=0, atol=1e-9)

@@ -13,6 +13,7 @@ import numpy as np
 from .crew import both_shared
 from .exponential import exp64, log64
 from .kernel import (
+    absorb_and_both,
     absorb_at,
     aligned,
     both,
@@ -68,8 +69,8 @@ def _buffers(k, problem):
 
 
 @compiled
-def _multiply(k, problem, sweep):
-    """An iteration from the scalings v by products alone: s, t and v_next. Whether every sum is exact."""
+def _multiply(k, problem, sweep, absorb=False):
+    """An iteration from the scalings v by products alone: s, t and v_next. Whether every sum is exact. absorb: at k.g0, on the way."""
     H, n, m = len(problem.a), len(k.f0), len(k.g0)
     eps, tau_a, tau_b = problem.eps, problem.tau_a, problem.tau_b
     c, p = np.empty(n), 0.0
@@ -84,7 +85,9 @@ def _multiply(k, problem, sweep):
         for j in range(m):
             w[j] = problem.b[h, j] * sweep.v[h, j] if problem.b[h, j] > 0 else 0.0
             total += w[j]
-        if len(k.crew.found):
+        if absorb:
+            absorb_and_both(k, w, sweep.weights[h], eps, tau_a, s, u, t)
+        elif len(k.crew.found):
             both_shared(k.K, w, sweep.weights[h], p, c, s, u, t, k.crew)
         else:
             both(k.K, w, sweep.weights[h], p, c, s, u, t)
@@ -161,15 +164,19 @@ def iterate(k, problem, sweep, state, follow):
     still to be had by `_levels`. (whether by products, sweeps)."""
     eps, H, m = problem.eps, len(problem.a), len(k.g0)
     sweeps, renewed = 2, k.at[0] != eps
-    if renewed:
-        absorb_at(k, state.g, eps)
-        sweeps += 1
-    if follow and not renewed:
+    alone = renewed and H == 1 and len(k.crew.found) == 0
+    if alone:  # the kernel is built in the visit that uses it
+        k.g0[:] = state.g[0]
+        sweep.v[:] = 1
+    elif follow and not renewed:
         sweep.v[:] = sweep.v_next
     else:
+        if renewed:
+            absorb_at(k, state.g, eps)
+            sweeps += 1
         _scale(k, problem, state.g, sweep)
     while True:
-        if _multiply(k, problem, sweep):
+        if _multiply(k, problem, sweep, alone):
             return True, sweeps
         if renewed:
             break

@@ -56,7 +56,7 @@ def _(z, like):
     return lambda z, like: exp64(z)
 
 
-def within_range(total, like):
+def within_range(total, like) -> Any:
     """Whether numbers of this total, in the type of `like`, are far from where they overflow, and none that underflowed would count."""
 
 
@@ -249,6 +249,26 @@ def both(K, w, a, p, c, s, u, t):
         last = u[i]
         for j in range(m):
             t[j] += last * K[i, j]
+
+
+@compiled
+def absorb_and_both(k, w, a, eps, tau, s, u, t):
+    """`absorb_at` the g0 that is there and `both` in one visit to the pairs: each row is summed while it is near."""
+    n, m = k.C.shape
+    scale, p, zero = 1 / eps, 1 / (1 + eps / tau), k.K.dtype.type(0)
+    t[:] = zero
+    for i in range(n):
+        k.f0[i] = _cheapest(k.C[i], k.g0)
+        _absorb_row(k, i, scale)
+        K, total = k.K[i], zero
+        for j in range(m):
+            total += K[j] * w[j]
+        s[i] = total
+        u[i] = a[i] / total if tau == np.inf else a[i] * exp64(-k.f0[i] / (tau + eps) - p * log64(total))
+        here = u[i]
+        for j in range(m):
+            t[j] += here * K[j]
+    k.at[0] = eps
 
 
 @compiled

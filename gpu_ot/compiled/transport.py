@@ -71,8 +71,9 @@ def write_plan(k, problem, state, P):
             mass += u[i]
         if within_range(total, w[0]) and within_range(mass, w[0]):
             for i in range(n):
+                here = u[i]
                 for j in range(m):
-                    P[i, j] = u[i] * k.K[i, j] * w[j]
+                    P[i, j] = here * k.K[i, j] * w[j]
             return
     zero, h = P.dtype.type(0), np.empty(m)
     for j in range(m):

@@ -88,7 +88,7 @@ def number(z: Any, name: str = "reg") -> float:
             raise ValueError
         return float(z.detach() if isinstance(z, Tensor) else z.item() if hasattr(z, "item") else z)
     except (TypeError, ValueError, RuntimeError):
-        found = f"an array of shape {errors.shape(z.shape)}" if hasattr(z, "shape") else repr(z)
+        found = f"an array of shape {errors.shape(z.shape)}" if hasattr(z, "shape") else repr(z)  # pyright: ignore[reportAttributeAccessIssue]
         raise ProblemError(f"{name} must be a number, found {found}.") from None
 
 

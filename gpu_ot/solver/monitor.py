@@ -126,8 +126,8 @@ class Monitor:
 
     def _resolved(self, status: Status, f: Tensor, g: Tensor) -> Status:
         """The status of a run that did not converge, unless the reason is an eps too small for the numbers that it divides."""
-        size = max(float(torch.where(z.isfinite(), z.abs(), 0.0).amax()) for z in (f, g))
-        digit = size * torch.finfo(g.dtype).eps
+        size = torch.maximum(*(torch.where(z.isfinite(), z.abs(), 0.0).amax() for z in (f, g)))
+        digit = float(size) * torch.finfo(g.dtype).eps
         if digit <= RESOLVED * self.step.eps or not self.errors:
             return status
         error = float(self.criterion.relative(self.step, self.errors[-1]).amax())
