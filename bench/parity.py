@@ -258,8 +258,9 @@ def parity_of_batches(report: Any) -> None:
 
 def parity_of_resident(report: Any) -> None:
     """A block of iterations, and accelerated ones against those of the readable backend."""
-    from gpu_ot import Problem, solve
     from gpu_ot.kernels.resident import run
+
+    from gpu_ot import Problem, solve
 
     torch.manual_seed(0)
     for n, m in [(5, 7)] if DRY else [(5, 7), (63, 40), (64, 64), (256, 256), (1000, 200)]:

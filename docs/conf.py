@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 HERE = Path(__file__).parent
-os.environ["PYKEOPS_VERBOSE"] = "0"  # its notes on this machine's libraries are no part of an example
+os.environ |= {"PYKEOPS_VERBOSE": "0", "KEOPS_VERBOSE": "0"}  # notes on this machine's libraries are no part of an example
 sys.path.insert(0, str(HERE))
 
 import figures  # noqa: E402

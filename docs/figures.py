@@ -8,10 +8,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
+import matplotlib.pyplot as plt
+import torch
 
-from gpu_ot import Problem, SqEuclidean, solve  # noqa: E402
+from gpu_ot import Problem, SqEuclidean, solve
 
 
 def eps(path: Path) -> None:
@@ -24,7 +24,7 @@ def eps(path: Path) -> None:
     for axis, share in zip(axes, (1.0, 0.1, 0.03, 0.003), strict=True):
         solution = solve(Problem(SqEuclidean(x, y), eps=("std", share)))
         P = solution.plan.to_dense()
-        for i, j in (P > P.amax() / 50).nonzero().tolist():
+        for i, j in (P.amax() / 50 < P).nonzero().tolist():
             axis.plot(*torch.stack((x[i], y[j])).T.numpy(), color="0.35", linewidth=0.7, alpha=float(P[i, j] * len(x)) ** 0.5, zorder=0)
         axis.scatter(*x.T.numpy(), s=14, color="tab:blue")
         axis.scatter(*y.T.numpy(), s=14, color="tab:orange")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
@@ -69,6 +70,7 @@ def solve(
     checkpoint: Checkpoint | None = None,
     precision: str = "fp32",
     strict: bool = False,
+    progress: bool = False,
 ) -> Solution:
     """Entropic transport between the two measures of `problem`, in the log domain, on the device its tensors live on.
 
@@ -94,6 +96,7 @@ def solve(
     precision    what "triton" may round float32 points to on the way: "tf32", "bf16" or "fp16" sweeps are faster, and their
                  potentials are then corrected in "fp32", the default. Other backends compute in the type they are given.
     strict       raise NotConverged, with the explanation, unless every problem met the tolerance.
+    progress     show iterations and the largest error while it runs: tqdm's bar, or a warning where tqdm is not installed.
 
     Returns a Solution: `value` (*batch,) in units of the cost, potentials f (*batch, n) and g (*batch, m),
     a lazy plan, and a `status` that says whether, when and why the loop stopped.
@@ -108,7 +111,7 @@ def solve(
         schedule=schedule, precision=precision, strict=strict, start=type(start).__name__, gradients=torch.is_grad_enabled(),
     )  # fmt: skip
     keep = checkpoint.offer if checkpoint is not None and ranks.rank == 0 else None
-    with ranks.report_failure():
+    with ranks.report_failure(), _bar(on_check) if progress and ranks.rank == 0 else contextlib.nullcontext(on_check) as on_check:
         rows = start_rows(start, problem)
         if start is not None:
             ranks.agree(start=rows)
@@ -123,6 +126,26 @@ def solve(
     if solution.status.name == "unresolved":
         warnings.warn(f"gpu_ot.solve, {solution.status}", RuntimeWarning, stacklevel=4)
     return solution.raise_unless_converged() if strict else solution
+
+
+@contextlib.contextmanager
+def _bar(on_check: Callable[[int, Tensor], None] | None) -> Iterator[Callable[[int, Tensor], None] | None]:
+    """`on_check`, which also moves a bar."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        warnings.warn("progress=True shows tqdm's bar, which is not installed: pip install tqdm", stacklevel=5)
+        yield on_check
+        return
+    with tqdm(unit=" iterations") as bar:
+
+        def move(n_iter: int, errors: Tensor) -> None:
+            bar.set_postfix(error=f"{float(errors.max()):.1e}", refresh=False)
+            bar.update(n_iter - bar.n)
+            if on_check is not None:
+                on_check(n_iter, errors)
+
+        yield move
 
 
 @transforms.eagerly

@@ -9,14 +9,10 @@ import time
 
 import torch
 
+import gpu_ot
+
 from . import compiled
-from .costs import SqEuclidean
 from .errors import BackendError
-from .losses.samples import SamplesLoss
-from .pot.bregman import sinkhorn, sinkhorn2
-from .pot.unbalanced import sinkhorn_unbalanced
-from .problem import Problem
-from .solve import solve
 
 TYPES = ("float64", "float32")
 
@@ -48,8 +44,8 @@ def everything(dtype: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.rand(2, 40, 2, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
     M, w = torch.cdist(x[0], y[0]).square(), torch.full((40,), 1 / 40, dtype=x.dtype)
-    sinkhorn(w, w, M, 0.1)
-    sinkhorn_unbalanced(w, w, M, 0.1, 1.0)
-    sinkhorn2(w, w, M.requires_grad_(), 0.1).backward()
-    solve(Problem(SqEuclidean(x, y), 0.01))
-    SamplesLoss()(x[0].requires_grad_(), y[0]).backward()
+    gpu_ot.sinkhorn(w, w, M, 0.1)
+    gpu_ot.sinkhorn_unbalanced(w, w, M, 0.1, 1.0)
+    gpu_ot.sinkhorn2(w, w, M.requires_grad_(), 0.1).backward()
+    gpu_ot.solve(gpu_ot.Problem(gpu_ot.SqEuclidean(x, y), 0.01))
+    gpu_ot.SamplesLoss()(x[0].requires_grad_(), y[0]).backward()

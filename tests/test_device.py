@@ -14,11 +14,11 @@ import torch
 
 pytest.importorskip("triton")
 
-import pretend
 from gpu_ot.kernels import tuning
 from gpu_ot.kernels.softmin import softmin as launch
 
 import gpu_ot
+import pretend
 from gpu_ot import KL, Cosine, Problem, SqEuclidean
 from gpu_ot.geometry import keops, products
 from gpu_ot.lerobot import OTLossConfig, compute_ot_loss_for_policy

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import gpu_ot
 from gpu_ot import errors
@@ -85,3 +86,17 @@ def test_links_lead_to_files(page):
         known = [f"api/gpu_ot.{name}.rst" for name in gpu_ot.__all__] + ["gallery/index.rst"]
         known += [f"gallery/{path.stem}.rst" for path in (DOCS / "examples").glob("*.py")]
         assert target in known if built else (DOCS / target).exists(), target
+
+
+def test_progress_shows_the_iterations(capsys):
+    pytest.importorskip("tqdm")
+    seen = []
+    problem = gpu_ot.Problem(torch.rand(30, 40), eps=0.01)
+    solution = gpu_ot.solve(problem, progress=True, on_check=lambda n_iter, errors: seen.append(n_iter))
+    assert f"{seen[-1]} iterations" in capsys.readouterr().err and seen[-1] <= solution.n_iter + 1
+
+
+def test_the_report_names_versions():
+    from gpu_ot.info import describe
+
+    assert f"torch       {torch.__version__}" in describe() and gpu_ot.__version__ in describe()

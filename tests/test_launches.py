@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("triton")
 
-import pretend
 from gpu_ot.kernels import tuning
 
+import pretend
 from gpu_ot import KL, Problem, SqEuclidean, gradients
 from gpu_ot.geometry.absorbed import SURE
 from gpu_ot.geometry.select import bind

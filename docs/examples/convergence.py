@@ -22,8 +22,8 @@ problem = Problem(SqEuclidean(x, y), eps=("std", 0.005))
 figure, axis = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
 for name, label in (("none", "Sinkhorn's own iterations"), ("mixing", "mixing"), ("auto", "auto: annealing, then mixing")):
     seen = []
-    solution = solve(problem, tol=1e-6, accelerate=name, check_every=1, on_check=lambda k, error: seen.append((k, float(error))))
-    axis.semilogy(*zip(*seen, strict=True), label=f"{label}: {solution.n_sweeps} sweeps")
+    solution = solve(problem, tol=1e-6, accelerate=name, check_every=1, on_check=lambda k, error, seen=seen: seen.append((k, float(error))))
+    axis.loglog(*zip(*seen, strict=True), label=f"{label}: {solution.n_sweeps} sweeps")
 axis.set(xlabel="iterations", ylabel="marginal error")
 axis.legend()
 plt.show()

@@ -33,7 +33,7 @@ for name, penalty in (("balanced", KL()), ("relaxed, tau = 3", KL(3.0))):
 
 figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharex=True, sharey=True)
 for axis, (name, P) in zip(axes, plans.items(), strict=True):
-    for i, j in (P > 0.2 / len(x)).nonzero().tolist():
+    for i, j in (0.2 / len(x) < P).nonzero().tolist():
         axis.plot(*torch.stack((x[i], y[j])).T.numpy(), color="0.6", linewidth=0.7, zorder=0)
     axis.scatter(*x.T.numpy(), s=4 + 1500 * P.sum(1).numpy(), color="tab:blue", label="x")
     axis.scatter(*y.T.numpy(), s=4 + 1500 * P.sum(0).numpy(), color="tab:orange", label="y")

@@ -5,10 +5,11 @@ Arrays have the axis G in front. C may be one cost for all, of which every probl
 
 from __future__ import annotations
 
-from .block import Measures, State, begin, descend, go, go_symmetric
+from .block import Measures, State, begin, descend, go
 from .kernel import Kernel
 from .machine import compiled
 from .mixing import Memory
+from .symmetric import go_symmetric
 from .watch import Watch
 
 

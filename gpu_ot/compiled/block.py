@@ -22,7 +22,6 @@ from .kernel import (
     smallest,
     softmin_columns,
     softmin_rows,
-    sums_of_rows,
     within_range,
 )  # fmt: skip
 from .machine import compiled
@@ -111,7 +110,7 @@ def _multiply(k, problem, sweep, absorb=False):
 
 
 @compiled
-def _damp(z, tau, eps):
+def damp(z, tau, eps):
     return z / (1 + eps / tau)
 
 
@@ -151,11 +150,11 @@ def _in_logarithms(k, problem, state):
             columns[j] = state.g[h, j] + eps * math.log(problem.b[h, j]) if problem.b[h, j] > 0 else -np.inf
         softmin_rows(k.C, columns, eps, state.f[h])
         for i in range(n):
-            state.f[h, i] = _damp(state.f[h, i], problem.tau_a, eps)
+            state.f[h, i] = damp(state.f[h, i], problem.tau_a, eps)
             level[i] = state.f[h, i] + eps * math.log(problem.a[h, i]) if problem.a[h, i] > 0 else -np.inf
         softmin_columns(k.C, level, eps, state.g_next[h])
         for j in range(m):
-            state.g_next[h, j] = _damp(state.g_next[h, j], problem.tau_b, eps)
+            state.g_next[h, j] = damp(state.g_next[h, j], problem.tau_b, eps)
 
 
 @compiled
@@ -211,7 +210,7 @@ def begin(k, problem, f, weight, state):
     first(k, f, weight, problem.eps, state.g_next)
     for h in range(len(f)):
         for j in range(len(k.g0)):
-            state.g_next[h, j] = _damp(state.g_next[h, j], problem.tau_b, problem.eps)
+            state.g_next[h, j] = damp(state.g_next[h, j], problem.tau_b, problem.eps)
     state.g[:] = state.g_next
 
 
@@ -240,7 +239,7 @@ def descend(k, problem, schedule, predict, state):
 
 
 @compiled
-def _normalize(share):
+def normalize(share):
     """Each row a part of its sum."""
     for h in range(len(share)):
         total = 0.0
@@ -272,7 +271,7 @@ def go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, m
     pairwise, sweep = rule.norm < 0, _buffers(k, problem)
     error, floor, gap, share = np.empty(H), np.empty(H), np.empty((H, m)), problem.b.copy()
     target = np.empty(m)
-    _normalize(share)
+    normalize(share)
     # Not constants to the compiler, which would make functions for them of their own.
     follow = products = counts[0] < 0
     levels, checks, status = True, 0, RUNNING
@@ -325,48 +324,4 @@ def go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, m
         checks += 1
     if products and not levels:
         _levels(k, problem, sweep, state)
-    return status, checks
-
-
-@compiled
-def go_symmetric(k, problem, state, memory, tuning, watch, rule, strict, counts, max_iter, errors):
-    """As `go`, for the iterations of `solver.step.Symmetric`, each with a check."""
-    H, n = problem.a.shape
-    eps, checks, status = problem.eps, 0, RUNNING
-    scale = 1 / eps
-    error, floor, gap, share = np.empty(H), np.empty(H), np.empty((H, n)), problem.a.copy()
-    w, s, level = np.empty(n, k.K.dtype), np.empty(n, k.K.dtype), np.empty(n)
-    _normalize(share)
-    while counts[0] < max_iter and checks < len(errors) and status == RUNNING:
-        for h in range(H):
-            g = state.g[h]
-            if counts[0] and not watch.done[h]:
-                propose(tuning, memory, h, g.copy(), state.g_next[h], problem.a[h], share[h], eps, g)
-        if k.at[0] != eps:
-            absorb_at(k, state.g, eps)
-            counts[2] += 1
-        for h in range(H):
-            g, halfway, total, exact = state.g[h], state.g_next[h], 0.0, True
-            for j in range(n):
-                w[j] = problem.a[h, j] * exp64((g[j] - k.g0[j]) * scale) if problem.a[h, j] > 0 else 0.0
-                total += w[j]
-            sums_of_rows(k.K, w, s)
-            for i in range(n):
-                exact &= s[i] >= k.safe * total and s[i] < np.inf and within_range(total, w[0])
-                halfway[i] = k.f0[i] - eps * log64(s[i])
-            if not exact:
-                for j in range(n):
-                    level[j] = g[j] + eps * math.log(problem.a[h, j]) if problem.a[h, j] > 0 else -np.inf
-                softmin_rows(k.C, level, eps, halfway)
-                k.at[0] = np.nan
-            for i in range(n):
-                halfway[i] = (g[i] + _damp(halfway[i], problem.tau_a, eps)) / 2
-                gap[h, i] = math.expm1(at_most(2 * (g[i] - halfway[i]) / eps, FAR))
-            state.f[h] = g
-        counts[0] += 1
-        counts[2] += 1
-        marginal(rule, problem.a, gap, state.g, eps, error, floor)
-        status = judge(rule, watch, False, state.f, state.g, error, floor, strict)
-        errors[checks] = error
-        checks += 1
     return status, checks

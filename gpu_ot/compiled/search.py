@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .block import Measures, State, begin, descend, go, go_symmetric
+from .block import Measures, State, begin, descend, go
 from .crew import alone
 from .exponential import exp64, log64
 from .kernel import Kernel, aligned, softmin_rows, sums_of_rows, within_range
 from .machine import compiled
 from .mixing import Memory
+from .symmetric import go_symmetric
 from .watch import RUNNING, Watch
 
 #: Checks of one call.
