@@ -8,10 +8,10 @@ import numpy as np
 
 from .block import damp, normalize
 from .exponential import exp64, log64
-from .kernel import absorb_at, softmin_rows, sums_of_rows
+from .kernel import absorb_at, softmin_rows, sums_of_rows, within_range
 from .machine import compiled
 from .mixing import propose
-from .watch import RUNNING, judge, marginal
+from .watch import FAR, RUNNING, at_most, judge, marginal
 
 
 @compiled
