@@ -272,7 +272,7 @@ def vector_kernels() -> list[tuple[str, object, dict, dict, int]]:
     rows.append(("absorbed softmin", absorbed.softmin_kernel, found, dict(BLOCK=absorbed.BLOCK), 4))
     centred = of("*fp64", "g logs beta centre last last_logs last_offset last_centre") | of("fp64", "eps damping limit")
     centred |= of("*i32", "columns_used last_used") | of("i32", "last_stride")
-    rows.append(("centre", streamed_kernels.centre_kernel, centred, dict(BLOCK=2048), 16))
+    rows.append(("centre", streamed_kernels.centre_kernel, centred, dict(BLOCK=2048), 8))
     joined = of("*fp64", "pieces out centre offset potential logs next_centre") | of("fp64", "eps_64 damping limit") | of("i32", "splits")
     rows.append(("join", softmin.join_kernel, joined | dict(eps="fp32"), dict(UPDATE=2, SPLITS=64, BLOCK=128), 4))
     wide = of("*fp64", "k h alpha beta factor") | of("*i32", "rows_used columns_used") | dict(eps="fp64")

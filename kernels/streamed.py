@@ -89,7 +89,7 @@ def _centre(level: Level, g: Tensor, eps: float, other: Level | None = None) -> 
     centre_kernel[(len(g), 2 if other else 1)](
         g, side.logs, side.offset, level.h, level.centre, level.used, m, side.stride,
         g if last is None else last, far.side.logs, far.side.offset, far.centre, far.used, n, far.side.stride,
-        float(eps), *far.side.numbers, BLOCK=block, num_warps=max(1, block // 128), **FUSED,
+        float(eps), *far.side.numbers, BLOCK=block, num_warps=max(1, block // 256), **FUSED,
     )  # fmt: skip
 
 

@@ -82,8 +82,9 @@ def test_every_refusal_and_every_status_has_its_anchor():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-        built = target.startswith(("gallery/", "api/"))
+        built = target.startswith(("gallery/", "api/", "pictures/"))
         known = [f"api/gpu_ot.{name}.rst" for name in gpu_ot.__all__] + ["gallery/index.rst"]
+        known += [f"pictures/{name}" for name in re.findall(r"\w+\.png", (DOCS / "figures.py").read_text())]
         known += [f"gallery/{path.stem}.rst" for path in (DOCS / "examples").glob("*.py")]
         assert target in known if built else (DOCS / target).exists(), target
 
