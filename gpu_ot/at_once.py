@@ -54,7 +54,7 @@ def divergence(problem: Problem, debias: bool, tol: float, max_iter: int) -> tup
     x, y = problem.cost.inputs.values()
     needed = [torch.is_grad_enabled() and z.requires_grad for z in (x, y, problem.a, problem.b)]
     solve = functools.partial(_solved, problem, any(needed), tol, max_iter)
-    a, b = problem.a.detach().numpy(), problem.b.detach().numpy()
+    a, b = _numbers(problem.a), _numbers(problem.b)
     zeros = np.zeros(len(a))
     with torch.no_grad():
         cost = problem.cost.of(z.detach() for z in (x, y))
@@ -85,7 +85,7 @@ def held_cost(problem: Problem, tol: float, max_iter: int) -> tuple[Tensor, Tens
     x, y = problem.cost.inputs.values()
     with torch.no_grad():
         cost = problem.cost.of(z.detach() for z in (x, y))
-        a, b = problem.a.detach().numpy(), problem.b.detach().numpy()
+        a, b = _numbers(problem.a), _numbers(problem.b)
         kernel, f, g, counts, status = _search(problem, cost, a, b, None, np.zeros(len(a)), tol, max_iter)
         if status is DIVERGED:
             return None
@@ -126,6 +126,10 @@ def _search(
     )  # fmt: skip
     end = STATUS[status]
     return kernel, f, g, counts, end if end is CONVERGED or resolved(f, g, problem.eps) else DIVERGED
+
+
+def _numbers(w: Tensor) -> np.ndarray:
+    return w.detach().resolve_neg().contiguous().numpy()
 
 
 def _taus(penalties: Sequence[Any]) -> tuple[float, float]:
