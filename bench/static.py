@@ -249,7 +249,7 @@ def vector_kernels() -> list[tuple[str, object, dict, dict, int]]:
     """What an iteration and a check do to vectors: (name, kernel, types, constants, warps), each in its most demanding form."""
     numbers = of("*fp64", "a b f g g_next changes moves last trial numbers out") | of("fp64", "eps tau_a tau_b")
     flags = dict(done="*i1", inexact="*i1", old_done="*i1", exact="*i1")
-    checked = of("*fp64", "b f g g_next old_f old_g old_error new_f new_g error sizes flags") | of("fp64", "slope tol sums differences")
+    checked = of("*fp64", "b f g g_next old_f old_g old_error new_f new_g error sizes flags") | of("fp64", "slope tol sums differences far")
     rows = []
     for m in (64, 5000):
         block, warps = step.shape(m)

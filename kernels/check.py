@@ -15,13 +15,14 @@ NORMS = ("l1", "l1_absolute", "l2", "l2_joint")
 
 
 def check(
-    b: Tensor, f: Tensor, g: Tensor, g_next: Tensor, slope: float, tol: float, sums: float, differences: float, norm: str, *,
+    b: Tensor, f: Tensor, g: Tensor, g_next: Tensor, slope: float, tol: float, sums: float, differences: float, far: float, norm: str, *,
     last: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, together: bool = False, inexact: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(f, g, error, done, flags): the best state so far, (B, n) and (B, m); its error (B,) and whether that meets tol (B,); and 4 numbers.
 
     b            (B, m), or (m,) shared by the batch; f (B, n), g and g_next (B, m), float64
     slope        the gap is slope (g - g_next); sums + differences max |g| is the relative error that rounding alone makes
+    far          the largest gap that counts as such
     last         (f, g, error, done) of the check before. A state that is no better is not kept; a problem that is done stays
     together     plain iterations, which only improve: all are kept until all are done
     inexact      0-d bool: this state is void
@@ -37,7 +38,7 @@ def check(
     flags = torch.empty(4, dtype=torch.float64, device=g.device)
     old_f, old_g, old_error, old_done = last or (f, g, error, done)
     block = min(1024, max(64, triton.next_power_of_2(max(n, m))))
-    numbers = float(slope), float(tol), float(sums), float(differences)
+    numbers = float(slope), float(tol), float(sums), float(differences), float(far)
     stride = m if b.ndim > 1 else 0
     with on_device_of(g):
         if joint:
@@ -56,11 +57,13 @@ def check(
 
 @triton.jit(do_not_specialize=COUNTS)
 def size_kernel(
-    b, g, g_next, sizes, m, b_stride, slope: tl.float64, sums: tl.float64, differences: tl.float64,
+    b, g, g_next, sizes, m, b_stride, slope: tl.float64, sums: tl.float64, differences: tl.float64, far: tl.float64,
     SQUARE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     problem = tl.program_id(0).to(tl.int64)
-    off, floor, unit = measure(b + problem * b_stride, g + problem * m, g_next + problem * m, m, slope, sums, differences, SQUARE, BLOCK)
+    off, floor, unit = measure(
+        b + problem * b_stride, g + problem * m, g_next + problem * m, m, slope, sums, differences, far, SQUARE, BLOCK
+    )
     tl.store(sizes + problem * 3, off)
     tl.store(sizes + problem * 3 + 1, floor)
     tl.store(sizes + problem * 3 + 2, unit)
@@ -69,7 +72,7 @@ def size_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def check_kernel(
     b, f, g, g_next, old_f, old_g, old_error, old_done, inexact, new_f, new_g, error, done, sizes, flags, batch, n, m, b_stride,
-    slope: tl.float64, tol: tl.float64, sums: tl.float64, differences: tl.float64,
+    slope: tl.float64, tol: tl.float64, sums: tl.float64, differences: tl.float64, far: tl.float64,
     NORM: tl.constexpr, LAST: tl.constexpr, TOGETHER: tl.constexpr, INEXACT: tl.constexpr, ALONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per problem. `sizes` (2 B, 3) holds what `measure` found where the norm is that of the whole batch, and behind it
@@ -87,7 +90,7 @@ def check_kernel(
             floor += tl.sum(tl.load(sizes + each * 3 + 1, mask=each < batch, other=0.0), 0)
             unit += tl.sum(tl.load(sizes + each * 3 + 2, mask=each < batch, other=0.0), 0)
     else:
-        off, floor, unit = measure(b + problem * b_stride, g, g_next + problem * m, m, slope, sums, differences, NORM == 2, BLOCK)
+        off, floor, unit = measure(b + problem * b_stride, g, g_next + problem * m, m, slope, sums, differences, far, NORM == 2, BLOCK)
     if NORM == 0:
         off /= unit
         floor /= unit
@@ -141,7 +144,7 @@ def check_kernel(
 
 
 @triton.jit
-def measure(b, g, g_next, m, slope, sums, differences, SQUARE: tl.constexpr, BLOCK: tl.constexpr):
+def measure(b, g, g_next, m, slope, sums, differences, far, SQUARE: tl.constexpr, BLOCK: tl.constexpr):
     """How far the columns are off, what rounding alone makes, and the weights themselves: sums of numbers, or of their squares."""
     zero = tl.full([], 0.0, tl.float64)
     off = zero
@@ -152,7 +155,7 @@ def measure(b, g, g_next, m, slope, sums, differences, SQUARE: tl.constexpr, BLO
         w = tl.load(b + cols, mask=cols < m, other=0.0)
         here = tl.load(g + cols, mask=w > 0, other=0.0)
         gap = slope * (here - tl.load(g_next + cols, mask=w > 0, other=0.0))
-        gap = tl.where(gap > 40.0, 40.0, gap)  # `criterion.FAR`; NaN stays
+        gap = tl.where(gap > far, far, gap)  # NaN stays
         excess = tl.where(w > 0, w * expm1(gap), 0.0)
         off += tl.sum(excess * excess if SQUARE else tl.abs(excess), 0)
         unit += tl.sum(w * w if SQUARE else w, 0)

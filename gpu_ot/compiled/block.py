@@ -195,12 +195,13 @@ def iterate(k, problem, sweep, state, follow):
 @compiled
 def _gap(problem, sweep, state, products, gap):
     """b * gap is the excess of the column marginal."""
+    far, exp_far = (FAR, EXP_FAR) if problem.tau_b < np.inf else (np.inf, np.inf)  # `criterion.farthest`
     for h in range(len(gap)):
         for j in range(gap.shape[1]):
             if products:
-                gap[h, j] = at_most(sweep.v[h, j] / sweep.v_next[h, j] - 1, EXP_FAR)
+                gap[h, j] = at_most(sweep.v[h, j] / sweep.v_next[h, j] - 1, exp_far)
             else:
-                gap[h, j] = math.expm1(at_most((state.g[h, j] - state.g_next[h, j]) / problem.eps, FAR))
+                gap[h, j] = math.expm1(at_most((state.g[h, j] - state.g_next[h, j]) / problem.eps, far))
 
 
 @compiled

@@ -19,7 +19,7 @@ def go_symmetric(k, problem, state, memory, tuning, watch, rule, strict, counts,
     """As `go`, for the iterations of `solver.step.Symmetric`, each with a check."""
     H, n = problem.a.shape
     eps, checks, status = problem.eps, 0, RUNNING
-    scale = 1 / eps
+    scale, far = 1 / eps, FAR if problem.tau_a < np.inf else np.inf
     error, floor, gap, share = np.empty(H), np.empty(H), np.empty((H, n)), problem.a.copy()
     w, s, level = np.empty(n, k.K.dtype), np.empty(n, k.K.dtype), np.empty(n)
     normalize(share)
@@ -47,7 +47,7 @@ def go_symmetric(k, problem, state, memory, tuning, watch, rule, strict, counts,
                 k.at[0] = np.nan
             for i in range(n):
                 halfway[i] = (g[i] + damp(halfway[i], problem.tau_a, eps)) / 2
-                gap[h, i] = math.expm1(at_most(2 * (g[i] - halfway[i]) / eps, FAR))
+                gap[h, i] = math.expm1(at_most(2 * (g[i] - halfway[i]) / eps, far))
             state.f[h] = g
         counts[0] += 1
         counts[2] += 1

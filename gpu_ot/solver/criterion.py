@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 ROUNDING = 8.0
 #: An eps is resolved where rounding moves the marginals by less than this part of the mass.
 RESOLVED = 1e-3
-#: A column that is heavier than it should be by more than exp(FAR) is far off, however far: relaxed marginals may overflow.
+#: A relaxed column that is heavier than it should be by more than exp(FAR) is far off, however far: it may overflow on its way.
 FAR = 40.0
 NORMS = ("l1", "l1_absolute", "l2", "l2_joint")
+
+
+def farthest(step: Alternating) -> float:
+    """The largest gap that counts as such. Of a hard marginal there is none: potentials that overflow there have diverged."""
+    return math.inf if step.problem.penalties[1].balanced else FAR
 
 
 class Measured(NamedTuple):
@@ -93,7 +98,7 @@ class Marginal(Criterion):
     def measure(self, step: Alternating, state: State, before: State, dtype: torch.dtype) -> Measured:
         """The floor: rounding in the sums of the sweep, and in forming g / eps."""
         b, g = step.problem.b, state.g
-        excess = torch.where(b > 0, b * expm1(step.gap(state).clamp(max=FAR)), 0.0)
+        excess = torch.where(b > 0, b * expm1(step.gap(state).clamp(max=farthest(step))), 0.0)
         sums = ROUNDING * torch.finfo(dtype).eps
         differences = torch.finfo(g.dtype).eps * torch.where(b > 0, g.abs(), 0.0).amax(-1, keepdim=True) / step.eps
         error, floor, unit = self._sizes(torch.stack((excess, b * (sums + differences), b.expand_as(excess))), b)
@@ -108,7 +113,7 @@ class Marginal(Criterion):
         if type(self) is not Marginal:
             return None
         slope = 1 / (monitor.step.part * monitor.step.eps)
-        return fused.check(monitor, state, slope, self.norm, ROUNDING * torch.finfo(monitor.dtype).eps)
+        return fused.check(monitor, state, slope, self.norm, ROUNDING * torch.finfo(monitor.dtype).eps, farthest(monitor.step))
 
     def _sizes(self, z: Tensor, b: Tensor) -> Tensor:
         """The norms of several vectors, stacked in front."""

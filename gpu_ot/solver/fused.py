@@ -35,8 +35,10 @@ def propose(step: Alternating, state: State, gauge: bool, memory: int, shifted: 
     return g.view(state.g.shape), held
 
 
-def check(monitor: Monitor, state: State, slope: float, norm: str, sums: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """(f, g, error, done, flags) of `Monitor.check`, where the gap is slope (g - g_next)."""
+def check(
+    monitor: Monitor, state: State, slope: float, norm: str, sums: float, far: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """(f, g, error, done, flags) of `Monitor.check`, where the gap is slope (g - g_next), at most `far`."""
     problem, g = monitor.step.problem, state.g
     if not serves_vectors(g) or problem.forbids or g.shape != problem.b.shape:
         return None
@@ -49,7 +51,7 @@ def check(monitor: Monitor, state: State, slope: float, norm: str, sums: float) 
     differences = torch.finfo(g.dtype).eps / monitor.step.eps
     f, kept, error, done, flags = check(
         vectors(problem.b), flatten(state.f), flatten(g), flatten(state.g_next), slope, monitor.criterion.threshold, sums, differences,
-        norm, last=last, together=state.plain, inexact=state.inexact,
+        far, norm, last=last, together=state.plain, inexact=state.inexact,
     )  # fmt: skip
     each = problem.b.shape[:-1]
     return f.view(state.f.shape), kept.view(g.shape), error.view(each), done.view(each), flags
