@@ -57,9 +57,9 @@ CASES = {
 
 
 def cases(size):
-    """One rank and three have all cases, two and four every other one."""
+    """One rank has all cases, two and four every other one each, three every third."""
     names = list(CASES)
-    return names[::2] if size == 2 else names[1::2] if size == 4 else names
+    return {1: names, 2: names[::2], 3: names[2::3], 4: names[1::2]}[size]
 
 
 def inputs(kind="squared", d=3):
