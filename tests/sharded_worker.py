@@ -57,9 +57,9 @@ CASES = {
 
 
 def cases(size):
-    """One rank has all cases, two and four every other one each, three every third."""
+    """One rank has all cases, two and three every other one each, four every fourth."""
     names = list(CASES)
-    return {1: names, 2: names[::2], 3: names[2::3], 4: names[1::2]}[size]
+    return {1: names, 2: names[::2], 3: names[1::2], 4: names[::4]}[size]
 
 
 def inputs(kind="squared", d=3):

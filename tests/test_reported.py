@@ -151,7 +151,9 @@ EVERY_MODE = ("SamplesLoss", "solve", "sinkhorn2")
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("door, mode", [(door, mode) for door in COMPILED for mode in MODES if door in EVERY_MODE or mode in ("train", "no_grad")])
+@pytest.mark.parametrize(
+    "door, mode", [(door, mode) for door in COMPILED for mode in MODES if door in EVERY_MODE or mode in ("train", "no_grad")]
+)
 def test_compiled_doors_train_and_validate(door, mode):
     function, whole = COMPILED[door]
     torch._dynamo.reset()
