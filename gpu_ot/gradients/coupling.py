@@ -77,9 +77,9 @@ def _inner(f: Tensor, g: Tensor, a: Tensor, b: Tensor, C: Tensor, eps: float) ->
     return inner(_plan(f, g, a, b, C, eps), C)
 
 
-def inner(P: Tensor, C: Tensor) -> Tensor:
-    """<P, C> of two arrays; forbidden pairs carry nothing."""
-    return (P * torch.where(C.isfinite(), C, 0.0)).sum((-1, -2))
+def inner(P: Tensor, C: Tensor, forbids: bool = True) -> Tensor:
+    """<P, C> of two arrays; forbidden pairs, if there may be any, carry nothing."""
+    return (P * (torch.where(C.isfinite(), C, 0.0) if forbids else C)).sum((-1, -2))
 
 
 def held_cost(geometry: Geometry, eps: float, value: Tensor, k: Tensor, h: Tensor) -> Tensor:

@@ -76,7 +76,9 @@ def solve_batch(
     value, P, potentials = with_gradients(done, grad, others)
     return OTResult(
         value=done.give(value),
-        value_linear=done.give(_sharp_cost(done) if grad == "envelope" and needs_gradient(problem) else gradients.inner(P, tM)),
+        value_linear=done.give(
+            _sharp_cost(done) if grad == "envelope" and needs_gradient(problem) else gradients.inner(P, tM, problem.forbids)
+        ),
         potentials=potentials,
         plan=done.give(P),
         log={"n_iter": done.last_iteration},

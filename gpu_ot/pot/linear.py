@@ -13,6 +13,7 @@ from ..costs.base import Cost
 from ..distributed.costs import Sharded
 from ..penalties import KL, TV
 from ..problem import Problem
+from ..solve import needs_gradient
 from ..vectors import in_full_precision
 from . import balanced, empirical, relaxed
 from .answer import Answer
@@ -134,13 +135,11 @@ def solve_matrix(M: Any, a: Any, b: Any, c: Any, settings: Settings) -> OTResult
 @in_full_precision
 def with_gradients(done: Answer, grad: str, others: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
     """(the objective, *others()), which carry the gradients that `grad` says."""
-    recorded = torch.is_grad_enabled()
-    with torch.set_grad_enabled(recorded and grad in ("autodiff", "last_step")):
+    # Before the others, since a plan takes the kernel that this uses.
+    optimum = done.optimum() if grad == "envelope" and needs_gradient(done.solution.problem) else None
+    with torch.set_grad_enabled(torch.is_grad_enabled() and grad in ("autodiff", "last_step")):
         value, *rest = done.objective(), *others()
-    if grad == "envelope" and recorded:
-        optimum = done.optimum()
-        value = value.detach() + (optimum - optimum.detach())
-    return value, *rest
+    return value if optimum is None else value.detach() + (optimum - optimum.detach()), *rest
 
 
 @transforms.eagerly
