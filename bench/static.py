@@ -233,7 +233,7 @@ def of(kind: str, names: str) -> dict[str, str]:
 
 def examine_resident(arch: str, n: int, m: int, mixing: bool) -> tuple[str, list[str]]:
     block_n, block_m, warps = resident.shape(n, m, mixing)
-    more = resident.REGISTERS if mixing and arch != "gfx942" else {}
+    more = {} if arch == "gfx942" else dict(maxnreg=resident.REGISTERS[mixing])
     vectors = of("*fp64", "a b f_before g_before start f g fresh_g changes moves last trial numbers proposed")
     types = SCALARS | WHOLE | vectors | of("fp64", "eps_64 tau_a tau_b") | dict(done="*i1")
     constants = dict(

@@ -8,8 +8,8 @@ from torch import Tensor
 from .launches import COUNTS, FUSED, on_device_of
 from .step import Memory, log_mass, mix
 
-#: Left to itself, ptxas would rather spill a few numbers of the step than give up a second block on a multiprocessor.
-REGISTERS = dict(maxnreg=255)
+#: With and without the step. Left to itself, ptxas would rather spill a few numbers than give up another block on a multiprocessor.
+REGISTERS = {True: 255, False: 128}
 LARGEST = 1024  # columns; whole rows lie in the registers of one program, and up to here its 4096 entries are four rows or more
 
 
@@ -55,7 +55,7 @@ def run(
             int(memory is not None and memory.known), eps, loss_a, loss_b, float(eps), float(tau_a), float(tau_b),
             LOSS=loss_a > 0, MIXING=mixing, GAUGE=gauge, SHIFT=shifted, DONE=done is not None and plain == 0,
             MEMORY=size, SLOTS=triton.next_power_of_2(size), STEP=min(block_m, 32 * warps),
-            BLOCK_N=block_n, BLOCK_M=block_m, num_warps=warps, **({} if torch.version.hip or not mixing else REGISTERS), **FUSED,
+            BLOCK_N=block_n, BLOCK_M=block_m, num_warps=warps, **({} if torch.version.hip else dict(maxnreg=REGISTERS[mixing])), **FUSED,
         )  # fmt: skip
     if memory is not None and mixing:
         memory.known = True

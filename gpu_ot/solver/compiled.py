@@ -30,7 +30,7 @@ ERRORS = 2**16
 #: Iterations that are as good as without end.
 MOST = 2**40
 #: Rows of a lone kernel of more bytes are shared out to at most so many cores.
-SHARED_BYTES, MOST_HANDS = 24 * 2**20, 8
+SHARED_BYTES, MOST_HANDS = 2**22, 8
 #: A thread is worth waking for so many entries of kernels.
 SHARE = 2**14
 
