@@ -513,7 +513,7 @@ def test_mixing_proposes_and_remembers_what_torch_does(kind, gauge, empty):
             mixing.propose(tuning, kept, 0, g, g_next, step.problem.b.numpy(), step.share.numpy(), eps, out)
             here = f"seed {seed}, iteration {k}"
             np.testing.assert_allclose(out, proposed.numpy(), rtol=1e-9, atol=1e-6 * size, err_msg=here)
-            for z, w in zip(kept, held(memory, m), strict=True):
+            for z, w in zip(kept[:-1], held(memory, m)[:-1], strict=True):  # but what is written down on the way
                 np.testing.assert_allclose(z, w, rtol=1e-6, atol=1e-6 * max(1.0, np.abs(w[np.isfinite(w)]).max()), err_msg=here)
             g, proposals = proposed.numpy().copy(), proposals + 1
             shortened += last is not None and torch.equal(memory.trial.g, last.trial.g)
@@ -533,7 +533,7 @@ def test_nan_is_not_lost_among_numbers(where):
     exact = rule.measure(step, *states, torch.float64).error
     error, floor = np.empty(1), np.empty(1)
     a, b, f, g, old_f, old_g = (z.numpy()[None].copy() for z in (problem.a, problem.b, f, g, old_f, old_g))
-    watch.change(stretches.rule_of(rule, torch.float64), a, b, f, g, old_f, old_g, problem.eps, 2, error, floor)
+    watch.change(stretches.rule_of(rule, torch.float64), a, b, f, g, old_f, old_g, problem.eps, 2, error, floor, np.empty(5))
     assert math.isnan(exact) and math.isnan(error[0])
 
     seen, errors = watch.blank(5, 5, 5), np.full(5, 0.1)

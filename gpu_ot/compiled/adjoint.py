@@ -16,7 +16,7 @@ import numpy as np
 
 from .crew import alone
 from .kernel import Kernel, aligned, both, first, largest, smallest
-from .machine import compiled
+from .machine import borrowing, compiled
 
 
 @compiled
@@ -33,19 +33,24 @@ def record(C, a, b, eps, start, k, dropped, safe):
     for i in range(n):
         for j in range(m):
             t[0, j] += kernel.K[i, j]
-    exact = kernel.at[0] == eps
-    none = np.zeros(n)
-    for i in range(k):
+    exact = kernel.at[0] == eps and _iterate(kernel.K, a, b, np.zeros(n), u, w, s, t, safe)
+    return kernel.K, u, w, s, t, exact
+
+
+@borrowing
+def _iterate(K, a, b, none, u, w, s, t, safe):
+    exact, m = True, len(b)
+    for i in range(len(w)):
         total, mass = 0.0, 0.0
         for j in range(m):
             w[i, j] = b[j] / t[i, j] if b[j] > 0 else 0.0
             total += w[i, j]
-        both(kernel.K, w[i], a, 0.0, none, s[i], u[i + 1], t[i + 1])
-        for z in u[i + 1]:
-            mass += z
+        both(K, w[i], a, 0.0, none, s[i], u[i + 1], t[i + 1])
+        for j in range(len(a)):
+            mass += u[i + 1, j]
         exact &= smallest(s[i]) >= safe * total and largest(s[i]) < np.inf
         exact &= smallest(t[i + 1]) >= safe * mass and math.isfinite(mass) and largest(t[i + 1]) < np.inf
-    return kernel.K, u, w, s, t, exact
+    return exact
 
 
 @compiled

@@ -5,7 +5,8 @@ Arrays have the axis G in front. C may be one cost for all, of which every probl
 
 from __future__ import annotations
 
-from .block import Measures, State, begin, descend, go
+from .block import Measures, State, go
+from .descent import begin, descend
 from .kernel import Kernel
 from .machine import compiled
 from .mixing import Memory
@@ -22,7 +23,7 @@ def _at(k, problem, state, p):
 
 @compiled
 def _watched(memory, watch, p):
-    own = Memory(memory.changes[p], memory.moves[p], memory.last[p], memory.trial[p], memory.numbers[p])
+    own = Memory(memory.changes[p], memory.moves[p], memory.last[p], memory.trial[p], memory.numbers[p], memory.work[p])
     return own, Watch(watch.f[p], watch.g[p], watch.error[p], watch.done[p], watch.progress[p])
 
 

@@ -17,14 +17,14 @@ from .kernel import (
     absorb_at,
     aligned,
     both,
-    first,
+    copy,
     largest,
     smallest,
     softmin_columns,
     softmin_rows,
     within_range,
 )  # fmt: skip
-from .machine import compiled
+from .machine import borrowing, compiled, inlined
 from .mixing import forget, propose
 from .watch import EXP_FAR, FAR, RUNNING, at_most, change, judge, log_mass, marginal, seen
 
@@ -58,21 +58,36 @@ class Sweep(NamedTuple):
     weights: np.ndarray  # a in the type of the kernel
     v: np.ndarray
     v_next: np.ndarray
+    c: np.ndarray  # (n,): what damping makes of f0, for a relaxed marginal
+
+
+class Room(NamedTuple):
+    """What checks and proposals write to: (H,) each, (H, m), the weights b as parts of their sums (H, m), (m,), (n,) or (m,), and a state
+    as it is returned."""
+
+    error: np.ndarray
+    floor: np.ndarray
+    unit: np.ndarray
+    gap: np.ndarray
+    share: np.ndarray
+    target: np.ndarray
+    moved: np.ndarray
+    seen: State
 
 
 @compiled
-def _buffers(k, problem):
+def buffers(k, problem):
     H, n, m = len(problem.a), len(k.f0), len(k.g0)
     w, s, u, t = aligned(H, m, k.K), aligned(H, n, k.K), aligned(H, n, k.K), aligned(H, m, k.K)
-    return Sweep(w, s, u, t, problem.a.astype(k.K.dtype), np.empty((H, m)), np.empty((H, m)))
+    return Sweep(w, s, u, t, problem.a.astype(k.K.dtype), np.empty((H, m)), np.empty((H, m)), np.empty(n))
 
 
-@compiled
+@inlined
 def _multiply(k, problem, sweep, absorb=False):
     """An iteration from the scalings v by products alone: s, t and v_next. Whether every sum is exact. absorb: at k.g0, on the way."""
     H, n, m = len(problem.a), len(k.f0), len(k.g0)
     eps, tau_a, tau_b = problem.eps, problem.tau_a, problem.tau_b
-    c, p = np.empty(n), 0.0
+    c, p = sweep.c, 0.0
     if tau_a < np.inf:
         p = 1 / (1 + eps / tau_a)
         for i in range(n):
@@ -109,13 +124,13 @@ def _multiply(k, problem, sweep, absorb=False):
     return exact
 
 
-@compiled
+@borrowing
 def damp(z, tau, eps):
     return z / (1 + eps / tau)
 
 
-@compiled
-def _levels(k, problem, sweep, state):
+@borrowing
+def potentials(k, problem, sweep, state):
     """The potentials of an iteration by products."""
     eps, p = problem.eps, 1 / (1 + problem.eps / problem.tau_a)
     for h in range(len(problem.a)):
@@ -125,13 +140,13 @@ def _levels(k, problem, sweep, state):
         _columns(k, eps, sweep.v_next[h], state.g_next[h])
 
 
-@compiled
+@borrowing
 def _columns(k, eps, v, out):
     for j in range(len(v)):
         out[j] = k.g0[j] + eps * log64(v[j])
 
 
-@compiled
+@borrowing
 def _scale(k, problem, g, sweep):
     """The scalings of g."""
     scale = 1 / problem.eps
@@ -157,18 +172,19 @@ def _in_logarithms(k, problem, state):
             state.g_next[h, j] = damp(state.g_next[h, j], problem.tau_b, eps)
 
 
-@compiled
+@inlined
 def iterate(k, problem, sweep, state, follow):
     """An iteration from state.g, or with `follow` from what the last one left in v_next. Where it was by products, the potentials are
-    still to be had by `_levels`. (whether by products, sweeps)."""
+    still to be had by `potentials`. (whether by products, sweeps)."""
     eps, H, m = problem.eps, len(problem.a), len(k.g0)
     sweeps, renewed = 2, k.at[0] != eps
     alone = renewed and H == 1 and len(k.crew.found) == 0
     if alone:  # the kernel is built in the visit that uses it
-        k.g0[:] = state.g[0]
+        for j in range(m):
+            k.g0[j] = state.g[0, j]
         sweep.v[:] = 1
     elif follow and not renewed:
-        sweep.v[:] = sweep.v_next
+        copy(sweep.v_next, sweep.v)
     else:
         if renewed:
             absorb_at(k, state.g, eps)
@@ -192,7 +208,7 @@ def iterate(k, problem, sweep, state, follow):
     return False, sweeps + 2
 
 
-@compiled
+@borrowing
 def _gap(problem, sweep, state, products, gap):
     """b * gap is the excess of the column marginal."""
     far, exp_far = (FAR, EXP_FAR) if problem.tau_b < np.inf else (np.inf, np.inf)  # `criterion.farthest`
@@ -204,42 +220,7 @@ def _gap(problem, sweep, state, products, gap):
                 gap[h, j] = math.expm1(at_most((state.g[h, j] - state.g_next[h, j]) / problem.eps, far))
 
 
-@compiled
-def begin(k, problem, f, weight, state):
-    """The state before the first iteration, from row potentials f (H, n) with their weights."""
-    state.f[:] = f
-    first(k, f, weight, problem.eps, state.g_next)
-    for h in range(len(f)):
-        for j in range(len(k.g0)):
-            state.g_next[h, j] = damp(state.g_next[h, j], problem.tau_b, problem.eps)
-    state.g[:] = state.g_next
-
-
-@compiled
-def descend(k, problem, schedule, predict, state):
-    """One plain iteration at each eps of schedule[:-1] from state.g_next, as `solver.step.Annealing`; schedule[-1] is the target's."""
-    H, m = state.g.shape
-    last = np.empty((H, m))
-    sweeps = 0
-    for i in range(len(schedule) - 1):
-        at = Measures(problem.a, problem.b, schedule[i], problem.tau_a, problem.tau_b)
-        sweep = _buffers(k, at)
-        state.g[:] = state.g_next
-        products, visits = iterate(k, at, sweep, state, schedule[i] < 0)
-        sweeps += visits
-        if products:
-            _levels(k, at, sweep, state)
-        if predict:
-            slope = (schedule[i + 1] - schedule[i]) / (schedule[i] - schedule[i - 1]) if i else 0.0
-            for h in range(H):
-                for j in range(m):
-                    now = state.g_next[h, j]
-                    state.g_next[h, j] = now + (now - last[h, j]) * slope if i else now
-                    last[h, j] = now
-    return sweeps
-
-
-@compiled
+@borrowing
 def normalize(share):
     """Each row a part of its sum."""
     for h in range(len(share)):
@@ -250,10 +231,11 @@ def normalize(share):
             share[h, j] /= total
 
 
-@compiled
+@borrowing
 def see(rule, problem, state, n_iter, out):
     """`Change.seen`: f and g of a state as they are returned."""
-    out.f[:], out.g[:] = state.f, state.g
+    copy(state.f, out.f)
+    copy(state.g, out.g)
     if n_iter > rule.translate_after:
         seen(problem.a, problem.b, out.f, out.g, problem.tau_a, problem.tau_b, problem.eps)
 
@@ -268,11 +250,22 @@ def go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, m
 
     (RUNNING or how the run ended, how many checks were made). plain_until < 0 is never accelerated.
     """
+    (H, n), m, pairwise = problem.a.shape, len(k.g0), rule.norm < 0
+    room = Room(
+        np.empty(H), np.empty(H), np.empty(H), np.empty((H, m)), problem.b.copy(), np.empty(m), np.empty(max(n, m)),
+        State(np.empty((H * pairwise, n)), np.empty((H * pairwise, m)), np.empty((0, m))),
+    )  # fmt: skip
+    normalize(room.share)
+    return _go(
+        k, problem, state, before, memory, tuning, watch, rule, strict, counts, max_iter, every, plain_until, errors, buffers(k, problem),
+        room,
+    )  # fmt: skip
+
+
+@borrowing
+def _go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, max_iter, every, plain_until, errors, sweep, room):
     H, m = problem.b.shape
-    pairwise, sweep = rule.norm < 0, _buffers(k, problem)
-    error, floor, gap, share = np.empty(H), np.empty(H), np.empty((H, m)), problem.b.copy()
-    target = np.empty(m)
-    normalize(share)
+    pairwise, share, target = rule.norm < 0, room.share, room.target
     # Not constants to the compiler, which would make functions for them of their own.
     follow = products = counts[0] < 0
     levels, checks, status = True, 0, RUNNING
@@ -284,7 +277,7 @@ def go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, m
                 for h in range(H):
                     forget(memory, h)
             if not follow:
-                state.g[:] = state.g_next
+                copy(state.g_next, state.g)
         else:
             follow = False
             for h in range(H):
@@ -298,12 +291,12 @@ def go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, m
                     shift /= 1 / problem.tau_a + 1 / problem.tau_b
                 for j in range(m):
                     target[j] = state.g_next[h, j] - shift
-                propose(tuning, memory, h, state.g[h].copy(), target, problem.b[h], share[h], problem.eps, state.g[h])
+                propose(tuning, memory, h, state.g[h], target, problem.b[h], share[h], problem.eps, state.g[h])
         products, visits = iterate(k, problem, sweep, state, follow)
         due = counts[3] == 1 or (n_iter + 1 == max_iter and (not pairwise or counts[3] == every))
         levels = due or not plain or n_iter + 1 == plain_until or (pairwise and counts[3] == 2)
         if products and levels:
-            _levels(k, problem, sweep, state)
+            potentials(k, problem, sweep, state)
         follow = plain and products and n_iter + 1 != plain_until
         counts[0], counts[1], counts[2], counts[3] = n_iter + 1, counts[1] + 1, counts[2] + visits, counts[3] - 1
         if not due:
@@ -311,18 +304,22 @@ def go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, m
                 see(rule, problem, state, counts[0], before)
             continue
         counts[3] = every
-        f, g = state.f, state.g
+        found = state
         if pairwise:
-            f, g = state.f.copy(), state.g.copy()
-            see(rule, problem, state, counts[0], State(f, g, g))
-            change(rule, problem.a, problem.b, f, g, before.f, before.g, problem.eps, counts[0], error, floor)
-            before.f[:], before.g[:] = f, g
+            found = room.seen
+            see(rule, problem, state, counts[0], found)
+            change(
+                rule, problem.a, problem.b, found.f, found.g, before.f, before.g, problem.eps, counts[0], room.error, room.floor, room.moved
+            )
+            copy(found.f, before.f)
+            copy(found.g, before.g)
         else:
-            _gap(problem, sweep, state, products, gap)
-            marginal(rule, problem.b, gap, g, problem.eps, error, floor)
-        status = judge(rule, watch, plain, f, g, error, floor, strict)
-        errors[checks] = error
+            _gap(problem, sweep, state, products, room.gap)
+            marginal(rule, problem.b, room.gap, state.g, problem.eps, room.error, room.floor, room.unit)
+        status = judge(rule, watch, plain, found.f, found.g, room.error, room.floor, strict)
+        for h in range(H):
+            errors[checks, h] = room.error[h]
         checks += 1
     if products and not levels:
-        _levels(k, problem, sweep, state)
+        potentials(k, problem, sweep, state)
     return status, checks

@@ -16,7 +16,7 @@ from numba import types  # pyright: ignore[reportMissingImports]
 from numba.extending import intrinsic  # pyright: ignore[reportMissingImports]
 
 from .kernel import both
-from .machine import compiled
+from .machine import borrowing, compiled
 
 #: Bytes of a chunk of rows; how often a helper looks for work before it leaves; and so many chunks too late send all helpers away.
 CHUNK_BYTES, PATIENCE, LATENESS = 2**20, 10_000_000, 5
@@ -99,7 +99,7 @@ def _store(typing_context, words, index, value):
     return types.void(words, types.intp, types.int64), code
 
 
-@compiled
+@borrowing
 def _chunk(K, crew, hand, i):
     n, m = K.shape
     low, high = i * crew.rows, min((i + 1) * crew.rows, n)
@@ -108,7 +108,7 @@ def _chunk(K, crew, hand, i):
     both(K[low:high], crew.given[:m], a, crew.damping[n], c, s, u, t)
 
 
-@compiled
+@borrowing
 def both_shared(K, w, a, p, c, s, u, t, crew):
     """`kernel.both`, with whoever helps."""
     (n, m), hands, chunks = K.shape, len(crew.found), crew.done.shape[1] // APART

@@ -13,7 +13,7 @@ from numba import types  # pyright: ignore[reportMissingImports]
 from numba.extending import overload  # pyright: ignore[reportMissingImports]
 
 from .exponential import exp32, exp64, log64
-from .machine import compiled, extreme
+from .machine import borrowing, compiled, extreme
 
 #: Four rows up to this size stay in the first cache.
 NEAR_BYTES = 2**15
@@ -34,6 +34,14 @@ class Kernel(NamedTuple):
     dropped: float  # exponents up to here are 0 in K
     safe: float  # a sum is exact from this part of the weights' total on
     crew: Any  # a `crew.Crew`
+
+
+@borrowing
+def copy(z, out):
+    """out[:] = z for two matrices, which as an assignment would make a third lest they overlap."""
+    for h in range(z.shape[0]):
+        for j in range(z.shape[1]):
+            out[h, j] = z[h, j]
 
 
 @compiled
@@ -102,7 +110,7 @@ def _nearest(C, g):
     return top
 
 
-@compiled
+@borrowing
 def _absorb_row(k, i, scale):
     """Row i of K, at the f0 and g0 that are there."""
     C, K, f, g, zero, dropped = k.C[i], k.K[i], k.f0[i], k.g0, k.C.dtype.type(0), k.dropped
@@ -112,7 +120,7 @@ def _absorb_row(k, i, scale):
         K[j] = zero if z <= dropped else e
 
 
-@compiled
+@borrowing
 def absorb_at(k, g, eps):
     """K at the mean g of the H problems, and the cheapest pair of each row."""
     n, m = k.C.shape
@@ -199,7 +207,7 @@ def softmin_rows(C, level, eps, out):
         out[i] = -top - eps * math.log(total)
 
 
-@compiled
+@borrowing
 def sums_of_rows(K, w, s):
     """s = K w, (m,) -> (n,)."""
     n, m = K.shape
@@ -210,7 +218,7 @@ def sums_of_rows(K, w, s):
         s[i] = total
 
 
-@compiled
+@borrowing
 def both(K, w, a, p, c, s, u, t):
     """s = K w, u = a / s for p = 0, the hard marginal, and a exp(c - p log s) otherwise, and t = K^T u, in one read of K.
 
@@ -251,7 +259,7 @@ def both(K, w, a, p, c, s, u, t):
             t[j] += last * K[i, j]
 
 
-@compiled
+@borrowing
 def absorb_and_both(k, w, a, eps, tau, s, u, t):
     """`absorb_at` the g0 that is there and `both` in one visit to the pairs: each row is summed while it is near."""
     n, m = k.C.shape
@@ -271,7 +279,7 @@ def absorb_and_both(k, w, a, eps, tau, s, u, t):
     k.at[0] = eps
 
 
-@compiled
+@borrowing
 def _fours(K, w, a, p, c, s, u, t):
     """`both` for all fours of rows, whose number is returned: the four before are added meanwhile."""
     n, m = K.shape
@@ -303,7 +311,7 @@ def _fours(K, w, a, p, c, s, u, t):
     return whole
 
 
-@compiled
+@borrowing
 def _eights(K, w, a, p, c, s, u, t):
     """`both` for a relaxed marginal and all eights of rows, whose logarithms are then taken at once."""
     n, m = K.shape

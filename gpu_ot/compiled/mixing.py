@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .machine import compiled
+from .machine import borrowing, compiled
 
 TINY = float(np.finfo(np.float64).tiny)
 LAST, TRIAL, ASCENT, PREDICTED, SIZE, CAPPED = range(6)
@@ -33,13 +33,18 @@ class Memory(NamedTuple):
     last: np.ndarray  # (H, 2, m): g and its update
     trial: np.ndarray  # (H, 2, m): g and the step
     numbers: np.ndarray  # (H, 6): whether there is a last and a trial; the trial's ascent, predicted, size and cap
-
-
-def blank(H: int, m: int, memory: int = 3) -> Memory:
-    return Memory(np.zeros((H, memory, m)), np.zeros((H, memory, m)), np.empty((H, 2, m)), np.empty((H, 2, m)), np.zeros((H, 6)))
+    work: np.ndarray  # (5, m or memory if that is more), of one problem at a time
 
 
 @compiled
+def blank(H, m, memory=3):
+    return Memory(
+        np.zeros((H, memory, m)), np.zeros((H, memory, m)), np.empty((H, 2, m)), np.empty((H, 2, m)), np.zeros((H, 6)),
+        np.empty((5, max(m, memory))),
+    )  # fmt: skip
+
+
+@borrowing
 def _size(share, p):
     total = 0.0
     for j in range(len(p)):
@@ -47,7 +52,7 @@ def _size(share, p):
     return math.sqrt(total)
 
 
-@compiled
+@borrowing
 def _dot(x, y):
     total = 0.0
     for j in range(len(x)):
@@ -55,7 +60,7 @@ def _dot(x, y):
     return total
 
 
-@compiled
+@borrowing
 def _weighted(share, x, y):
     total = 0.0
     for j in range(len(x)):
@@ -63,7 +68,7 @@ def _weighted(share, x, y):
     return total
 
 
-@compiled
+@borrowing
 def forget(memory, h):
     """Nothing is known of problem h."""
     memory.changes[h] = 0
@@ -71,13 +76,15 @@ def forget(memory, h):
     memory.numbers[h] = 0
 
 
-@compiled
+@borrowing
 def propose(tuning, memory, h, g, target, b, share, eps, out):
     """out = the g to try next, given that an iteration led from g to `target`: (m,)."""
     m = len(g)
     changes, moves, last, trial, numbers = memory.changes[h], memory.moves[h], memory.last[h], memory.trial[h], memory.numbers[h]
+    update, excess, change, move, along = (
+        memory.work[0, :m], memory.work[1, :m], memory.work[2, :m], memory.work[3, :m], memory.work[4]
+    )  # fmt: skip
     kept = len(changes)
-    update, excess = np.empty(m), np.empty(m)
     mean = 0.0
     for j in range(m):
         update[j] = target[j] - g[j] if b[j] > 0 else 0.0
@@ -102,24 +109,27 @@ def propose(tuning, memory, h, g, target, b, share, eps, out):
     if numbers[LAST] > 0:
         if overshot or stale:
             changes[:], moves[:] = 0, 0
-        change, move = update - last[1], g - last[0]
+        for j in range(m):
+            change[j], move[j] = update[j] - last[1, j], g[j] - last[0, j]
         whole = _size(share, change)
-        along = np.empty(kept)
         for _ in range(2):
             for c in range(kept):
                 along[c] = _weighted(share, changes[c], change)
             for c in range(kept):
-                change -= along[c] * changes[c]
-                move -= along[c] * moves[c]
+                for j in range(m):
+                    change[j] -= along[c] * changes[c, j]
+                    move[j] -= along[c] * moves[c, j]
         new = _size(share, change)
         fit = new > tuning.nothing_new * whole and not (overshot or stale)
-        for c in range(kept - 1):
-            changes[c], moves[c] = changes[c + 1], moves[c + 1]
-        for j in range(m):
-            changes[kept - 1, j] = change[j] / new if fit else 0.0
-            moves[kept - 1, j] = move[j] / new if fit else 0.0
+        for c in range(kept):
+            for j in range(m):
+                if c + 1 < kept:
+                    changes[c, j], moves[c, j] = changes[c + 1, j], moves[c + 1, j]
+                else:
+                    changes[c, j], moves[c, j] = change[j] / new if fit else 0.0, move[j] / new if fit else 0.0
     if not (overshot and numbers[LAST] > 0):
-        last[0], last[1] = g, update
+        for j in range(m):
+            last[0, j], last[1, j] = g[j], update[j]
     numbers[LAST] = 1
 
     if judged and overshot:
@@ -128,26 +138,31 @@ def propose(tuning, memory, h, g, target, b, share, eps, out):
         numbers[ASCENT] *= shrink
         numbers[PREDICTED] = np.inf
         numbers[CAPPED] = cap
-    left, mixed = update.copy(), False
-    along = np.empty(kept)
+    left, mixed = change, False
     for c in range(kept):
         along[c] = _weighted(share, changes[c], update)
         mixed |= along[c] != 0
+    for j in range(m):
+        left[j] = update[j]
     for c in range(kept):
-        left -= along[c] * changes[c]
-    move = left.copy()
+        for j in range(m):
+            left[j] -= along[c] * changes[c, j]
+    for j in range(m):
+        move[j] = left[j]
     for c in range(kept):
-        move -= along[c] * moves[c]
+        for j in range(m):
+            move[j] -= along[c] * moves[c, j]
     limit = cap * size / max(_size(share, move), TINY)
     if limit < 1:
-        move *= limit
+        for j in range(m):
+            move[j] *= limit
     ascent = _dot(excess, move)
     plain = not (mixed and ascent > 0)
     if mixed and not ascent > 0:
         changes[:], moves[:] = 0, 0
     if not (judged and overshot):
-        trial[0] = g
-        trial[1] = update if plain else move
+        for j in range(m):
+            trial[0, j], trial[1, j] = g[j], update[j] if plain else move[j]
         numbers[ASCENT] = np.inf if plain else ascent
         numbers[PREDICTED] = np.inf if plain or limit < 1 else _size(share, left)
         numbers[SIZE], numbers[CAPPED] = size, cap

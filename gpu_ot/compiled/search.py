@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .block import Measures, State, begin, descend, go
+from . import mixing
+from .block import Measures, State, go
 from .crew import alone
+from .descent import begin, descend
 from .exponential import exp64, log64
 from .kernel import Kernel, aligned, softmin_rows, sums_of_rows, within_range
 from .machine import compiled
-from .mixing import Memory
 from .symmetric import go_symmetric
 from .watch import RUNNING, Watch
 
@@ -65,7 +66,7 @@ def search(C, a, b, eps, tau_a, tau_b, start, weight, rule, tuning, annealing, s
     state = State(np.empty((1, n)), np.empty((1, m)), np.empty((1, m)))
     before = State(np.empty((1, 0)), np.empty((1, 0)), np.empty((1, 0)))
     watch = Watch(np.empty((1, n)), np.empty((1, m)), np.empty(1), np.zeros(1, np.bool_), np.array([0.0, np.inf, 0.0]))
-    memory = Memory(np.zeros((1, 3, m)), np.zeros((1, 3, m)), np.empty((1, 2, m)), np.empty((1, 2, m)), np.zeros((1, 6)))
+    memory = mixing.blank(1, m)
     counts, errors = np.array([0, 0, 1, 1]), np.empty((min(max_iter + 2, ERRORS), 1))
     if symmetric:
         counts[2] = 0

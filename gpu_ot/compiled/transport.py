@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 
-from .block import Measures, State, begin, go, see
+from . import mixing
+from .block import Measures, State, go, see
 from .crew import alone
+from .descent import begin
 from .exponential import exp64
 from .kernel import Kernel, aligned, narrow_exp, within_range
 from .machine import compiled
-from .mixing import Memory
 from .watch import RUNNING, Watch
 
 LARGE, MOST = 1e100, 10**7
@@ -104,7 +105,7 @@ def solve(M, a, b, eps, tau_a, tau_b, start, weight, before_g, rtol, rule, stric
     state = State(np.empty((1, n)), np.empty((1, m)), np.empty((1, m)))
     before = State(start.copy().reshape((1, n)), before_g.copy().reshape((1, m)), np.empty((1, 0)))
     mixed = m if plain_until >= 0 else 0
-    memory = Memory(np.zeros((1, 3, mixed)), np.zeros((1, 3, mixed)), np.empty((1, 2, mixed)), np.empty((1, 2, mixed)), np.zeros((1, 6)))
+    memory = mixing.blank(1, mixed)
     begin(k, problem, start.reshape((1, n)), weight.reshape((1, n)), state)
     status, checks = go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, max_iter, every, plain_until, errors)
     kept = State(watch.f, watch.g, watch.g)

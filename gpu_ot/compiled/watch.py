@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .exponential import exp64
-from .machine import compiled, extreme
+from .machine import borrowing, compiled, extreme
 
 RUNNING, CONVERGED, STALLED, DIVERGED = range(4)
 NORMS = ("l1", "l1_absolute", "l2", "l2_joint")
@@ -47,11 +47,12 @@ class Watch(NamedTuple):
     progress: np.ndarray  # (3,): whether anything was kept, the smallest error in floors, checks since then
 
 
-def blank(H: int, n: int, m: int) -> Watch:
+@compiled
+def blank(H, n, m):
     return Watch(np.empty((H, n)), np.empty((H, m)), np.empty(H), np.zeros(H, np.bool_), np.array([0.0, math.inf, 0.0]))
 
 
-@compiled
+@borrowing
 def at_most(z, most):
     return most if z > most else z  # NaN stays
 
@@ -66,7 +67,7 @@ def _top(z, w, scale):
     return top
 
 
-@compiled
+@borrowing
 def log_mass(w, z, scale):
     """log sum w exp(scale z)."""
     top, total = _top(z, w, scale), 0.0
@@ -76,20 +77,22 @@ def log_mass(w, z, scale):
     return math.log(total) + top
 
 
-@compiled
+@borrowing
 def translation(a, b, f, g, tau_a, tau_b, eps):
     """The constant p of `penalties.translate`."""
     rate = 1 / tau_b + 1 / (tau_a + eps)
     return (log_mass(b, g, -1 / tau_b) - log_mass(a, f, -1 / tau_a)) / rate if rate > 0 else 0.0
 
 
-@compiled
+@borrowing
 def seen(a, b, f, g, tau_a, tau_b, eps):
     """(f, g) moves to the best mass, in place."""
     for h in range(len(f)):
         p = translation(a[h], b[h], f[h], g[h], tau_a, tau_b, eps)
-        f[h] -= p / (1 + eps / tau_a)
-        g[h] += p
+        for i in range(f.shape[1]):
+            f[h, i] -= p / (1 + eps / tau_a)
+        for j in range(g.shape[1]):
+            g[h, j] += p
 
 
 @extreme
@@ -100,15 +103,14 @@ def _largest(z):
     return high
 
 
-@compiled
-def _change(new, old, w, eps, relative):
+@borrowing
+def _change(new, old, w, eps, relative, moved):
     """`criterion._change`."""
     H, m = w.shape
     top, scale, change = -np.inf, 1 / eps, 0.0
     for h in range(H):
         top = max(top, _top(new[h], w[h], scale), _top(old[h], w[h], scale))
     top = top if relative else max(top, 0.0)
-    moved = np.empty(m)
     for h in range(H):
         broken = 0.0
         for j in range(m):
@@ -117,34 +119,40 @@ def _change(new, old, w, eps, relative):
             broken += 0 * moved[j]
         if broken != 0:  # NaN
             return broken
-        change = max(change, _largest(moved))
+        change = max(change, _largest(moved[:m]))
     return change
 
 
-@compiled
-def change(rule, a, b, f, g, old_f, old_g, eps, n_iter, error, floor):
-    """Fills error and floor (H,) by the rule `Change`, from the state (f, g) and the one an iteration earlier, both as seen."""
-    relative = n_iter > rule.relative_after
-    found = _change(g, old_g, b, eps, relative)
-    if rule.both_sides or relative:
-        found = 0.5 * (found + _change(f, old_f, a, eps, relative))
+@borrowing
+def _finite_size(z):
     size = 0.0
-    for h in range(len(f)):
-        for z in f[h]:
-            size = max(size, abs(z)) if math.isfinite(z) else size
-        for z in g[h]:
-            size = max(size, abs(z)) if math.isfinite(z) else size
+    for h in range(z.shape[0]):
+        for j in range(z.shape[1]):
+            size = max(size, abs(z[h, j])) if math.isfinite(z[h, j]) else size
+    return size
+
+
+@borrowing
+def change(rule, a, b, f, g, old_f, old_g, eps, n_iter, error, floor, moved):
+    """Fills error and floor (H,) by the rule `Change`, from the state (f, g) and the one an iteration earlier, both as seen.
+
+    moved  for at least n and m numbers.
+    """
+    relative = n_iter > rule.relative_after
+    found = _change(g, old_g, b, eps, relative, moved)
+    if rule.both_sides or relative:
+        found = 0.5 * (found + _change(f, old_f, a, eps, relative, moved))
+    size = max(_finite_size(f), _finite_size(g))
     floor[:] = rule.rounding + 2.220446049250313e-16 * size / eps
     if floor[0] > RESOLVED and found < floor[0]:
         found = floor[0]
     error[:] = found
 
 
-@compiled
-def marginal(rule, b, gap, g, eps, error, floor):
-    """Fills error and floor (H,) by the rule `Marginal`; b * gap (H, m) is the excess of the column marginal."""
+@borrowing
+def marginal(rule, b, gap, g, eps, error, floor, unit):
+    """Fills error and floor (H,), and unit, by the rule `Marginal`; b * gap (H, m) is the excess of the column marginal."""
     H, m = b.shape
-    unit = np.empty(H)
     squared = rule.norm == L2 or rule.norm == L2_JOINT
     for h in range(H):
         off, mass, top = 0.0, 0.0, 0.0
@@ -175,7 +183,7 @@ def marginal(rule, b, gap, g, eps, error, floor):
             error[h] = floor[h] if error[h] < floor[h] else error[h]  # NaN stays
 
 
-@compiled
+@borrowing
 def judge(rule, watch, plain, f, g, error, floor, strict):
     """The state is kept where it is better; `error` becomes that of what is kept. RUNNING, or how the run ends."""
     H, progress, done = len(f), watch.progress, watch.done
@@ -189,7 +197,11 @@ def judge(rule, watch, plain, f, g, error, floor, strict):
         if worse:
             error[h] = watch.error[h]
         else:
-            watch.f[h], watch.g[h], watch.error[h] = f[h], g[h], error[h]
+            for i in range(f.shape[1]):
+                watch.f[h, i] = f[h, i]
+            for j in range(g.shape[1]):
+                watch.g[h, j] = g[h, j]
+            watch.error[h] = error[h]
         done[h] = error[h] < rule.tol if strict else error[h] <= rule.tol
     progress[0] = 1
     converged, settled, worst, broken = True, True, -np.inf, False

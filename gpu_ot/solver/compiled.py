@@ -80,7 +80,7 @@ class Engine:
         size = step.accelerator.memory if isinstance(step.accelerator, Anderson) else 0
         self.memory = mixing.Memory(
             np.zeros((G, H, size, mixed)), np.zeros((G, H, size, mixed)), np.empty((G, H, 2, mixed)), np.empty((G, H, 2, mixed)),
-            np.zeros((G, H, 6)),
+            np.zeros((G, H, 6)), np.empty((G, 5, max(mixed, size))),
         )  # fmt: skip
         progress = np.zeros((G, 3))
         progress[:, 1] = math.inf
