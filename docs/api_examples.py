@@ -211,6 +211,15 @@ term = self_term(SqEuclidean(y, y), eps=0.05)
 print(term.value, term.status)
 constant = term.detach()
 
+# %% assign
+import torch
+from gpu_ot import assign
+
+embeddings, prototypes = (torch.nn.functional.normalize(torch.randn(k, 16), dim=-1) for k in (256, 30))
+with torch.no_grad():
+    targets = assign(embeddings @ prototypes.T, temperature=0.05)  # (256, 30): rows sum to 1, columns to about 256 / 30
+routed = assign(torch.randn(64, 8), temperature=1.0, capacity=1.25)  # no expert gets more than 1.25 times its share
+
 # %% sorted_potentials
 import torch
 from gpu_ot import Problem, SqEuclidean, solve, sorted_potentials

@@ -1,6 +1,7 @@
 """Differentiable optimal transport that stays on the device: log-domain Sinkhorn, and in `gpu_ot.pot` a drop-in for POT."""
 
 from . import pot
+from .assign import assign
 from .costs import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
 from .distributed.checkpoint import Checkpoint
 from .distributed.costs import Sharded
@@ -84,6 +85,7 @@ __all__ = [
     "SqEuclidean",
     "Status",
     "Sum",
+    "assign",
     "bregman",
     "bregman_log_projection_batch",
     "bregman_projection_batch",
