@@ -8,6 +8,7 @@ x, y = torch.rand(200, 3), torch.rand(300, 3)
 hard = Problem(SqEuclidean(x, y), eps=0.01)  # uniform weights, both marginals exact
 relative = Problem(SqEuclidean(x, y), eps=("std", 0.05))  # 5 % of the cost's standard deviation
 relaxed = Problem(torch.rand(20, 30), eps=0.1, penalties=(KL(), KL(tau=0.5)))  # rows exact, columns at a price
+partial = Problem(SqEuclidean(x, y), eps=0.01, mass=0.8)  # 80 % of the mass moves, whichever is the cheapest to move
 
 # %% solve
 import torch

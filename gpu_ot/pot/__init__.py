@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401
 
-from . import batch, bregman, solvers, unbalanced
+from . import batch, bregman, partial, solvers, unbalanced
 from .batch import dist_batch, solve_batch, solve_sample_batch
 from .bregman import sinkhorn, sinkhorn2
 from .forwarding import forward
