@@ -212,6 +212,34 @@ term = self_term(SqEuclidean(y, y), eps=0.05)
 print(term.value, term.status)
 constant = term.detach()
 
+# %% barycenter
+import torch
+from gpu_ot import SqEuclidean, barycenter
+
+x = torch.linspace(0, 1, 60).unsqueeze(-1)
+a = torch.stack([torch.exp(-((x[:, 0] - c) ** 2) / 0.005) for c in (0.2, 0.7)])
+a = a / a.sum(-1, keepdim=True)
+between = barycenter(SqEuclidean(x, x), 0.002, a).weights  # (60,)
+path = barycenter(SqEuclidean(x, x), 0.002, a, torch.tensor([[0.8, 0.2], [0.5, 0.5], [0.2, 0.8]])).weights  # (3, 60), at once
+weights = torch.tensor([0.3, 0.7], requires_grad=True)
+barycenter(SqEuclidean(x, x), 0.002, a, weights).weights.square().sum().backward()  # weights.grad
+
+# %% free_barycenter
+import torch
+from gpu_ot import free_barycenter
+
+clouds = [torch.randn(50, 2), torch.randn(70, 2) + torch.tensor([4.0, 0.0])]
+found = free_barycenter(clouds, 0.1, start=torch.randn(30, 2))
+print(found.status, found.points.mean(0))  # about (2, 0)
+
+# %% Barycenter
+import torch
+from gpu_ot import barycenter
+
+M = torch.rand(20, 20)
+found = barycenter(M + M.T, 0.1, torch.full((2, 20), 1 / 20), max_iter=3)
+print(found.status, found.n_iter, found.weights.sum())
+
 # %% assign
 import torch
 from gpu_ot import assign

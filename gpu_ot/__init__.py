@@ -2,6 +2,7 @@
 
 from . import pot
 from .assign import assign
+from .barycenter import Barycenter, barycenter, free_barycenter
 from .costs import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
 from .distributed.checkpoint import Checkpoint
 from .distributed.costs import Sharded
@@ -61,6 +62,7 @@ __all__ = [
     "TV",
     "Anneal",
     "BackendError",
+    "Barycenter",
     "Checkpoint",
     "Constant",
     "Cosine",
@@ -86,6 +88,7 @@ __all__ = [
     "Status",
     "Sum",
     "assign",
+    "barycenter",
     "bregman",
     "bregman_log_projection_batch",
     "bregman_projection_batch",
@@ -96,6 +99,7 @@ __all__ = [
     "empirical_sinkhorn2",
     "empirical_sinkhorn_divergence",
     "explain",
+    "free_barycenter",
     "gaussian_potentials",
     "greenkhorn",
     "loss_linear_batch",
