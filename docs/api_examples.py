@@ -240,6 +240,25 @@ M = torch.rand(20, 20)
 found = barycenter(M + M.T, 0.1, torch.full((2, 20), 1 / 20), max_iter=3)
 print(found.status, found.n_iter, found.weights.sum())
 
+# %% gromov
+import torch
+from gpu_ot import SqEuclidean, gromov
+
+x, y = torch.randn(80, 3), torch.randn(90, 2)
+found = gromov(SqEuclidean(x, x), SqEuclidean(y, y), eps=2.0)  # no distance matrix is formed
+P = found.plan.to_dense()  # (80, 90)
+graphs = torch.rand(16, 20, 20)
+graphs = graphs + graphs.mT
+all_at_once = gromov(graphs, graphs.flip(0), eps=0.1, tol=1e-4, max_iter=200).value  # (16,)
+
+# %% Gromov
+import torch
+from gpu_ot import gromov
+
+C, M = torch.rand(12, 12), torch.rand(12, 12)
+found = gromov(C + C.T, C + C.T, eps=0.05, features=M, alpha=0.7)
+print(found.status, found.n_iter, found.value, found.distortion)
+
 # %% assign
 import torch
 from gpu_ot import assign

@@ -8,6 +8,7 @@ from .distributed.checkpoint import Checkpoint
 from .distributed.costs import Sharded
 from .errors import BackendError, NotConverged, ProblemError, RankFailed
 from .geometry.select import explain
+from .gromov import Gromov, gromov
 from .initial import gaussian_potentials, sorted_potentials
 from .losses.divergence import Divergence, SelfTerm, divergence, self_term
 from .losses.samples import SamplesLoss
@@ -71,6 +72,7 @@ __all__ = [
     "Dot",
     "Euclidean",
     "Formula",
+    "Gromov",
     "Lazy",
     "Matrix",
     "NotConverged",
@@ -102,6 +104,7 @@ __all__ = [
     "free_barycenter",
     "gaussian_potentials",
     "greenkhorn",
+    "gromov",
     "loss_linear_batch",
     "loss_linear_samples_batch",
     "patch",

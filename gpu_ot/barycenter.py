@@ -12,7 +12,7 @@ from . import errors, gradients
 from .costs import Cost, SqEuclidean
 from .geometry.protocol import Geometry
 from .geometry.select import bind
-from .gradients.fixed_point import fixed_point
+from .gradients.fixed_point import TOL, TOL_SINGLE, fixed_point
 from .penalties import BALANCED, KL
 from .problem import Problem
 from .solve import needs_gradient, solve
@@ -195,7 +195,7 @@ def _at(step: Barycentric, geometry: Geometry, g: Tensor, live: bool) -> State:
         return (state.g_next,) if step.own is None else (state.g_next, state.memory.log_d)
 
     at = (g,) if step.own is None else (g, log_d)
-    return once(fixed_point(advance, at))
+    return once(fixed_point(advance, at, TOL if geometry.dtype == torch.float64 else TOL_SINGLE))
 
 
 def _recorded(geometry: Geometry) -> Geometry:

@@ -49,7 +49,7 @@ def test_debiased_it_is_pots():
 
 
 def test_the_debiased_barycentre_of_one_measure_is_that_measure():
-    A, x, M = bumps(20, 1)
+    A, _, M = bumps(20, 1)
     biased, debiased = (barycenter(M, 3e-3, A, tol=1e-6, debiased=z, max_iter=1000).weights for z in (False, True))
     assert float((debiased - A[0]).abs().max()) < 0.1 * float((biased - A[0]).abs().max())
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..errors import NotConverged
 
-#: Adjoint iterations at most, and the relative size of the last one.
-LIMIT, TOL = 5000, 1e-12
+#: Adjoint iterations at most, and the relative size of the last one, where sweeps run in float64 and where they do not.
+LIMIT, TOL, TOL_SINGLE = 5000, 1e-12, 1e-5
 
 
-def fixed_point(step: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], at: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def fixed_point(step: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], at: tuple[Tensor, ...], tol: float = TOL) -> tuple[Tensor, ...]:
     """`at`, for which step(at) = at, with the derivatives of the fixed point in whatever `step` depends on.
 
     With J the derivative of step, the cotangent w of the point becomes (1 + J^T + J^T^2 + ...) w, summed until nothing is added. It
@@ -25,13 +25,13 @@ def fixed_point(step: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], at: tu
     held = tuple(z.detach().requires_grad_() for z in at)
     with torch.enable_grad():
         moved = step(held)  # its graph to `held` gives J^T, and its graph to everything else the first factor
-    return _FixedPoint.apply(held, moved, *moved)
+    return _FixedPoint.apply(tol, held, moved, *moved)
 
 
 class _FixedPoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, held: tuple[Tensor, ...], moved: tuple[Tensor, ...], *values: Tensor) -> tuple[Tensor, ...]:
-        ctx.held, ctx.moved = held, moved
+    def forward(ctx: Any, tol: float, held: tuple[Tensor, ...], moved: tuple[Tensor, ...], *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.tol, ctx.held, ctx.moved = tol, held, moved
         ctx.set_materialize_grads(False)
         return tuple(z.detach().clone() for z in held)
 
@@ -39,16 +39,16 @@ class _FixedPoint(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         total = tuple(torch.zeros_like(z) if grad is None else grad for z, grad in zip(ctx.held, grads, strict=True))
-        term, largest = total, 0.0
+        term, size, largest = total, 0.0, 0.0
         for _ in range(LIMIT):
             found = torch.autograd.grad(ctx.moved, ctx.held, term, retain_graph=True, allow_unused=True)
             term = tuple(torch.zeros_like(z) if grad is None else grad for z, grad in zip(ctx.held, found, strict=True))
             size = float(sum(z.abs().sum() for z in term))
             total = tuple(z + more for z, more in zip(total, term, strict=True))
             largest = max(largest, float(sum(z.abs().sum() for z in total)))
-            if size <= TOL * largest:
-                return None, None, *total
+            if size <= ctx.tol * largest:
+                return None, None, None, *total
         raise NotConverged(
             f"an implicit derivative is not settled: after {LIMIT} adjoint iterations the last adds {size / largest:.2g} of the whole, "
-            f'above {TOL:.2g}. The iterations themselves are as slow there: raise eps, or use grad="unroll".'
+            f'above {ctx.tol:.2g}. The iterations themselves are as slow there: raise eps, or use grad="unroll".'
         )

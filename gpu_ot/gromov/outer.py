@@ -1,0 +1,231 @@
+"""Gromov-Wasserstein: points of two spaces are matched by the distances within each, and by features where there are some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import errors
+from ..costs import Cost, Matrix
+from ..gradients.fixed_point import TOL, TOL_SINGLE, fixed_point
+from ..penalties import BALANCED, Penalty
+from ..problem import Problem
+from ..solution import Plan
+from ..solve import needs_gradient, solve
+from ..solver.status import DIVERGED, Status
+from ..vectors import in_full_precision
+from .spaces import Factored, Matrices, Moments, Points, distance, given, largest
+
+LOSSES = ("square", "kl")
+#: The transport problem of an outer iteration is solved to this part of the change that the last one made; the first to LOOSEST.
+INNER, LOOSEST = 0.1, 1e-2
+
+SETTLED = Status("converged", "The plan has stopped moving, and its marginals are within the tolerance.")
+MOVING = Status(
+    "max_iter",
+    "The iterations ran out before the plan stopped moving, or before its marginals were within the tolerance; the last entry of `errors` "
+    "says how far it still moved. Raise max_iter or inner_iter, raise eps, or loosen tol.",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Gromov:
+    """The result of `gromov`.
+
+    value       (*batch,) the objective, differentiable: see `gromov`.
+    distortion  (*batch,) the sum over pairs of pairs alone, without features, entropy and weight.
+    plan        lazy, detached; with grad="implicit" an array (*batch, n, m) that carries derivatives.
+    f, g        (*batch, n) and (*batch, m), potentials of the last transport problem.
+    status      how the outer loop ended, in words; for a batch, the worst. A stationary point, not always the least.
+    converged   (*batch,)
+    n_iter      transport problems solved; n_inner, the iterations of all of them.
+    errors      (n_iter, *batch) how far the costs moved, in units of eps: the logarithm of the plan moves about as far.
+    """
+
+    value: Tensor
+    distortion: Tensor
+    plan: Plan | Tensor
+    f: Tensor
+    g: Tensor
+    status: Status
+    converged: Tensor
+    n_iter: int
+    n_inner: int
+    errors: Tensor
+
+
+@in_full_precision
+def gromov(
+    cost_x: Cost | Tensor,
+    cost_y: Cost | Tensor,
+    eps: float,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    features: Cost | Tensor | None = None,
+    alpha: float | None = None,
+    loss: str = "square",
+    penalties: Penalty | tuple[Penalty, Penalty] = BALANCED,
+    mass: Tensor | float | None = None,
+    start: Tensor | None = None,
+    backend: str = "auto",
+    grad: str = "envelope",
+    tol: float = 1e-6,
+    max_iter: int = 1000,
+    inner_iter: int = 1000,
+    on_check: Callable[[int, Tensor], None] | None = None,
+) -> Gromov:
+    """Entropic (fused) Gromov-Wasserstein: a stationary plan P of
+
+        (1 - alpha) <M, P> + alpha sum_ijkl L(Cx_ik, Cy_jl) P_ij P_kl + eps KL(P | a⊗b).
+
+    Each outer iteration solves the transport problem of the objective's slope at the last plan, from its potentials. Problems of a batch
+    are solved together: graphs (*batch, n, n), or several starts of one pair of spaces.
+
+    cost_x, cost_y   the distances within each space: matrices (*batch, n, n) and (*batch, m, m), or costs of points to themselves. For
+                 costs that fold, SqEuclidean(x, x), no such matrix is formed, and the transport problem's cost folds, too.
+    eps          > 0, in units of the objective: of L.
+    a, b         weights (*batch, n) and (*batch, m), uniform when left out.
+    features     M, a cost or matrix (*batch, n, m); with it alpha in [0, 1], .5 when left out. Without, alpha is 1.
+    loss         "square", (s - t)^2, or "kl", s log(s / t) - s + t for matrices > 0.
+    penalties    prices of the marginals, as for `Problem`; `mass` for partial transport. L is then a sum over P as it is.
+    start        the plan to begin with, (*batch, n, m): a⊗b when left out. Another start may end elsewhere.
+    grad         "envelope": first derivatives of `value` in costs, features and weights, exact at convergence. "implicit": of the plan
+                 and of `distortion`, too, through n-by-m arrays.
+    tol          the plan counts as settled when the costs move by less than `tol` times eps and its marginals are off by no more.
+    max_iter, inner_iter   of the outer loop, and of each transport problem.
+
+    Not converging is a status. Raises ProblemError for input that has no answer.
+    Peyré, Cuturi and Solomon 2016, ICML; Vayer et al. 2019, arXiv:1811.02834 (fused); Scetbon, Peyré and Cuturi 2022, arXiv:2106.01128
+    (factored costs).
+    """
+    if grad not in ("envelope", "implicit"):
+        raise errors.unknown("grad", grad, ("envelope", "implicit"))
+    if loss not in LOSSES:
+        raise errors.unknown("loss", loss, LOSSES)
+    if max_iter < 1 or inner_iter < 1:
+        raise errors.ProblemError(f"max_iter and inner_iter must be at least 1, found {max_iter} and {inner_iter}.")
+    alpha = (1.0 if features is None else 0.5) if alpha is None else float(alpha)
+    if not 0 <= alpha <= 1 or (features is None and alpha != 1):
+        raise errors.ProblemError(f"alpha must be in [0, 1], and 1 without features, found {alpha}: the features' part is 1 - alpha.")
+    spaces = given(cost_x, cost_y, loss)
+    posed = _Posed(spaces, _features(features, spaces), alpha, eps, a, b, penalties, mass)
+    settings: dict[str, Any] = dict(max_iter=inner_iter, backend=backend)
+    with torch.no_grad():
+        slope = posed.slope(_first(posed, start))
+        change, solution, n_inner, history, ratio = None, None, 0, [], 1.0
+        settled, status = torch.zeros((), dtype=torch.bool), MOVING
+        for k in range(max_iter):
+            moves = tol if k == max_iter - 1 else LOOSEST if change is None else max(float(change.amax()), tol)
+            inner = min(INNER * moves * ratio, LOOSEST)
+            solution = solve(posed.problem(slope), start=None if solution is None else solution.f, tol=inner, **settings)
+            n_inner += solution.n_iter
+            # A marginal error of the plan moves its slope by as much, times the largest slope.
+            ratio = min(1.0, solution.problem.eps / max(largest(slope), 1e-300))
+            following = posed.slope(spaces.moments(solution.plan))
+            change, slope = (distance(following, slope) / solution.problem.eps).expand(solution.f.shape[:-1]), following
+            history.append(change)
+            if on_check is not None:
+                on_check(k + 1, change)
+            if not bool(change.isfinite().all()):
+                status = DIVERGED
+                break
+            exact = solution.converged | (solution.status.name == "stalled")
+            settled = (change <= tol) & exact & (inner <= tol * ratio)
+            if bool(settled.all()):
+                status = SETTLED
+                break
+    assert solution is not None
+    plan: Plan | Tensor = solution.plan
+    moments = spaces.moments(plan)
+    problem = posed.problem(posed.slope(moments))
+    if torch.is_grad_enabled() and needs_gradient(problem):
+        value = solve(problem, start=solution.f, tol=min(tol, 1e-6), **settings).wide_value
+        distortion = spaces.distortion(moments, plan)
+        value = value - alpha * distortion.to(value.dtype)
+        if grad == "implicit":
+            plan = _implicit(posed, solution.plan.to_dense(), solution.f, tol, settings)
+            distortion = spaces.distortion(spaces.moments(plan), plan)
+    else:
+        distortion = spaces.distortion(moments, plan)
+        value = solution.wide_value - alpha * distortion.to(solution.wide_value.dtype)
+    dtype = solution.problem.given_dtype
+    return Gromov(
+        value.to(dtype), distortion.to(dtype), plan, solution.f, solution.g, status, settled.expand(solution.f.shape[:-1]), len(history),
+        n_inner, torch.stack(history),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Posed:
+    """The transport problem at a slope."""
+
+    spaces: Matrices | Points
+    features: Cost | None
+    alpha: float
+    eps: float
+    a: Tensor | None
+    b: Tensor | None
+    penalties: Penalty | tuple[Penalty, Penalty]
+    mass: Tensor | float | None
+
+    def slope(self, at: Moments) -> Tensor | Factored:
+        """2 alpha L⊗P."""
+        found = self.spaces.slope(at)
+        if isinstance(found, Tensor):
+            return 2 * self.alpha * found
+        alpha, beta, u, v = found.parts
+        return Factored(2 * self.alpha * alpha, 2 * self.alpha * beta, 2 * self.alpha * u, v)
+
+    def problem(self, slope: Tensor | Factored) -> Problem:
+        if self.features is None:
+            cost: Any = slope
+        elif isinstance(slope, Tensor):
+            cost = (1 - self.alpha) * self.features.dense().to(slope.dtype) + slope
+        else:
+            cost = (1 - self.alpha) * self.features + slope
+        return Problem(cost, self.eps, self.a, self.b, self.penalties, self.mass)
+
+
+def _features(features: Cost | Tensor | None, spaces: Matrices | Points) -> Cost | None:
+    if features is None:
+        return None
+    cost = Matrix(features) if isinstance(features, Tensor) else features
+    if cost.shape[-2:] != spaces.shape:
+        raise errors.wrong_shape(
+            "features", cost.shape, f"(*batch, {spaces.shape[0]}, {spaces.shape[1]}), the costs between the two spaces"
+        )
+    return cost
+
+
+def _first(posed: _Posed, start: Tensor | None) -> Moments:
+    """The moments of the first plan."""
+    n, m = posed.spaces.shape
+    if start is None:
+        zeros = torch.zeros(n, m, dtype=posed.spaces.dtype, device=posed.spaces.device)
+        problem = Problem(zeros, posed.eps, posed.a, posed.b, posed.penalties, posed.mass)
+        left = (
+            problem.b.sum(-1, keepdim=True) if problem.mass is None else problem.a.sum(-1, keepdim=True) * problem.b.sum(-1, keepdim=True)
+        )
+        scale = 1.0 if problem.mass is None else problem.mass.unsqueeze(-1)
+        return posed.spaces.of_product(problem.a * (scale / left), problem.b)
+    if start.shape[-2:] != (n, m):
+        raise errors.wrong_shape("start", start.shape, f"(*batch, {n}, {m}), a plan")
+    if not bool(((start >= 0) & start.isfinite()).all()):
+        raise errors.ProblemError("start must hold finite masses >= 0: it is a plan, as of an earlier result, or a⊗b.")
+    return posed.spaces.moments(start.to(posed.spaces.dtype))
+
+
+def _implicit(posed: _Posed, P: Tensor, f: Tensor, tol: float, settings: dict[str, Any]) -> Tensor:
+    """The plan as a function of the problem: the fixed point of solving at its own slope."""
+
+    def again(at: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        problem = posed.problem(posed.slope(posed.spaces.moments(at[0])))
+        return (solve(problem, start=f, tol=min(tol, 1e-9), grad="implicit", **settings).plan.to_dense(),)
+
+    (found,) = fixed_point(again, (P,), TOL if P.dtype == torch.float64 else TOL_SINGLE)
+    return found
