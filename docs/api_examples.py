@@ -268,6 +268,35 @@ with torch.no_grad():
     targets = assign(embeddings @ prototypes.T, temperature=0.05)  # (256, 30): rows sum to 1, columns to about 256 / 30
 routed = assign(torch.randn(64, 8), temperature=1.0, capacity=1.25)  # no expert gets more than 1.25 times its share
 
+# %% soft_sort
+import torch
+from gpu_ot import soft_sort
+
+x = torch.randn(5, 12, requires_grad=True)
+values = soft_sort(x, eps=1e-3)  # (5, 12), ascending
+values[:, 0].sum().backward()  # the derivative of a blurred minimum
+
+# %% soft_rank
+import torch
+from gpu_ot import soft_rank
+
+scores, truth = torch.randn(30, requires_grad=True), torch.randn(30)
+difference = soft_rank(scores) - soft_rank(truth)
+difference.square().mean().backward()  # Spearman's correlation as a loss
+
+# %% soft_quantile
+import torch
+from gpu_ot import soft_quantile
+
+residuals = torch.randn(100, requires_grad=True)
+soft_quantile(residuals.abs(), 0.5).backward()  # least median of squares, as a loss
+
+# %% soft_topk
+import torch
+from gpu_ot import soft_topk
+
+gates = soft_topk(torch.randn(8, 16), k=2)  # (8, 16): rows sum to 2
+
 # %% sorted_potentials
 import torch
 from gpu_ot import Problem, SqEuclidean, solve, sorted_potentials

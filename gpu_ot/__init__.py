@@ -47,6 +47,7 @@ from .pot.unbalanced import (
     sinkhorn_unbalanced_translation_invariant,
 )
 from .problem import Problem
+from .soft import soft_quantile, soft_rank, soft_sort, soft_topk
 from .solution.plan import Plan
 from .solution.solution import Solution
 from .solve import solve
@@ -122,6 +123,10 @@ __all__ = [
     "sinkhorn_unbalanced",
     "sinkhorn_unbalanced2",
     "sinkhorn_unbalanced_translation_invariant",
+    "soft_quantile",
+    "soft_rank",
+    "soft_sort",
+    "soft_topk",
     "solve",
     "solve_batch",
     "solve_sample",

@@ -165,7 +165,8 @@ def given(x: Cost | Tensor, y: Cost | Tensor, loss: str) -> Matrices | Points:
     for name, C in zip(("cost_x", "cost_y"), matrices, strict=True):
         if not bool(C.detach().isfinite().all()):
             raise errors.broken_cost(name, int((~C.detach().isfinite()).any(-1).sum()), "rows")
-    return Matrices(*matrices, loss)
+    Cx, Cy = matrices
+    return Matrices(Cx, Cy, loss)
 
 
 def _factors(cost: Cost) -> tuple[Tensor, Tensor]:
