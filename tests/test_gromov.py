@@ -7,6 +7,7 @@ import torch
 
 import gpu_ot
 from gpu_ot import KL, ProblemError, SqEuclidean, gromov
+from gpu_ot.gromov.spaces import Matrices
 from problems import close, gradcheck, leaves, rand, randn, weights
 
 N, M_ = 17, 14
@@ -70,6 +71,20 @@ def test_the_value_is_the_objective():
     pairs = torch.einsum("ijkl,ij,kl->", L, P, P)
     close(found.distortion, pairs, rtol=1e-9)
     close(found.value, 0.6 * (M * P).sum() + 0.4 * pairs + 0.05 * (P * (P / prior).log()).sum(), rtol=1e-8)
+
+
+@pytest.mark.parametrize("thin_x, thin_y", [(True, True), (True, False), (False, True)])
+def test_matrices_of_low_rank_are_multiplied_by_their_factors(thin_x, thin_y):
+    """Squared distances have d + 2 factors, distances have many."""
+    x, y = randn(200, 3, seed=1), randn(210, 2, seed=2)
+    Cx, Cy = (torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist") ** (1 + few) for z, few in ((x, thin_x), (y, thin_y)))
+    spaces = Matrices(Cx, Cy, "square")
+    assert (spaces.thin_x is not None, spaces.thin_y is not None) == (thin_x, thin_y)
+    at = spaces.moments(rand(200, 210) / 42_000)
+    with torch.no_grad():
+        found, spaces.thin_x, spaces.thin_y = spaces.slope(at), None, None
+        truth = spaces.slope(at)
+    close(found, truth, rtol=0, atol=1e-11 * float(truth.abs().max()))
 
 
 def test_an_isometry_is_found():

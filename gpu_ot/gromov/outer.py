@@ -15,7 +15,7 @@ from ..gradients.fixed_point import TOL, TOL_SINGLE, fixed_point
 from ..penalties import BALANCED, Penalty
 from ..problem import Problem
 from ..solution import Plan
-from ..solve import needs_gradient, solve
+from ..solve import solve
 from ..solver.status import DIVERGED, Status
 from ..vectors import in_full_precision
 from .spaces import Factored, Matrices, Moments, Points, distance, given, largest
@@ -141,18 +141,18 @@ def gromov(
                 break
     assert solution is not None
     plan: Plan | Tensor = solution.plan
-    moments = spaces.moments(plan)
-    problem = posed.problem(posed.slope(moments))
-    if torch.is_grad_enabled() and needs_gradient(problem):
-        value = solve(problem, start=solution.f, tol=min(tol, 1e-6), **settings).wide_value
+    if not _live(posed):
+        with torch.no_grad():
+            distortion = spaces.distortion(spaces.moments(plan), plan)
+        value = solution.wide_value - alpha * distortion.to(solution.wide_value.dtype)
+    else:
+        moments = spaces.moments(plan)
         distortion = spaces.distortion(moments, plan)
+        value = solve(posed.problem(posed.slope(moments)), start=solution.f, tol=min(tol, 1e-6), **settings).wide_value
         value = value - alpha * distortion.to(value.dtype)
         if grad == "implicit":
             plan = _implicit(posed, solution.plan.to_dense(), solution.f, tol, settings)
             distortion = spaces.distortion(spaces.moments(plan), plan)
-    else:
-        distortion = spaces.distortion(moments, plan)
-        value = solution.wide_value - alpha * distortion.to(solution.wide_value.dtype)
     dtype = solution.problem.given_dtype
     return Gromov(
         value.to(dtype), distortion.to(dtype), plan, solution.f, solution.g, status, settled.expand(solution.f.shape[:-1]), len(history),
@@ -189,6 +189,13 @@ class _Posed:
         else:
             cost = (1 - self.alpha) * self.features + slope
         return Problem(cost, self.eps, self.a, self.b, self.penalties, self.mass)
+
+
+def _live(posed: _Posed) -> bool:
+    """Whether a tensor of the problem requires a gradient here and now."""
+    features = [] if posed.features is None else posed.features.inputs.values()
+    given = [*posed.spaces.tensors, *features, posed.a, posed.b, posed.mass, posed.eps]
+    return torch.is_grad_enabled() and any(isinstance(z, Tensor) and z.requires_grad for z in given)
 
 
 def _features(features: Cost | Tensor | None, spaces: Matrices | Points) -> Cost | None:

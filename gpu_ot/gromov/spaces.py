@@ -15,6 +15,9 @@ from ..costs.base import Folded, Index
 from ..problem import float_type
 from ..solution import Plan
 
+#: The rank up to which a matrix is looked for factors, and how many of its last digits these may miss.
+RANK, ROUNDED = 24, 64.0
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -40,6 +43,7 @@ class Matrices:
                 raise errors.ProblemError('loss="kl" is of matrices with entries > 0, and some are not: add a little, or take "square".')
             self.f1, self.f2, self.h1, self.h2 = Cx * Cx.log() - Cx, Cy, Cx, Cy.log()
         self.lopsided = not all(torch.equal(C, C.mT) for C in (Cx, Cy))
+        self.thin_x, self.thin_y = (None, None) if self.lopsided else (thin(self.h1), thin(self.h2))
 
     def moments(self, plan: Plan | Tensor) -> Moments:
         P = (plan if isinstance(plan, Tensor) else plan.to_dense()).to(self.dtype)
@@ -48,6 +52,10 @@ class Matrices:
     @property
     def device(self) -> torch.device:
         return self.h1.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.f1, self.f2, self.h1, self.h2
 
     def of_product(self, a: Tensor, b: Tensor) -> Moments:
         return self.moments(a.unsqueeze(-1) * b.unsqueeze(-2))
@@ -61,7 +69,19 @@ class Matrices:
 
     def _product(self, at: Moments, f1: Tensor, f2: Tensor, h1: Tensor, h2: Tensor) -> Tensor:
         rows, columns = ((f @ w.unsqueeze(-1)).squeeze(-1) for f, w in ((f1, at.rows), (f2, at.columns)))
-        return rows.unsqueeze(-1) + columns.unsqueeze(-2) - h1 @ at.middle @ h2.mT
+        return rows.unsqueeze(-1) + columns.unsqueeze(-2) - self._middle(h1, at.middle, h2)
+
+    def _middle(self, h1: Tensor, P: Tensor, h2: Tensor) -> Tensor:
+        """h1 P h2^T, through the factors of one of them where it has few: O(n m r) then, and not O(n m (n + m))."""
+        if torch.is_grad_enabled() or (self.thin_x is None and self.thin_y is None):
+            return h1 @ P @ h2.mT
+        if self.thin_x is None:
+            assert self.thin_y is not None
+            Q, R = self.thin_y
+            return h1 @ (P @ R.mT) @ Q.mT
+        Q, R = self.thin_x
+        right = R @ P
+        return Q @ (right @ h2.mT if self.thin_y is None else (right @ self.thin_y[1].mT) @ self.thin_y[0].mT)
 
     def distortion(self, at: Moments, plan: Plan | Tensor) -> Tensor:
         return (self.slope(at) * at.middle).sum((-1, -2))
@@ -82,6 +102,10 @@ class Points:
     @property
     def device(self) -> torch.device:
         return self.A.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.A, self.B, self.D, self.E
 
     def of_product(self, a: Tensor, b: Tensor) -> Moments:
         a, b = a.to(self.dtype), b.to(self.dtype)
@@ -176,6 +200,20 @@ def _factors(cost: Cost) -> tuple[Tensor, Tensor]:
     alpha, beta, u, v = folded
     ones = torch.ones_like(alpha).unsqueeze(-1)
     return torch.cat((alpha.unsqueeze(-1), ones, -u), -1), torch.cat((ones, beta.unsqueeze(-1), v), -1)
+
+
+def thin(C: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(Q, R), (*batch, n, r) and (*batch, r, n), with C = Q R to rounding, for r = RANK: squared distances have d + 2. None for other
+    matrices and for small ones, whose products cost less than the search. Halko, Martinsson and Tropp 2011, arXiv:0909.4061."""
+    n = C.shape[-1]
+    if n < 8 * RANK:
+        return None
+    C = C.detach()
+    probes = torch.randn(n, RANK, dtype=C.dtype, generator=torch.Generator().manual_seed(0)).to(C.device)
+    Q = torch.linalg.qr(C @ probes)[0]
+    R = Q.mT @ C
+    rest = (C - Q @ R).abs().amax()
+    return (Q, R) if bool(rest <= ROUNDED * torch.finfo(C.dtype).eps * C.abs().amax()) else None
 
 
 def _squares(A: Tensor, B: Tensor, w: Tensor) -> Tensor:
