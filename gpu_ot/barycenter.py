@@ -268,7 +268,10 @@ def free_barycenter(
         problem = Problem(SqEuclidean(x.expand(K, m, d), y), eps, None if b is None else b.expand(K, m), wa)
         found = None if solution is None else solution.f
         solution = solve(problem, start=found, tol=inner_tol, max_iter=inner_iter, backend=backend)
-        sent = (w.view(K, 1, 1).to(x) * solution.transport()).sum(0) / w.sum().to(x)
+        rows = solution.problem.a.unsqueeze(-1).to(x)
+        # Rows are exact, so a product with the plan is enough; a point without weight has an image, too.
+        images = solution.plan @ y / rows if bool((rows > 0).all()) else solution.transport()
+        sent = (w.view(K, 1, 1).to(x) * images).sum(0) / w.sum().to(x)
         moves.append((sent - x).double().square().sum())
         x = sent
         if not bool(moves[-1].isfinite()):

@@ -107,6 +107,18 @@ def test_graphs_of_a_batch_and_several_starts():
     close(several.value[2], gromov(Cx[0], Cy[0], 0.05, start=starts[2], tol=1e-8).value, rtol=1e-7)
 
 
+def test_problems_that_have_settled_are_left_out():
+    """Of eight graphs some settle after 20 iterations and one after 200: each ends as it does alone, features and weights included."""
+    Cx, Cy = spaces(11, 9, (8,))
+    M, a = rand(8, 11, 9), weights(11, (8,))
+    together = gromov(Cx, Cy, 0.05, a, features=M, alpha=0.9, tol=1e-8)
+    moved = (together.errors > 1e-8).sum(0)
+    assert together.converged.all() and int(moved.min()) < int(moved.max()) / 2
+    for k in range(8):
+        alone = gromov(Cx[k], Cy[k], 0.05, a[k], features=M[k], alpha=0.9, tol=1e-8)
+        close(together.plan.to_dense()[k], alone.plan.to_dense(), rtol=0, atol=1e-7)
+
+
 def test_a_part_of_the_mass_and_prices_of_marginals():
     x = randn(12, 2)
     far = torch.cat((x[:9], 10 * x[9:] + 30))

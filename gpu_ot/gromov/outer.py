@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..costs import Cost, Matrix
 from ..gradients.fixed_point import TOL, TOL_SINGLE, fixed_point
 from ..penalties import BALANCED, Penalty
 from ..problem import Problem
-from ..solution import Plan
+from ..solution import Plan, Solution
 from ..solve import solve
 from ..solver.status import DIVERGED, Status
 from ..vectors import in_full_precision
@@ -117,29 +117,32 @@ def gromov(
     settings: dict[str, Any] = dict(max_iter=inner_iter, backend=backend)
     with torch.no_grad():
         slope = posed.slope(_first(posed, start))
-        change, solution, n_inner, history, ratio = None, None, 0, [], 1.0
-        settled, status = torch.zeros((), dtype=torch.bool), MOVING
+        change, f, n_inner, history, ratio = None, None, 0, [], 1.0
+        crowd, status = _Crowd(posed), MOVING
         for k in range(max_iter):
-            moves = tol if k == max_iter - 1 else LOOSEST if change is None else max(float(change.amax()), tol)
+            # As exact as the problem that moves least needs: each is to settle on its own.
+            moves = tol if k == max_iter - 1 else LOOSEST if change is None else max(float(change.amin()), tol)
             inner = min(INNER * moves * ratio, LOOSEST)
-            solution = solve(posed.problem(slope), start=None if solution is None else solution.f, tol=inner, **settings)
+            solution = solve(crowd.posed.problem(slope), start=f, tol=inner, **settings)
             n_inner += solution.n_iter
             # A marginal error of the plan moves its slope by as much, times the largest slope.
             ratio = min(1.0, solution.problem.eps / max(largest(slope), 1e-300))
-            following = posed.slope(spaces.moments(solution.plan))
-            change, slope = (distance(following, slope) / solution.problem.eps).expand(solution.f.shape[:-1]), following
-            history.append(change)
+            following = crowd.posed.slope(crowd.posed.spaces.moments(solution.plan))
+            change = (distance(following, slope) / solution.problem.eps).expand(solution.f.shape[:-1])
+            exact = solution.converged | (solution.status.name == "stalled")
+            crowd.tell(solution, slope, change, (change <= tol) & exact & (inner <= tol * ratio))
+            history.append(crowd.change)
             if on_check is not None:
-                on_check(k + 1, change)
+                on_check(k + 1, crowd.change)
             if not bool(change.isfinite().all()):
                 status = DIVERGED
                 break
-            exact = solution.converged | (solution.status.name == "stalled")
-            settled = (change <= tol) & exact & (inner <= tol * ratio)
-            if bool(settled.all()):
+            if bool(crowd.settled.all()):
                 status = SETTLED
                 break
-    assert solution is not None
+            change, slope, f = crowd.left(change, following, solution.f)
+        solution = crowd.solution(INNER * tol * ratio, settings)
+        settled = crowd.settled
     plan: Plan | Tensor = solution.plan
     if not _live(posed):
         with torch.no_grad():
@@ -160,6 +163,51 @@ def gromov(
     )  # fmt: skip
 
 
+class _Crowd:
+    """The problems of a batch, of which those that have settled are left out once they are half of the rest. With one batch axis and
+    matrices; other problems go on together to the end."""
+
+    def __init__(self, posed: _Posed) -> None:
+        self.whole = self.posed = posed
+        self.rest: Tensor | None = None
+        self.last: Solution | None = None
+        self.change = self.settled = torch.zeros(())
+
+    def tell(self, solution: Solution, slope: Tensor | Factored, change: Tensor, settled: Tensor) -> None:
+        """What an iteration has found for the problems that are left."""
+        self.last = solution
+        if self.rest is None:
+            self.change, self.settled = change, settled
+            if isinstance(slope, Tensor) and change.ndim == 1 and not isinstance(self.whole.mass, Tensor):
+                self.f, self.slope = solution.f.clone(), slope.expand(*change.shape, *slope.shape[-2:])
+            return
+        self.change, self.settled = self.change.index_copy(0, self.rest, change), self.settled.index_copy(0, self.rest, settled)
+        self.f[self.rest] = solution.f
+        assert isinstance(slope, Tensor)
+        self.slope[self.rest] = slope
+
+    def left(self, change: Tensor, slope: Any, f: Tensor) -> tuple[Tensor, Any, Tensor]:
+        """The change, the slope and the potentials of the problems that go on."""
+        if not hasattr(self, "f"):
+            return change, slope, f
+        rest = torch.arange(len(self.change), device=f.device) if self.rest is None else self.rest
+        moving = ~self.settled[rest]
+        if 2 * int(moving.sum()) > len(rest):
+            return change, slope, f
+        if self.rest is None:
+            self.slope = self.slope.clone()
+        self.rest = rest[moving]
+        self.posed = self.whole.part(self.rest)
+        return change[moving], slope[moving], f[moving]
+
+    def solution(self, tol: float, settings: dict[str, Any]) -> Solution:
+        """Of all problems."""
+        assert self.last is not None
+        if self.rest is None:
+            return self.last
+        return solve(self.whole.problem(self.slope), start=self.f, tol=tol, **settings)
+
+
 @dataclass(frozen=True, eq=False)
 class _Posed:
     """The transport problem at a slope."""
@@ -172,6 +220,15 @@ class _Posed:
     b: Tensor | None
     penalties: Penalty | tuple[Penalty, Penalty]
     mass: Tensor | float | None
+
+    def part(self, index: Tensor) -> _Posed:
+        """Some problems of a batch with one axis, between matrices."""
+        assert isinstance(self.spaces, Matrices)
+        features = self.features
+        if features is not None and len(features.shape) > 2:
+            features = Matrix(features.dense()[index])
+        a, b = (w[index] if w is not None and w.ndim > 1 else w for w in (self.a, self.b))
+        return replace(self, spaces=self.spaces.part(index), features=features, a=a, b=b)
 
     def slope(self, at: Moments) -> Tensor | Factored:
         """2 alpha L⊗P."""

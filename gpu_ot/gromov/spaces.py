@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,17 @@ class Matrices:
             self.f1, self.f2, self.h1, self.h2 = Cx * Cx.log() - Cx, Cy, Cx, Cy.log()
         self.lopsided = not all(torch.equal(C, C.mT) for C in (Cx, Cy))
         self.thin_x, self.thin_y = (None, None) if self.lopsided else (thin(self.h1), thin(self.h2))
+
+    def part(self, index: Tensor) -> Matrices:
+        """Those of some problems of a batch with one axis."""
+        part = copy.copy(self)
+        for name in ("f1", "f2", "h1", "h2"):
+            C = getattr(self, name)
+            setattr(part, name, C[index] if C.ndim > 2 else C)
+        for name in ("thin_x", "thin_y"):
+            factors = getattr(self, name)
+            setattr(part, name, tuple(z[index] if z.ndim > 2 else z for z in factors) if factors is not None else None)
+        return part
 
     def moments(self, plan: Plan | Tensor) -> Moments:
         P = (plan if isinstance(plan, Tensor) else plan.to_dense()).to(self.dtype)
