@@ -41,20 +41,21 @@ def assign(
     _check(logits, iterations, temperature, capacity)
     with torch.set_grad_enabled(torch.is_grad_enabled() and group is None):
         L = logits.to(torch.float32 if logits.dtype.itemsize < 4 else logits.dtype) / temperature
-        v = torch.zeros_like(L[..., 0, :]) if capacity is not None or iterations == 0 else _first(L, group)
+        empty = L.amax(-1, keepdim=True) == -math.inf  # samples that may go nowhere: they count for nothing
+        L, present = torch.where(empty, 0.0, L), (~empty).to(L.dtype)
+        v = torch.zeros_like(L[..., 0, :]) if capacity is not None or iterations == 0 else _first(L, present, group)
         for _ in range(iterations if capacity is not None else iterations - 1):
-            v = _balanced(v, _total(_rows(L, v).sum(-2), group), capacity)
-        return _rows(L, v).to(logits.dtype)
+            v = _balanced(v, _total(present, _rows(L, v), group), capacity)
+        return torch.where(empty, 0.0, _rows(L, v)).to(logits.dtype)
 
 
-def _first(L: Tensor, group: ProcessGroup | None) -> Tensor:
+def _first(L: Tensor, present: Tensor, group: ProcessGroup | None) -> Tensor:
     """v (*batch, K) that brings the columns of exp(L + v) to sums of 1. Relative to each column's largest entry nothing overflows."""
-    top = L.amax(-2) if L.shape[-2] else torch.full_like(L[..., :1, :].sum(-2), -math.inf)
-    top = top.detach()
+    top = L.detach().amax(-2) if L.shape[-2] else torch.full_like(L[..., :1, :].sum(-2), -math.inf)
     if group is not None:
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     top = torch.where(top == -math.inf, 0.0, top)
-    sums = _total((L - top.unsqueeze(-2)).exp().sum(-2), group)
+    sums = _total(present, (L - top.unsqueeze(-2)).exp(), group)
     return torch.where(sums > 0, -(torch.where(sums > 0, sums, 1.0).log() + top), 0.0)
 
 
@@ -69,14 +70,13 @@ def _balanced(v: Tensor, sums: Tensor, capacity: float | None) -> Tensor:
 
 
 def _rows(L: Tensor, v: Tensor) -> Tensor:
-    """softmax(L + v), zeros for a row of -inf."""
-    z = L + v.unsqueeze(-2)
-    empty = z.amax(-1, keepdim=True) == -math.inf
-    return torch.where(empty, 0.0, torch.where(empty, 0.0, z).softmax(-1))
+    """softmax(L + v), whose rows sum to 1."""
+    return (L + v.unsqueeze(-2)).softmax(-1)
 
 
-def _total(sums: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sums over all ranks."""
+def _total(present: Tensor, Q: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sums of the columns over the samples of all ranks, (*batch, K)."""
+    sums = (Q * present if Q.requires_grad else Q.mul_(present)).sum(-2)  # a product of matrices might be rounded to halves
     if group is not None:
         dist.all_reduce(sums, group=group)
     return sums

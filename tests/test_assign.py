@@ -43,6 +43,13 @@ def test_few_digits_change_the_last_ones_only(temperature, dtype, digits):
     torch.testing.assert_close(found.double(), reference(logits, 3, temperature), rtol=digits * 1.01, atol=1e-7)
 
 
+def test_autocast_rounds_nothing():
+    logits = scores(50, 20, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = assign(logits)
+    torch.testing.assert_close(found, assign(logits), rtol=0, atol=0)
+
+
 def test_nothing_overflows():
     """Logits of 100 at temperature 0.04 are exponents of 2500."""
     logits = 100 * scores(40, 30, dtype=torch.bfloat16)

@@ -1,5 +1,6 @@
 """Barycentres against POT in float64, their derivatives against differences, and POT's names."""
 
+import functools
 import warnings
 
 import numpy as np
@@ -16,7 +17,7 @@ from problems import close, gradcheck, leaves, rand, randn
 EPS = 2e-3
 
 
-def bumps(n=40, K=3, dtype=torch.float64):
+def bumps(n=30, K=3, dtype=torch.float64):
     """(K, n) measures of mass 1 on the line, its points (n, 1) and squared distances (n, n)."""
     x = torch.linspace(0, 1, n, dtype=torch.float64)
     A = (-((x - torch.linspace(0.2, 0.8, K, dtype=torch.float64).unsqueeze(-1)) ** 2) / 0.005).exp() + 1e-3
@@ -27,7 +28,7 @@ def pots(function, A, M, *args, weights=None, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         weights = None if weights is None else weights.numpy()
-        return function(A.mT.contiguous().numpy(), M.numpy(), *args, weights=weights, numItermax=5000, stopThr=1e-12, **options)
+        return function(A.mT.contiguous().numpy(), M.numpy(), *args, weights=weights, numItermax=5000, stopThr=1e-11, **options)
 
 
 W = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
@@ -41,6 +42,7 @@ def test_it_is_pots_barycentre(weights):
     close(found.weights, pots(ot.bregman.barycenter, A, M, EPS, weights=weights, method="sinkhorn_log"), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_debiased_it_is_pots():
     A, _, M = bumps(30)
     found = barycenter(M, 1e-3, A, W, tol=1e-9, debiased=True)
@@ -57,7 +59,7 @@ def test_the_debiased_barycentre_of_one_measure_is_that_measure():
 def test_relaxed_it_is_pots():
     A, _, M = bumps()
     A = A * torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64).unsqueeze(-1)
-    prior = EPS * (A.log() - torch.tensor(40.0).log()).unsqueeze(-1)  # POT's reference measure is 1
+    prior = EPS * (A.log() - torch.tensor(30.0).log()).unsqueeze(-1)  # POT's reference measure is 1
     found = barycenter(M + prior, EPS, A, W, penalty=KL(0.1), tol=1e-11)
     assert found.converged
     close(found.weights, pots(ot.unbalanced.barycenter_unbalanced, A, M, EPS, 0.1, weights=W), rtol=1e-7, atol=1e-10)
@@ -65,19 +67,19 @@ def test_relaxed_it_is_pots():
 
 def test_clouds_are_their_matrix_and_sets_of_weights_are_solved_at_once():
     A, x, M = bumps()
-    weights = rand(4, 3, seed=5)
+    weights = rand(4, 3, seed=5) + 0.1
     together = barycenter(SqEuclidean(x, x), EPS, A, weights, tol=1e-10)
-    assert together.weights.shape == (4, 40) and together.converged.shape == (4,) and together.converged.all()
+    assert together.weights.shape == (4, 30) and together.converged.shape == (4,) and together.converged.all()
     for w, found in zip(weights, together.weights, strict=True):
         close(found, barycenter(M, EPS, A, w, tol=1e-10).weights, rtol=0, atol=1e-9)
 
 
 def test_supports_may_differ():
-    """From 40 points to 7, and a cost of each measure's own."""
+    """From 30 points to 7, and a cost of each measure's own."""
     A, x, _ = bumps()
     y = torch.linspace(0, 1, 7, dtype=torch.float64).unsqueeze(-1)
     found = barycenter(SqEuclidean(x, y), 0.01, A)
-    own = barycenter(SqEuclidean(x, y).dense().expand(3, 40, 7).contiguous(), 0.01, A)
+    own = barycenter(SqEuclidean(x, y).dense().expand(3, 30, 7).contiguous(), 0.01, A)
     assert found.weights.shape == (7,)
     close(found.weights, own.weights, rtol=0, atol=1e-12)
 
@@ -100,8 +102,10 @@ def test_float32_and_weights_of_zero():
     close(found.weights, exact.weights, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("grad", ["implicit", "unroll"])
-@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize(
+    "grad, debiased",
+    [("implicit", False), ("unroll", False), ("unroll", True), pytest.param("implicit", True, marks=pytest.mark.slow)],
+)
 def test_derivatives(grad, debiased):
     x = 3 * torch.linspace(0, 1, 5, dtype=torch.float64)
     inputs = leaves(rand(3, 5) + 0.1, (x - x.unsqueeze(-1)).square(), W)
@@ -212,16 +216,23 @@ def test_bad_clouds_are_named(options, words):
 # POT's names.
 
 
-@pytest.mark.parametrize("name", ["barycenter", "barycenter_sinkhorn", "barycenter_stabilized", "barycenter_debiased"])
+@functools.cache
+def theirs(debiased):
+    A, _, M = bumps(25)
+    function = ot.bregman.barycenter_debiased if debiased else ot.bregman.barycenter
+    return pots(function, A, M, EPS, weights=W, method="sinkhorn_log")
+
+
+@pytest.mark.parametrize(
+    "name", ["barycenter", "barycenter_sinkhorn", "barycenter_stabilized", pytest.param("barycenter_debiased", marks=pytest.mark.slow)]
+)
 def test_pots_names(name):
-    A, _, M = bumps(30)
-    function = ot.bregman.barycenter_debiased if "debiased" in name else ot.bregman.barycenter
-    theirs = pots(function, A, M, 1e-3, weights=W, method="sinkhorn_log")
+    A, _, M = bumps(25)
     ours, log = getattr(gpu_ot.pot.bregman, name)(
-        A.mT.numpy(), M.numpy(), 1e-3, weights=W.numpy(), stopThr=1e-9, numItermax=5000, log=True, warn=False
+        A.mT.numpy(), M.numpy(), EPS, weights=W.numpy(), stopThr=1e-9, numItermax=5000, log=True, warn=False
     )
     assert isinstance(ours, np.ndarray) and {"err", "niter", "status"} <= log.keys()
-    close(ours, theirs, rtol=0, atol=1e-6)
+    close(ours, theirs("debiased" in name), rtol=0, atol=2e-6 if "debiased" in name else 1e-8)
 
 
 def test_pots_names_of_relaxed_marginals():
@@ -237,13 +248,17 @@ def pictures():
     return A / A.sum((-1, -2), keepdim=True)
 
 
-@pytest.mark.parametrize("name", ["convolutional_barycenter2d", "convolutional_barycenter2d_debiased"])
-@pytest.mark.parametrize("reg", [4e-3, 8e-2])
+@pytest.mark.parametrize(
+    "name, reg",
+    [
+        ("convolutional_barycenter2d", 8e-3),
+        ("convolutional_barycenter2d", 8e-2),
+        pytest.param("convolutional_barycenter2d_debiased", 4e-3, marks=pytest.mark.slow),  # of a larger reg neither library converges
+    ],
+)
 def test_pots_names_of_images(name, reg):
     A = pictures().numpy()
     deb = "debiased" in name
-    if deb and reg > 0.01:
-        pytest.skip("neither library converges: so blurred an image cannot be sharpened")
     options = dict(stopThr=1e-9, numItermax=3000, warn=False)
     theirs = getattr(ot.bregman, name)(A, reg, method="sinkhorn_log", **options)
     ours = getattr(gpu_ot.pot.bregman, name)(A, reg, **options)

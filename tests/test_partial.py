@@ -19,7 +19,7 @@ def partial_problem(n=13, m=17, eps=0.05, fraction=0.5, *, ratio=1.0, **options)
     return Problem(M, eps, a, b, mass=fraction * torch.minimum(a.sum(), b.sum()), **options)
 
 
-def pot(problem, mass, iterations=4000):
+def pot(problem, mass, iterations=1500):
     """POT's plan; its entropy has no weights in it, so they go into the costs."""
     a, b, eps = problem.a, problem.b, problem.eps
     C = problem.cost.dense() - eps * (a.log().unsqueeze(-1) + b.log())
@@ -38,8 +38,7 @@ def test_the_mass_moves_within_the_bounds(fraction, ratio, accelerate):
     assert (P.sum(-1) <= problem.a + 1e-15).all() and (P.sum(-2) <= problem.b + 1e-10).all()
 
 
-@pytest.mark.parametrize("fraction", [1e-3, 0.1, 0.5, 0.8])
-@pytest.mark.parametrize("ratio", [1.0, 0.5])
+@pytest.mark.parametrize("fraction, ratio", [(1e-3, 1.0), (0.5, 0.5), (0.8, 1.0)])
 def test_it_is_pots_plan(fraction, ratio):
     problem = partial_problem(fraction=fraction, ratio=ratio)
     close(solve(problem, tol=1e-12).plan.to_dense(), pot(problem, float(problem.mass)), rtol=0, atol=1e-9)
@@ -172,11 +171,11 @@ def test_levels_give_the_mass(mass):
 
 
 @pytest.mark.parametrize("name", ["entropic_partial_wasserstein", "entropic_partial_wasserstein_logscale"])
-@pytest.mark.parametrize("m", [None, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("m", [None, 0.1, 0.5])
 def test_pots_names_find_pots_plans(arrays, name, m):
     a, b, M = arrays(12, 15)
-    theirs = ot.partial.entropic_partial_wasserstein_logscale(*map(np.asarray, (a, b, M)), 0.05, m, numItermax=4000, log=True)
-    ours = getattr(gpu_ot.pot.partial, name)(a, b, M, 0.05, m, log=True)
+    theirs = ot.partial.entropic_partial_wasserstein_logscale(*map(np.asarray, (a, b, M)), 0.1, m, numItermax=1000, log=True)
+    ours = getattr(gpu_ot.pot.partial, name)(a, b, M, 0.1, m, log=True)
     assert type(ours[0]) is type(M) and ours[1].keys() >= theirs[1].keys()
     close(ours[0], theirs[0], rtol=0, atol=1e-8)
     close(ours[1]["partial_w_dist"], theirs[1]["partial_w_dist"], rtol=1e-6)

@@ -79,12 +79,9 @@ def solve(
 ) -> Solution:
     """The solution of POT's problem. Its entropy has no weights in it, which are upper bounds here: they go into the costs."""
     a, b = (torch.full((k,), 1 / k, dtype=M.dtype, device=M.device) if w is None else w for w, k in zip((a, b), M.shape, strict=True))
-    least = min(float(a.detach().sum()), float(b.detach().sum()))
-    if mass is not None and not 0 <= mass <= least * (1 + 1e-9):
-        rule = "greater than 0" if mass < 0 else "lower or equal than min(|a|_1, |b|_1)"
-        raise errors.ProblemError(f"Problem infeasible. Parameter m should be {rule}, {least:.6g} here, found {mass:.6g}.")
+    mass = available_mass(a, b, mass)
     C = M + reg * (log_weight(a).to(M.dtype).unsqueeze(-1) + log_weight(b).to(M.dtype))
-    problem = Problem(C, reg, a, b, mass=least if mass is None else mass)
+    problem = Problem(C, reg, a, b, mass=mass)
     unroll = needs_gradient(problem)
 
     def line(n_iter: int, error: Tensor) -> None:
@@ -94,6 +91,15 @@ def solve(
         problem, criterion=Marginal(max(tol, LEAST_TOL)), grad="unroll" if unroll else "envelope", max_iter=max(max_iter, 1),
         accelerate="none" if unroll else "mixing", on_check=line if verbose else None,
     )  # fmt: skip
+
+
+def available_mass(a: Tensor, b: Tensor, mass: float | None) -> float:
+    """The mass asked for, or all there is. Raises ProblemError in POT's words for more than that."""
+    most = min(float(a.detach().sum()), float(b.detach().sum()))
+    if mass is not None and not 0 <= mass <= most * (1 + 1e-9):
+        rule = "greater than 0" if mass < 0 else "lower or equal than min(|a|_1, |b|_1)"
+        raise errors.ProblemError(f"Problem infeasible. Parameter m should be {rule}, {most:.6g} here, found {mass:.6g}.")
+    return most if mass is None else mass
 
 
 __getattr__, __dir__ = forward(__name__, "ot.partial")
