@@ -25,7 +25,8 @@ def soft_sort(x: Tensor, dim: int = -1, *, eps: float = 1e-3, tol: float = 1e-6)
           standard deviation and a logistic function, so neither their scale nor a shift matters.
     tol   of the plan's marginals, see `solve`.
 
-    The result has the shape and type of x, and derivatives (implicit, first and second). Raises ProblemError for NaN and infinities.
+    A sweep is over the n^2 pairs of values and places. The result has the shape and type of x, and derivatives (implicit, first and
+    second). Raises ProblemError for NaN and infinities.
     Cuturi, Teboul and Vert 2019, arXiv:1905.11885.
     """
     solution, z = _placed(x, dim, eps, tol)

@@ -266,10 +266,11 @@ def test_pots_names_of_images(name, reg):
     close(ours, theirs, rtol=0, atol=1e-5 if deb else 1e-7)
 
 
+@pytest.mark.parametrize("sides", [(40,), (5, 8), (4, 2, 5)])
 @pytest.mark.parametrize("eps", [1e-4, 4e-3, 1.0])
-def test_softmins_of_images_are_those_of_their_matrix(eps):
+def test_softmins_of_images_are_those_of_their_matrix(eps, sides):
     """At eps = 1e-4 the kernel between far pixels is exp(-10^4), and products underflow."""
-    cost = Image(torch.linspace(0, 1, 5, dtype=torch.float64), torch.linspace(0, 1, 8, dtype=torch.float64))
+    cost = Image(*(torch.linspace(0, 1, k, dtype=torch.float64) for k in sides))
     h = randn(3, 40)
     h[0, 1:], h[1, ::2] = -torch.inf, -torch.inf
     close(cost.geometry(None, None).softmin(h, eps), Dense(Matrix(cost.dense())).softmin(h, eps), rtol=1e-12, atol=1e-12)

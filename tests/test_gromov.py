@@ -195,6 +195,7 @@ def test_running_out_is_a_status():
         (dict(start=torch.rand(3, 3)), "start has shape (3, 3)"),
         (dict(start=-torch.rand(4, 3)), "start must hold finite masses"),
         (dict(eps=-1.0), "eps must be a finite number > 0"),
+        (dict(eps=("std", 0.1)), "eps must be a number here"),
         (dict(grad="unroll"), "grad = 'unroll' is not known"),
         (dict(max_iter=0), "must be at least 1"),
         (dict(a=torch.ones(3)), "a has shape (3,)"),

@@ -63,6 +63,11 @@ def test_derivatives(function):
     assert gradcheck(lambda x: function(x, eps=0.1, tol=1e-11), (x,), fast_mode=True)
 
 
+def test_second_derivatives():
+    (x,) = leaves(randn(4))
+    assert torch.autograd.gradgradcheck(lambda x: soft_rank(x, eps=0.1, tol=1e-11), (x,), nondet_tol=1e-9)
+
+
 @pytest.mark.parametrize("k", [0, 3])
 def test_none_and_all_of_them(k):
     (x,) = leaves(randn(3))

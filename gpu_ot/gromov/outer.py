@@ -107,6 +107,8 @@ def gromov(
         raise errors.unknown("grad", grad, ("envelope", "implicit"))
     if loss not in LOSSES:
         raise errors.unknown("loss", loss, LOSSES)
+    if isinstance(eps, tuple):
+        raise errors.ProblemError(f"eps must be a number here, found {eps}: the costs that it would be relative to move with the plan.")
     if max_iter < 1 or inner_iter < 1:
         raise errors.ProblemError(f"max_iter and inner_iter must be at least 1, found {max_iter} and {inner_iter}.")
     alpha = (1.0 if features is None else 0.5) if alpha is None else float(alpha)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -170,20 +171,20 @@ def _run(
 
 
 class Image(Cost):
-    """Squared distances between the pixels of an image, whose sides have these coordinates: a sum over the two axes."""
+    """Squared distances between the pixels of an image, or the cells of a volume, whose sides have these coordinates: a sum over axes."""
 
     symmetric = True
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.axes = x, y
+    def __init__(self, *axes: Tensor) -> None:
+        self.axes = axes
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        return dict(zip(("x", "y"), self.axes, strict=True))
+        return {f"side {k}": z for k, z in enumerate(self.axes)}
 
     @property
     def shape(self) -> torch.Size:
-        n = len(self.axes[0]) * len(self.axes[1])
+        n = math.prod(map(len, self.axes))
         return torch.Size((n, n))
 
     @property
@@ -191,8 +192,8 @@ class Image(Cost):
         return False
 
     def dense(self) -> Tensor:
-        z = torch.cartesian_prod(*self.axes)
-        return torch.cdist(z, z).square()
+        z = torch.cartesian_prod(*self.axes).view(-1, len(self.axes))
+        return (z.unsqueeze(-2) - z).square().sum(-1)
 
     def of(self, inputs: Iterable[Tensor]) -> Image:
         return Image(*inputs)
@@ -222,10 +223,10 @@ class _Separable(Geometry):
     def softmin(self, h: Tensor, eps: float) -> Tensor:
         if self.kernels[0] != eps:
             self.kernels = eps, [(-C / eps).exp() for C in self.costs]
-        (C0, C1), (K0, K1) = self.costs, self.kernels[1]
-        z = (h / eps).unflatten(-1, (len(C0), len(C1)))
-        z = _along(_along(z, C1 / eps, K1).mT, C0 / eps, K0).mT
-        return -eps * z.flatten(-2)
+        z = (h / eps).unflatten(-1, [len(C) for C in self.costs])
+        for axis, (C, K) in enumerate(zip(self.costs, self.kernels[1], strict=True), -len(self.costs)):
+            z = _along(z.movedim(axis, -1), C / eps, K).movedim(-1, axis)
+        return -eps * z.flatten(-len(self.costs))
 
     def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
         raise NotImplementedError("images have barycentres, and no plans")
