@@ -8,6 +8,7 @@ x, y = torch.rand(200, 3), torch.rand(300, 3)
 hard = Problem(SqEuclidean(x, y), eps=0.01)  # uniform weights, both marginals exact
 relative = Problem(SqEuclidean(x, y), eps=("std", 0.05))  # 5 % of the cost's standard deviation
 relaxed = Problem(torch.rand(20, 30), eps=0.1, penalties=(KL(), KL(tau=0.5)))  # rows exact, columns at a price
+partial = Problem(SqEuclidean(x, y), eps=0.01, mass=0.8)  # 80 % of the mass moves, whichever is the cheapest to move
 
 # %% solve
 import torch
@@ -210,6 +211,91 @@ y = torch.rand(120, 2, requires_grad=True)
 term = self_term(SqEuclidean(y, y), eps=0.05)
 print(term.value, term.status)
 constant = term.detach()
+
+# %% barycenter
+import torch
+from gpu_ot import SqEuclidean, barycenter
+
+x = torch.linspace(0, 1, 60).unsqueeze(-1)
+a = torch.stack([torch.exp(-((x[:, 0] - c) ** 2) / 0.005) for c in (0.2, 0.7)])
+a = a / a.sum(-1, keepdim=True)
+between = barycenter(SqEuclidean(x, x), 0.002, a).weights  # (60,)
+path = barycenter(SqEuclidean(x, x), 0.002, a, torch.tensor([[0.8, 0.2], [0.5, 0.5], [0.2, 0.8]])).weights  # (3, 60), at once
+weights = torch.tensor([0.3, 0.7], requires_grad=True)
+barycenter(SqEuclidean(x, x), 0.002, a, weights).weights.square().sum().backward()  # weights.grad
+
+# %% free_barycenter
+import torch
+from gpu_ot import free_barycenter
+
+clouds = [torch.randn(50, 2), torch.randn(70, 2) + torch.tensor([4.0, 0.0])]
+found = free_barycenter(clouds, 0.1, start=torch.randn(30, 2))
+print(found.status, found.points.mean(0))  # about (2, 0)
+
+# %% Barycenter
+import torch
+from gpu_ot import barycenter
+
+M = torch.rand(20, 20)
+found = barycenter(M + M.T, 0.1, torch.full((2, 20), 1 / 20), max_iter=3)
+print(found.status, found.n_iter, found.weights.sum())
+
+# %% gromov
+import torch
+from gpu_ot import SqEuclidean, gromov
+
+x, y = torch.randn(80, 3), torch.randn(90, 2)
+found = gromov(SqEuclidean(x, x), SqEuclidean(y, y), eps=2.0)  # no distance matrix is formed
+P = found.plan.to_dense()  # (80, 90)
+graphs = torch.rand(16, 20, 20)
+graphs = graphs + graphs.mT
+all_at_once = gromov(graphs, graphs.flip(0), eps=0.1, tol=1e-4, max_iter=200).value  # (16,)
+
+# %% Gromov
+import torch
+from gpu_ot import gromov
+
+C, M = torch.rand(12, 12), torch.rand(12, 12)
+found = gromov(C + C.T, C + C.T, eps=0.05, features=M, alpha=0.7)
+print(found.status, found.n_iter, found.value, found.distortion)
+
+# %% assign
+import torch
+from gpu_ot import assign
+
+embeddings, prototypes = (torch.nn.functional.normalize(torch.randn(k, 16), dim=-1) for k in (256, 30))
+with torch.no_grad():
+    targets = assign(embeddings @ prototypes.T, temperature=0.05)  # (256, 30): rows sum to 1, columns to about 256 / 30
+routed = assign(torch.randn(64, 8), temperature=1.0, capacity=1.25)  # no expert gets more than 1.25 times its share
+
+# %% soft_sort
+import torch
+from gpu_ot import soft_sort
+
+x = torch.randn(5, 12, requires_grad=True)
+values = soft_sort(x, eps=1e-3)  # (5, 12), ascending
+values[:, 0].sum().backward()  # the derivative of a blurred minimum
+
+# %% soft_rank
+import torch
+from gpu_ot import soft_rank
+
+scores, truth = torch.randn(30, requires_grad=True), torch.randn(30)
+difference = soft_rank(scores) - soft_rank(truth)
+difference.square().mean().backward()  # Spearman's correlation as a loss
+
+# %% soft_quantile
+import torch
+from gpu_ot import soft_quantile
+
+residuals = torch.randn(100, requires_grad=True)
+soft_quantile(residuals.abs(), 0.5).backward()  # least median of squares, as a loss
+
+# %% soft_topk
+import torch
+from gpu_ot import soft_topk
+
+gates = soft_topk(torch.randn(8, 16), k=2)  # (8, 16): rows sum to 2
 
 # %% sorted_potentials
 import torch

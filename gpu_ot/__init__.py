@@ -1,11 +1,14 @@
 """Differentiable optimal transport that stays on the device: log-domain Sinkhorn, and in `gpu_ot.pot` a drop-in for POT."""
 
 from . import pot
+from .assign import assign
+from .barycenter import Barycenter, barycenter, free_barycenter
 from .costs import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
 from .distributed.checkpoint import Checkpoint
 from .distributed.costs import Sharded
 from .errors import BackendError, NotConverged, ProblemError, RankFailed
 from .geometry.select import explain
+from .gromov import Gromov, gromov
 from .initial import gaussian_potentials, sorted_potentials
 from .losses.divergence import Divergence, SelfTerm, divergence, self_term
 from .losses.samples import SamplesLoss
@@ -44,6 +47,7 @@ from .pot.unbalanced import (
     sinkhorn_unbalanced_translation_invariant,
 )
 from .problem import Problem
+from .soft import soft_quantile, soft_rank, soft_sort, soft_topk
 from .solution.plan import Plan
 from .solution.solution import Solution
 from .solve import solve
@@ -60,6 +64,7 @@ __all__ = [
     "TV",
     "Anneal",
     "BackendError",
+    "Barycenter",
     "Checkpoint",
     "Constant",
     "Cosine",
@@ -68,6 +73,7 @@ __all__ = [
     "Dot",
     "Euclidean",
     "Formula",
+    "Gromov",
     "Lazy",
     "Matrix",
     "NotConverged",
@@ -84,6 +90,8 @@ __all__ = [
     "SqEuclidean",
     "Status",
     "Sum",
+    "assign",
+    "barycenter",
     "bregman",
     "bregman_log_projection_batch",
     "bregman_projection_batch",
@@ -94,8 +102,10 @@ __all__ = [
     "empirical_sinkhorn2",
     "empirical_sinkhorn_divergence",
     "explain",
+    "free_barycenter",
     "gaussian_potentials",
     "greenkhorn",
+    "gromov",
     "loss_linear_batch",
     "loss_linear_samples_batch",
     "patch",
@@ -113,6 +123,10 @@ __all__ = [
     "sinkhorn_unbalanced",
     "sinkhorn_unbalanced2",
     "sinkhorn_unbalanced_translation_invariant",
+    "soft_quantile",
+    "soft_rank",
+    "soft_sort",
+    "soft_topk",
     "solve",
     "solve_batch",
     "solve_sample",

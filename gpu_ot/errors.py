@@ -110,6 +110,13 @@ def unequal_masses(mass_a: float, mass_b: float) -> UnequalMasses:
     )
 
 
+def bad_mass(found: float, most: float) -> ProblemError:
+    return ProblemError(
+        f"mass must be between 0 and the smaller of sum(a) and sum(b), {most:.6g}, found {found:.6g}: more than there is cannot move. "
+        "Pass a fraction of it, mass=0.9 * min(a.sum(), b.sum())."
+    )
+
+
 def unknown(name: str, found: object, known: Sequence[str]) -> ProblemError:
     return ProblemError(f"{name} = {found!r} is not known; choose one of {', '.join(map(repr, known))}.")
 

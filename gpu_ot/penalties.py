@@ -13,8 +13,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from .errors import ProblemError
+from .errors import ProblemError, bad_mass
 from .vectors import exp, log
+
+#: exp(-EMPTY) is 0 in float64.
+EMPTY = 1000.0
 
 
 class Penalty(Protocol):
@@ -82,6 +85,80 @@ class TV:
 
     def reward(self, f: Tensor) -> Tensor:
         return f.clamp(max=self.tau)
+
+
+@dataclass(frozen=True, eq=False)
+class AtMost:
+    """P1 <= a: what is left over costs nothing. `level` (*batch, 1) is the multiplier of the total mass, which one side's potentials carry.
+
+    The conjugate of the constraint 0 <= r <= 1 is max(., 0), so a row is clamped at the potential from which on it would give more than it
+    has. Benamou et al. 2015, arXiv:1412.5154, section 5 (partial transport).
+    """
+
+    level: Tensor | float = 0.0
+    balanced: bool = False
+
+    def damp(self, f: Tensor, eps: float) -> Tensor:
+        return _least(f, self.level)
+
+    def reward(self, f: Tensor) -> Tensor:
+        return _least(f, self.level)
+
+
+def _least(f: Tensor, level: Tensor | float) -> Tensor:
+    return torch.minimum(f, level) if isinstance(level, Tensor) else f.clamp(max=level)
+
+
+def upper_bounds(penalties: tuple[Penalty, Penalty], alone: bool) -> tuple[Penalty, Penalty]:
+    """The penalties of partial transport, in the place of the default ones. `alone`: whether no ranks share the points."""
+    if not alone or any(penalty is not BALANCED for penalty in penalties):
+        found = "penalties are given, too" if alone else "ranks share the points"
+        raise ProblemError(f"mass says how much moves, of marginals that are upper bounds, and {found}: leave one of them out.")
+    return AtMost(), AtMost()
+
+
+def available(mass: Tensor, a: Tensor, b: Tensor, mass_rtol: float) -> Tensor:
+    """(*batch,): the mass to be moved, where there is so much, without what rounding adds."""
+    most = torch.minimum(a.sum(-1), b.sum(-1))
+    wrong = ~((mass >= 0) & (mass <= most * (1 + mass_rtol)))
+    if mass.numel() and bool(wrong.any()):
+        at = int(wrong.reshape(-1).byte().argmax())
+        raise bad_mass(float(mass.reshape(-1)[at]), float(most.reshape(-1)[at]))
+    return mass - (mass - most).detach().clamp(min=0)  # the derivative in the mass stays
+
+
+def filled(s: Tensor, a: Tensor, mass: Tensor, eps: float) -> Tensor:
+    """(*batch, 1): the level lam at which rows with potentials min(s_i, lam) give `mass` (*batch, 1) in all,
+
+        sum_i a_i min(1, exp((lam - s_i) / eps)) = mass,
+
+    for softmins s (*batch, n): rows with s_i <= lam give all they have. Where all of them do, lam is the largest s_i with mass; for a mass
+    of 0 it is so low that every exponential is 0. Differentiable in s, a and mass. O(n log n).
+    """
+    with torch.no_grad():
+        present = (a > 0) & s.isfinite()
+        z, order = torch.where(present, s, math.inf).sort(-1)
+        w, low = torch.where(present, a, 0.0).gather(-1, order), z[..., :1]
+        # At lam = z_k the rows before k give all they have, and those from k on a sum of exponentials. It grows with k.
+        exponents = torch.where(z.isfinite(), (z - low) / eps, math.inf)
+        rest = (log(w) - exponents).flip(-1).logcumsumexp(-1).flip(-1)
+        given = w.cumsum(-1) - w + torch.where(w > 0, (exponents + rest).exp(), 0.0)
+        lam = torch.where((given <= mass) & (w > 0), z, -math.inf).amax(-1, keepdim=True)
+        full, low = present & (s <= lam), torch.where(low.isfinite(), low, 0.0)
+        base = torch.where(present & ~full, s, math.inf).amin(-1, keepdim=True)
+        nothing = low - EMPTY * eps
+    # At the right rows, the same in closed form.
+    partly = present & ~full
+    left = mass - torch.where(full, a, 0.0).sum(-1, keepdim=True)
+    sums = torch.where(partly, a * ((base - torch.where(partly, s, base)) / eps).exp(), 0.0).sum(-1, keepdim=True)
+    some = (sums > 0) & (left > 0)
+    level = base + eps * (torch.where(some, left, 1.0).log() - torch.where(some, sums, 1.0).log())
+    return torch.where(some, level, torch.where((mass > 0) & lam.isfinite(), lam, nothing))
+
+
+def clamped(s: Tensor, lam: Tensor) -> Tensor:
+    """min(s, lam), with the derivative of s where they are equal."""
+    return torch.where(s <= lam, s, lam)
 
 
 def best_shift(penalties: tuple[Penalty, Penalty], a: Tensor, b: Tensor, f: Tensor, g: Tensor) -> Tensor | float:

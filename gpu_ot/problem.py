@@ -14,7 +14,7 @@ from torch import Tensor
 from . import communicator, errors, transforms
 from .communicator import ALONE, COLUMNS, ROWS
 from .costs import Cost, Matrix
-from .penalties import BALANCED, KL, TV, Penalty
+from .penalties import BALANCED, KL, TV, Penalty, available, upper_bounds
 from .vectors import log, vector_dtype
 
 #: Largest relative difference between two masses that is taken for rounding: of halves, and of longer numbers.
@@ -48,6 +48,8 @@ class Problem:
     eps        > 0, in units of the cost; or relative to it, ("std", 0.05), also of its "mean", "median" or "max", see `Cost.scale`.
     a, b       weights (*batch, n) and (*batch, m), >= 0; None is uniform of mass 1. Batches broadcast.
     penalties  one for both marginals or a pair (rows, columns); the default KL() holds them exactly.
+    mass       partial transport: so much mass moves, from 0 to the smaller of sum(a) and sum(b), of which no point gives or gets more than
+               its weight, P1 <= a and P^T 1 <= b. A number, or (*batch,); it takes the place of `penalties`.
 
     eps, and tau of KL, may be tensors of one number, which then get derivatives of the value: grad="envelope".
 
@@ -66,6 +68,7 @@ class Problem:
     dtype: torch.dtype
     forbids: bool  # whether some pair has cost +inf
     learnable: Learnable
+    mass: Tensor | None  # (*batch,), in the type of the potentials
 
     def __init__(
         self,
@@ -74,17 +77,20 @@ class Problem:
         a: Tensor | None = None,
         b: Tensor | None = None,
         penalties: Penalty | tuple[Penalty, Penalty] = BALANCED,
+        mass: Tensor | float | None = None,
     ) -> None:
         bound, a, b = communicator.localize(cost if isinstance(cost, Cost) else Matrix(cost), a, b)
         pair = penalties if isinstance(penalties, tuple) else (penalties, penalties)
-        work = functools.partial(_checked, bound, eps, a, b, pair)
+        work = functools.partial(_checked, bound, eps, a, b, pair, mass)
         fields = bound.ranks.on_every_rank(work, eps=eps, penalties=pair, a=a, b=b, gradients=torch.is_grad_enabled())
         self.__dict__.update(fields)
 
     @classmethod
     def checked(cls, cost: Cost, eps: float, a: Tensor, b: Tensor) -> Problem:
         """A balanced problem whose numbers have been checked elsewhere."""
-        fields = dict(cost=cost, eps=eps, a=a, b=b, penalties=(BALANCED, BALANCED), forbids=False, learnable=Learnable(None, None, None))
+        fields = dict(
+            cost=cost, eps=eps, a=a, b=b, penalties=(BALANCED, BALANCED), forbids=False, learnable=Learnable(None, None, None), mass=None
+        )
         problem, dtype = object.__new__(cls), float_type(*cost.inputs.values())
         problem.__dict__.update(fields, given_dtype=dtype, dtype=dtype)
         return problem
@@ -162,9 +168,12 @@ def check_cost(cost: Cost) -> None:
 
 
 def _checked(
-    cost: Cost, eps: float | Tensor | tuple[str, float], a: Tensor | None, b: Tensor | None, penalties: tuple[Penalty, Penalty]
-) -> dict[str, Any]:
+    cost: Cost, eps: float | Tensor | tuple[str, float], a: Tensor | None, b: Tensor | None, penalties: tuple[Penalty, Penalty],
+    mass: Tensor | float | None,
+) -> dict[str, Any]:  # fmt: skip
     """The fields of a Problem."""
+    if mass is not None:
+        penalties = upper_bounds(penalties, cost.ranks is ALONE)
     cost, a, b = _kept(cost, a, b)
     inputs = cost.inputs
     tensors = inputs | {name: w for name, w in (("a", a), ("b", b)) if w is not None}
@@ -192,8 +201,9 @@ def _checked(
             raise errors.wrong_shape(name, w.shape, f"(*batch, {size}) to match a cost of shape ({n}, {m})")
         weights.append(w.to(wide))
     wa, wb = weights
+    moved = None if mass is None else torch.as_tensor(mass, dtype=wide, device=device)
     try:
-        batch = torch.broadcast_shapes(cost_batch, wa.shape[:-1], wb.shape[:-1])
+        batch = torch.broadcast_shapes(cost_batch, wa.shape[:-1], wb.shape[:-1], *(() if moved is None else (moved.shape,)))
     except RuntimeError:
         found = " and ".join(errors.shape(w.shape) for w in weights)
         raise errors.wrong_shape("the pair (a, b)", shape, f"batches that broadcast, found {found} beside that cost") from None
@@ -213,7 +223,12 @@ def _checked(
     if padding is not None:
         cost = Matrix(torch.where(padding, 0.0, cost.dense()))
     wb = matched(wa, wb) if balanced else wb
-    return dict(cost=cost, eps=eps_number, a=wa, b=wb, penalties=pair, given_dtype=given, dtype=dtype, forbids=forbids, learnable=learnable)
+    if moved is not None:
+        moved = available(moved.expand(batch), wa, wb, mass_rtol)
+    return dict(
+        cost=cost, eps=eps_number, a=wa, b=wb, penalties=pair, given_dtype=given, dtype=dtype, forbids=forbids, learnable=learnable,
+        mass=moved,
+    )  # fmt: skip
 
 
 def _kept(cost: Cost, *weights: Tensor | None) -> tuple[Any, ...]:

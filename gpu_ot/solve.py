@@ -15,6 +15,7 @@ from . import errors, gradients, transforms
 from .geometry.protocol import Geometry
 from .geometry.select import bind
 from .gradients import implicit
+from .penalties import AtMost
 from .problem import Problem
 from .solution import Solution
 from .solver.acceleration import Anderson
@@ -22,6 +23,7 @@ from .solver.annealing import Anneal, Constant
 from .solver.criterion import Criterion, Marginal
 from .solver.loop import iterations, sinkhorn
 from .solver.monitor import Outcome
+from .solver.partial import Partial
 from .solver.status import CONVERGED, DIVERGED, STALLED
 from .solver.step import Alternating, Start, Symmetric
 
@@ -191,6 +193,10 @@ def find(
         raise errors.ProblemError(
             'grad="unroll" differentiates plain iterations at one eps: leave `schedule` and `accelerate` out, or use grad="envelope".'
         )
+    if problem.mass is not None and grad == "implicit":
+        raise errors.ProblemError(
+            'partial transport knows no implicit derivatives: grad="envelope" has those of the value, and grad="unroll" of the plan.'
+        )
     accelerate = "none" if unrolled or after >= max_iter else accelerate
     posed, rule = problem.T if order == "columns" else problem, criterion or Marginal()
     start = start or Start(torch.zeros_like(posed.a), posed.a)
@@ -225,10 +231,15 @@ def find(
             f, g, geometry = g, f, geometry.T
         history = torch.stack(end.errors) if end.errors else end.f.new_zeros(0, *end.f.shape[:-1])
     recorded = torch.is_grad_enabled()
+    more: Tensor | float = 0.0
+    if problem.mass is not None:
+        level = torch.where(problem.a.detach() > 0, f, -torch.inf).amax(-1, keepdim=True)
+        more = (level * (problem.mass.unsqueeze(-1) - problem.a.sum(-1, keepdim=True))).squeeze(-1)
+        problem = problem.restricted(problem.cost, problem.a, problem.b, (AtMost(level), AtMost()))
 
     def value() -> Tensor:
         with torch.set_grad_enabled(recorded), torch.autocast(problem.a.device.type, enabled=False):
-            return (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g)
+            return (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g) + more
 
     return Solution(problem, geometry, value, f, g, end.status, end.converged, end.n_iter, end.n_sweeps, history)
 
@@ -244,6 +255,8 @@ def _of_nothing(problem: Problem, order: str) -> Solution:
 
 
 def _step(problem: Problem, order: str, accelerate: str, after: float = 0) -> Alternating:
+    if problem.mass is not None:  # the multiplier of the mass makes (f + c, g - c) another plan
+        return Partial(problem, problem.eps) if accelerate == "none" else Partial(problem, problem.eps, Anderson(gauge=False))
     if order == "symmetric":  # (f + c, f + c) is another plan, unlike (f + c, g - c)
         return Symmetric(problem, problem.eps, Anderson(gauge=False))
     if accelerate == "none":
@@ -258,7 +271,7 @@ def _unroll(problem: Problem, geometry: Geometry, start: Start, end: Outcome, cr
     """
     gradients.refuse_learnable(problem, "unroll")
     learnable = problem.restricted(problem.cost, problem.a, problem.b, problem.as_given[1])
-    step = Alternating(learnable, problem.eps)
+    step = _step(learnable, "rows", "none")
     state = iterations(gradients.Differentiable(geometry.entrywise), step, start, end.n_iter)
     return criterion.seen(step, state)
 
@@ -286,4 +299,5 @@ def start_rows(start: Tensor | Solution | None, problem: Problem) -> Tensor:
 def needs_gradient(problem: Problem) -> bool:
     """Whether a tensor of the problem requires a gradient here and now."""
     numbers = [z for z in problem.learnable if z is not None]
+    numbers += [] if problem.mass is None else [problem.mass]
     return torch.is_grad_enabled() and transforms.requires_grad(problem.a, problem.b, *problem.cost.inputs.values(), *numbers)

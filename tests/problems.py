@@ -70,9 +70,9 @@ def close(ours, theirs, **tolerance):
     np.testing.assert_allclose(*(np.asarray(z.detach() if isinstance(z, torch.Tensor) else z) for z in (ours, theirs)), **tolerance)
 
 
-def gradcheck(function, inputs):
+def gradcheck(function, inputs, **options):
     # BLAS sums in an order that depends on where its arguments lie in memory, so a repeated backward may differ in the last digit.
-    return torch.autograd.gradcheck(function, inputs, nondet_tol=1e-12)
+    return torch.autograd.gradcheck(function, inputs, nondet_tol=1e-12, **options)
 
 
 def numbers(*values):

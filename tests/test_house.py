@@ -35,7 +35,7 @@ FLOORS = (
     ("solver", "gradients"),
     ("solution", "distributed", "at_once"),
     ("solve",),
-    ("initial", "lerobot", "pot", "losses", "plots", "patch", "cli", "demo", "warm", "info"),
+    ("initial", "lerobot", "pot", "losses", "plots", "patch", "cli", "demo", "warm", "info", "assign", "barycenter", "gromov", "soft"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOP = len(FLOORS) - 1

@@ -29,6 +29,8 @@ class Geometry(ABC):
     stored: bool = False
     #: Whether a block of iterations is one launch: what takes one iteration at a time, such as annealing, does not pay then.
     single_launch: bool = False
+    #: Whether its softmins are torch operations that autograd records as they are.
+    native: bool = False
     #: Sweeps made beside those of the iterations, since they were last counted.
     extra_sweeps: int = 0
     #: The tensors that gradients flow to, as the backend holds them: (C,) for a matrix; alpha, beta, u and v, in this order, for a cost

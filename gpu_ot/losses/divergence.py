@@ -109,6 +109,8 @@ def divergence(
 
     Feydy et al. 2019, arXiv:1810.08278, equation (3); Séjourné et al. 2019, arXiv:1910.12958, for relaxed marginals and other masses.
     """
+    if problem.mass is not None:
+        raise ProblemError("there is no divergence of partial transport: a measure moves onto itself with all its mass. Leave mass out.")
     (eps, penalties), ranks = problem.as_given, problem.cost.ranks
     ranks.agree(backend=backend, grad=grad, tol=tol, max_iter=max_iter, accelerate=accelerate, self_a=self_a is None, self_b=self_b is None)
 

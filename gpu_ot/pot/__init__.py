@@ -2,11 +2,11 @@
 
 # ruff: noqa: F401
 
-from . import batch, bregman, solvers, unbalanced
+from . import batch, bregman, gromov, partial, solvers, unbalanced
 from .batch import dist_batch, solve_batch, solve_sample_batch
-from .bregman import sinkhorn, sinkhorn2
+from .bregman import barycenter, sinkhorn, sinkhorn2
 from .forwarding import forward
 from .solvers import dist, solve, solve_sample
-from .unbalanced import sinkhorn_unbalanced, sinkhorn_unbalanced2
+from .unbalanced import barycenter_unbalanced, sinkhorn_unbalanced, sinkhorn_unbalanced2
 
 __getattr__, __dir__ = forward(__name__, "ot")

@@ -5,14 +5,30 @@ from __future__ import annotations
 import torch
 
 from .balanced import METHODS, run, solve_balanced
+from .barycenters import (
+    barycenter,
+    barycenter_debiased,
+    barycenter_sinkhorn,
+    barycenter_stabilized,
+    convolutional_barycenter2d,
+    convolutional_barycenter2d_debiased,
+    free_support_sinkhorn_barycenter,
+)
 from .empirical import empirical_sinkhorn, empirical_sinkhorn2, empirical_sinkhorn_divergence
 from .forwarding import forward
 from .refusals import known_method
 
 __all__ = [
+    "barycenter",
+    "barycenter_debiased",
+    "barycenter_sinkhorn",
+    "barycenter_stabilized",
+    "convolutional_barycenter2d",
+    "convolutional_barycenter2d_debiased",
     "empirical_sinkhorn",
     "empirical_sinkhorn2",
     "empirical_sinkhorn_divergence",
+    "free_support_sinkhorn_barycenter",
     "greenkhorn",
     "screenkhorn",
     "sinkhorn",

@@ -8,11 +8,15 @@ from typing import Any
 from .. import errors
 from . import direct, unrolled
 from .arrays import number
+from .barycenters import barycenter_unbalanced, barycenter_unbalanced_sinkhorn, barycenter_unbalanced_stabilized
 from .forwarding import forward
 from .refusals import known_method, warn, warn_unless_converged
 from .relaxed import ELSEWHERE, METHODS, pair, run, settled_after
 
 __all__ = [
+    "barycenter_unbalanced",
+    "barycenter_unbalanced_sinkhorn",
+    "barycenter_unbalanced_stabilized",
     "sinkhorn_knopp_unbalanced",
     "sinkhorn_stabilized_unbalanced",
     "sinkhorn_unbalanced",
