@@ -1,0 +1,323 @@
+"""Costs that fold in at most three features, such as squared distances for d <= 3, by way of a mesh: O(n) a sweep, whatever n.
+
+C_ij = alpha_i + beta_j - <u_i, v_j> is |u_i - v_j|^2 / 2 beside terms of i and of j alone, so exp(-C / eps) is a Gaussian of variance eps in u.
+Points are deposited on a mesh of `per` nodes a standard deviation, the mesh is multiplied by the Gaussian along one axis after the other, and
+the result is gathered at the other points: see `compiled.mesh`.
+
+The same is true of A u and A^-T v, moved as one likes. The A here makes the covariances of both clouds one, so that mass travels as little as a
+linear change of coordinates allows: where it stays near, the mesh is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import compiled, errors
+from ..problem import Problem
+from .chunked import Chunked
+from .protocol import Geometry, pull_folded
+
+#: Nodes a standard deviation: what the error of the marginals is about for 1, and between which limits.
+ERROR, COARSEST, FINEST = 5e-3, 1.7, 6.0
+#: Tiles of a mesh at most, those near points (8 KiB each for both arrays) and all.
+MOST_TILES, MOST_PLACES = 2**18, 2**26
+#: Features at most.
+AXES = 3
+
+
+def refuse(problem: Problem) -> str | None:
+    """Why this problem cannot be taken by way of a mesh, or None."""
+    cost = problem.cost
+    if problem.a.device.type != "cpu":
+        return f"its tensors are on {problem.a.device}, and this is machine code of the CPU"
+    if not cost.folds:
+        return f"the cost is {cost.describe()}, and a mesh takes Gaussian kernels alone"
+    if len(problem.shape) > 2:
+        return "it is a batch, and a mesh serves one problem: solve them one after the other"
+    if cost.ranks.size > 1:
+        return "its points are spread over ranks"
+    if (d := features(problem)) > AXES:
+        return f"its points have {d} features, and a mesh has at most {AXES} axes"
+    return compiled.refused()
+
+
+def features(problem: Problem) -> int:
+    """Features of the folded cost, read from a single pair."""
+    folded = problem.cost.part(slice(0, 1), slice(0, 1)).fold()
+    return AXES + 1 if folded is None else folded.u.shape[-1]
+
+
+def per_of(tol: float) -> float:
+    """Nodes a standard deviation for a marginal error of `tol`: it falls as the fourth power."""
+    return min(max((ERROR / max(tol, 1e-12)) ** 0.25, COARSEST), FINEST)
+
+
+class Mesh(Geometry):
+    """`softmin` and `apply` by way of a mesh, as exact as its step allows.
+
+    The tilts of the tiles (see `compiled.mesh`) are those of the last `softmin` that was gathered there, so a result depends on the last
+    one, within the error of the mesh.
+    """
+
+    dtype = torch.float64
+
+    def __init__(self, problem: Problem, per: float) -> None:
+        folded, wide = problem.cost.fold(), problem.cost.to(torch.float64).fold()
+        assert folded is not None and wide is not None
+        self.inputs = tuple(folded)
+        self.problem, self.per = problem, per
+        self.pair = _Pair(*(z.detach().double().numpy() for z in wide), problem.a.detach().numpy(), problem.b.detach().numpy(), per)
+        self._turned = False
+
+    @property
+    def T(self) -> Mesh:
+        other = object.__new__(Mesh)
+        alpha, beta, u, v = self.inputs
+        other.__dict__.update(self.__dict__, inputs=(beta, alpha, v, u), _turned=not self._turned)
+        return other
+
+    def softmin(self, h: Tensor, eps: float) -> Tensor:
+        if h.ndim > 1:
+            return torch.stack([self.softmin(each, eps) for each in h])
+        logs, _ = self.pair.sums(h.detach().numpy(), None, eps, self._turned, learn=True)
+        return -eps * torch.from_numpy(logs)
+
+    def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
+        columns = [self._product(k, h, eps, v[..., c]) for c in range(v.shape[-1])]
+        return torch.stack(columns, -1) if columns else h.new_zeros(*k.shape, 0)
+
+    def _product(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
+        logs, sign = self.pair.sums(h.detach().numpy(), v.detach().to(h).numpy(), eps, self._turned, learn=False)
+        return torch.from_numpy(sign) * (torch.from_numpy(logs) + k / eps).exp()
+
+    def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
+        """Exact, whatever the mesh."""
+        cost = self.problem.cost.T if self._turned else self.problem.cost
+        return Chunked(cost).plan(k, h, eps)
+
+    def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
+        def products(right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            on_rows = None if right is None else self.apply(k, h, eps, right.mT).mT
+            return on_rows, None if left is None else self.T.apply(h, k, eps, left.mT).mT
+
+        return pull_folded(self.inputs, w, products)
+
+
+class _Pair:
+    """The two clouds in coordinates in which mass stays near, and their meshes at the last values of eps."""
+
+    def __init__(
+        self, alpha: np.ndarray, beta: np.ndarray, u: np.ndarray, v: np.ndarray, a: np.ndarray, b: np.ndarray, per: float
+    ) -> None:
+        p, q = np.average(u, 0, a), np.average(v, 0, b)
+        A = _common(_covariance(u - p, a), _covariance(v - q, b))
+        x, y = (u - p) @ A, (v - q) @ np.linalg.inv(A)  # A is symmetric
+        # <u, v> = <x, y> + <p, v> + <q, u> - <p, q>
+        self.shifts = alpha - u @ q + p @ q - (x * x).sum(-1) / 2, beta - v @ p - (y * y).sum(-1) / 2
+        self.points = _padded(x), _padded(y)
+        self.per, self.kept = per, {}
+
+    def sums(self, h: np.ndarray, v: np.ndarray | None, eps: float, turned: bool, *, learn: bool) -> tuple[np.ndarray, np.ndarray]:
+        """log |sum_j exp((h_j - C_ij) / eps) v_j| and its sign, at the rows, or, turned, at the columns."""
+        own, other = self.shifts[::-1] if turned else self.shifts
+        logs, sign = self._level(eps).sums((h - other) / eps, v, turned, learn)
+        return logs - own / eps, sign
+
+    def _level(self, eps: float) -> _Level:
+        level = self.kept.get(eps)
+        if level is None:
+            last = next(reversed(self.kept.values()), None)
+            level = _Level(self.points, math.sqrt(eps) / self.per, self.per, last)
+            self.kept = {**dict(list(self.kept.items())[-1:]), eps: level}
+        return level
+
+
+class _Route(NamedTuple):
+    """From one cloud to the other: the stages before and after each product."""
+
+    source: Any
+    target: Any
+    stages: tuple[Any, ...]
+
+
+class _Level:
+    """Both clouds on one mesh of a given step, for one eps."""
+
+    def __init__(self, points: tuple[np.ndarray, np.ndarray], step: float, per: float, last: _Level | None) -> None:
+        from ..compiled import mesh
+
+        self.step = step
+        low, high = (extreme((points[0].min(0), points[1].min(0)), 0) for extreme in (np.minimum.reduce, np.maximum.reduce))
+        low, high = np.minimum(points[0].min(0), points[1].min(0)), np.maximum(points[0].max(0), points[1].max(0))
+        origin = low / step - mesh.TILE
+        size = (high / step - origin) // mesh.TILE + 2
+        if not size.prod() <= MOST_PLACES:
+            raise errors.backend_refused("mesh", _too_fine(size))
+        self.shape = size.astype(np.int64)
+        self.clouds = tuple(self._cloud(z / step - origin) for z in points)
+        if last is not None:
+            for mine, theirs in zip(self.clouds, last.clouds, strict=True):
+                _hand_down(mine, theirs, step / last.step)
+        near = [self._near(cloud) for cloud in self.clouds]
+        maps = [_stages(near[1 - side], near[side]) for side in (0, 1)]
+        most = max(int(each.sum()) for stage in maps for each in stage)
+        if most > MOST_TILES:
+            raise errors.backend_refused("mesh", _too_fine(self.shape))
+        arrays = [np.empty((most, mesh.TILE**3)) for _ in range(2)]
+        self.routes = tuple(
+            _Route(self.clouds[1 - side], self.clouds[side], tuple(_stage(z, arrays[k % 2]) for k, z in enumerate(maps[side]))) for side in (0, 1)
+        )
+        variance = per**2 - 2 * mesh.BETA
+        self.constant, self.ratio = 1.5 * math.log(per**2 / variance), (per**2 - mesh.BETA) / per**2
+        self.blocks = [_blocks(int(T), variance) for T in self.shape]
+
+    def sums(self, h: np.ndarray, v: np.ndarray | None, turned: bool, learn: bool) -> tuple[np.ndarray, np.ndarray]:
+        from ..compiled import mesh
+
+        source, target, stages = self.routes[turned]
+        first, last = stages[0], stages[-1]
+        first.logs[:] = -np.inf
+        sign = np.ones(len(h)) if v is None else v[source.order]
+        h = h[source.order]
+        if v is not None:  # an atom whose factor is 0 is absent, and nothing bounds its exponent
+            h = np.where(sign == 0, -np.inf, h)
+        for colour in range(3):  # of planes of tiles, whose windows do not meet
+            planes = [each for each in _planes(source) if each[2] % 3 == colour]
+            _each([(low, high) for low, high, _ in planes], mesh.deposit, source, h, sign, first)
+        _each(_shares(len(first.slots)), mesh.normalise, first)
+        for axis in range(3):
+            after = stages[axis + 1]
+            _each(_shares(len(after.slots)), mesh.convolve, axis, *self.blocks[axis], stages[axis], after)
+        logs, sign = np.empty(len(target.order)), np.empty(len(target.order))
+        _each(_shares(len(target.tiles)), mesh.gather, target, last, self.ratio, learn, logs, sign)
+        found, signs = np.empty_like(logs), np.empty_like(sign)
+        found[target.order], signs[target.order] = logs + self.constant, sign
+        return found, signs
+
+    def _cloud(self, points: np.ndarray) -> Any:
+        from ..compiled import mesh
+
+        order, counts = np.empty(len(points), np.int64), np.empty(int(self.shape.prod()) + 1, np.int64)
+        mesh.sort_points(points, self.shape, order, counts)
+        held = np.flatnonzero(np.diff(counts))
+        starts = np.append(counts[held], len(points))
+        tiles = np.stack(np.unravel_index(held, self.shape), -1).astype(np.int64)
+        points = np.ascontiguousarray(points[order])
+        centres = np.add.reduceat(points, starts[:-1], 0) / np.diff(starts)[:, None]
+        return mesh.Cloud(points, order, starts, tiles, centres, np.zeros_like(centres))
+
+    def _near(self, cloud: Any) -> np.ndarray:
+        """The tiles that its points may reach, a flag each."""
+        near = np.zeros(self.shape, bool)
+        near[tuple(cloud.tiles.T)] = True
+        for axis in range(3):
+            z = np.moveaxis(near, axis, 0)
+            wide = z.copy()
+            wide[1:] |= z[:-1]
+            wide[:-1] |= z[1:]
+            near = np.moveaxis(wide, 0, axis)
+        return near
+
+
+def _stages(source: np.ndarray, target: np.ndarray) -> list[np.ndarray]:
+    """Where the mesh is needed before and after each product, on the way from some tiles to others."""
+    first = target.any((1, 2))[:, None, None] & source.any(0)[None]
+    second = target.any(2)[:, :, None] & source.any((0, 1))[None, None]
+    return [source, first, second, target]
+
+
+def _stage(there: np.ndarray, values: np.ndarray) -> Any:
+    from ..compiled import mesh
+
+    slots = np.argwhere(there)
+    index = np.full(there.shape, -1, np.int64)
+    index[tuple(slots.T)] = np.arange(len(slots))
+    return mesh.Stage(index, np.ascontiguousarray(slots), values, np.full(len(slots), -np.inf))
+
+
+def _blocks(T: int, variance: float) -> tuple[np.ndarray, np.ndarray]:
+    """exp(-k^2 / 2 variance) between the nodes of two tiles, for each distance of tiles: [distance + T - 1, from, to], of largest entry 1, and
+    the logarithms taken off."""
+    from ..compiled.mesh import TILE
+
+    nodes, apart = np.arange(TILE), np.arange(1 - T, T)
+    exponents = -((apart[:, None, None] * TILE + nodes[None, None, :] - nodes[None, :, None]) ** 2) / (2 * variance)
+    tops = exponents.max((1, 2))
+    return np.exp(exponents - tops[:, None, None]), tops
+
+
+def _hand_down(mine: Any, theirs: Any, ratio: float) -> None:
+    """The tilts of another mesh: each tile takes that of its first point, whose slope a node changes with the step squared over eps."""
+    tile_of = np.empty(len(theirs.order), np.int64)
+    tile_of[theirs.order] = np.repeat(np.arange(len(theirs.tiles)), np.diff(theirs.starts))
+    # The displacement z stays: a slope is z h / eps, and eps goes with h^2.
+    mine.tilts[:] = theirs.tilts[tile_of[mine.order[mine.starts[:-1]]]] / ratio
+    np.clip(mine.tilts, -12.0, 12.0, out=mine.tilts)
+
+
+def _planes(cloud: Any) -> list[tuple[int, int, int]]:
+    """(first tile, last tile + 1, plane) of the tiles with one first coordinate."""
+    planes = cloud.tiles[:, 0]
+    cuts = np.flatnonzero(np.diff(planes)) + 1
+    ends = [0, *cuts.tolist(), len(planes)]
+    return [(low, high, int(planes[low])) for low, high in zip(ends, ends[1:])]
+
+
+def _shares(count: int) -> list[tuple[int, int]]:
+    """Parts of a range, more than there are threads, so that all end together."""
+    parts = min(count, 8 * torch.get_num_threads())
+    cuts = [count * k // parts for k in range(parts + 1)] if parts else [0]
+    return list(zip(cuts, cuts[1:]))
+
+
+def _each(ranges: list[tuple[int, int]], work: Callable[..., None], *arguments: Any) -> None:
+    """work(low, high, *arguments) of each range, on all cores."""
+    threads = min(torch.get_num_threads(), len(ranges))
+    if threads <= 1:
+        for low, high in ranges:
+            work(low, high, *arguments)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, low, high, *arguments) for low, high in ranges]:
+            done.result()
+
+
+def _covariance(z: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return (z * (w / w.sum())[:, None]).T @ z
+
+
+def _common(S: np.ndarray, R: np.ndarray) -> np.ndarray:
+    """The symmetric A with A S A = A^-1 R A^-1: A^2 is the linear map that moves a Gaussian of covariance S onto one of R. Held to a factor
+    of 4, and the identity where a cloud is flat."""
+    d = len(S)
+    size = (np.trace(S) + np.trace(R)) / d
+    if not size > 0:
+        return np.eye(d)
+    ridge = 1e-6 * size * np.eye(d)
+    root, back = _power(S + ridge, 0.5), _power(S + ridge, -0.5)
+    M = back @ _power(root @ (R + ridge) @ root, 0.5) @ back
+    return _power((M + M.T) / 2, 0.5, 4.0)
+
+
+def _power(S: np.ndarray, p: float, limit: float = math.inf) -> np.ndarray:
+    w, V = np.linalg.eigh((S + S.T) / 2)
+    return (V * np.clip(np.maximum(w, 1e-300) ** p, 1 / limit, limit)) @ V.T
+
+
+def _padded(z: np.ndarray) -> np.ndarray:
+    """Points with three coordinates: those that are missing are 0."""
+    return np.ascontiguousarray(np.concatenate((z, np.zeros((len(z), AXES - z.shape[1]))), 1))
+
+
+def _too_fine(size: np.ndarray) -> str:
+    return (
+        f"eps is so small beside the extent of the clouds that its mesh has {' x '.join(f'{8 * z:.0f}' for z in size)} nodes: take away points "
+        'far from all others, raise eps, or use backend="multiscale"'
+    )
