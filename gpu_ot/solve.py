@@ -6,6 +6,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
@@ -17,12 +18,13 @@ from .geometry.select import bind
 from .gradients import implicit
 from .problem import Problem
 from .solution import Solution
+from .solution.measured import measure
 from .solver.acceleration import Anderson
 from .solver.annealing import Anneal, Constant
 from .solver.criterion import Criterion, Marginal
 from .solver.loop import iterations, sinkhorn
 from .solver.monitor import Outcome
-from .solver.status import CONVERGED, DIVERGED, STALLED
+from .solver.status import CONVERGED, DIVERGED, STALLED, inexact
 from .solver.step import Alternating, Start, Symmetric
 
 if TYPE_CHECKING:
@@ -197,12 +199,15 @@ def find(
     every = check_every or (1 if accelerate != "none" and problem.a.device.type == "cpu" else 10)
 
     def search(problem: Problem) -> tuple[Geometry, Outcome]:
-        geometry, at = bind(problem, backend, precision), start.numbers()
+        geometry, at = bind(problem, backend, precision, _tol_of(rule) if grad == "envelope" else None), start.numbers()
         run: dict[str, Any] = dict(check_every=every, on_check=on_check, keep=keep, leap=leap)
         auto = accelerate == "auto" and schedule is None and order != "symmetric" and not geometry.single_launch
         step = _step(problem, order, accelerate, after)
         with torch.no_grad():
-            outcome = sinkhorn(geometry, step, rule, at, max_iter=max_iter, schedule=schedule, auto=auto, **run)
+            own_rule = _stricter(rule) if geometry.approximate else rule
+            outcome = sinkhorn(geometry, step, own_rule, at, max_iter=max_iter, schedule=schedule, auto=auto, **run)
+            if geometry.approximate:
+                return _measured(problem, geometry, step, own_rule, rule.tol, outcome, max_iter, run)
         exact = geometry.exact  # bound with gradients on: they reach the cost through it
         if exact is geometry:
             return geometry, outcome
@@ -223,6 +228,7 @@ def find(
             f, g = implicit.potentials(posed, geometry, f, g, caution=_caution(end))
         if order == "columns":
             f, g, geometry = g, f, geometry.T
+            end.measured = end.measured and end.measured.T
         history = torch.stack(end.errors) if end.errors else end.f.new_zeros(0, *end.f.shape[:-1])
     recorded = torch.is_grad_enabled()
 
@@ -230,7 +236,33 @@ def find(
         with torch.set_grad_enabled(recorded), torch.autocast(problem.a.device.type, enabled=False):
             return (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g)
 
-    return Solution(problem, geometry, value, f, g, end.status, end.converged, end.n_iter, end.n_sweeps, history)
+    return Solution(problem, geometry, value, f, g, end.status, end.converged, end.n_iter, end.n_sweeps, history, end.measured)
+
+
+def _tol_of(rule: Criterion) -> float | None:
+    """The tolerance, where it is an L1 error of the marginals as a part of the mass."""
+    return rule.tol if isinstance(rule, Marginal) and rule.norm == "l1" and rule.tol > 0 else None
+
+
+def _stricter(rule: Criterion) -> Criterion:
+    """Half of the tolerance, so that the other half is left for the error of the sums."""
+    return rule if _tol_of(rule) is None else replace(rule, tol=rule.tol / 2)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _measured(
+    problem: Problem, geometry: Geometry, step: Alternating, rule: Criterion, tol: float, end: Outcome, max_iter: int, run: dict[str, Any]
+) -> tuple[Geometry, Outcome]:
+    """The end of a loop on sums that are not exact, measured by those that are; on finer ones where the error asks for it."""
+    end.measured = measure(problem, end.f, end.g)
+    while tol > 0 and end.status is CONVERGED and not end.measured.bound <= tol and (finer := geometry.finer) is not None:
+        geometry, before = finer, end
+        left = max(max_iter - before.n_iter, 1)
+        end = sinkhorn(geometry, step, rule, Start(before.f, problem.a.detach()), max_iter=left, **run)
+        end.n_iter, end.n_sweeps, end.errors = end.n_iter + before.n_iter, end.n_sweeps + before.n_sweeps, before.errors + end.errors
+        end.measured = measure(problem, end.f, end.g)
+    if tol > 0 and end.status is CONVERGED and not end.measured.bound <= tol:
+        end.status, end.converged = inexact(str(end.measured), tol), torch.zeros_like(end.converged)
+    return geometry, end
 
 
 def _of_nothing(problem: Problem, order: str) -> Solution:

@@ -41,8 +41,6 @@ def refuse(problem: Problem) -> str | None:
         return f"the cost is {cost.describe()}, and a mesh takes Gaussian kernels alone"
     if len(problem.shape) > 2:
         return "it is a batch, and a mesh serves one problem: solve them one after the other"
-    if cost.ranks.size > 1:
-        return "its points are spread over ranks"
     if (d := features(problem)) > AXES:
         return f"its points have {d} features, and a mesh has at most {AXES} axes"
     return compiled.refused()
@@ -67,6 +65,7 @@ class Mesh(Geometry):
     """
 
     dtype = torch.float64
+    approximate = True
 
     def __init__(self, problem: Problem, per: float) -> None:
         folded, wide = problem.cost.fold(), problem.cost.to(torch.float64).fold()
@@ -82,6 +81,10 @@ class Mesh(Geometry):
         alpha, beta, u, v = self.inputs
         other.__dict__.update(self.__dict__, inputs=(beta, alpha, v, u), _turned=not self._turned)
         return other
+
+    @property
+    def finer(self) -> Mesh | None:
+        return Mesh(self.problem, min(1.5 * self.per, FINEST)) if self.per < FINEST else None
 
     def softmin(self, h: Tensor, eps: float) -> Tensor:
         if h.ndim > 1:
@@ -321,3 +324,24 @@ def _too_fine(size: np.ndarray) -> str:
         f"eps is so small beside the extent of the clouds that its mesh has {' x '.join(f'{8 * z:.0f}' for z in size)} nodes: take away points "
         'far from all others, raise eps, or use backend="multiscale"'
     )
+
+
+def bind(problem: Problem, tol: float | None = None) -> Mesh:
+    """The problem on a mesh that is as fine as a marginal error of `tol` needs; as fine as there is, without."""
+    return Mesh(problem, FINEST if tol is None else per_of(tol / 2))
+
+
+def memory(problem: Problem) -> int:
+    """Bytes of both clouds with what is kept beside them, and of the mesh at eps."""
+    n, m = problem.shape[-2:]
+    return 200 * (n + m) + 2 * 8 * 512 * math.ceil(tiles(problem, COARSEST))
+
+
+def tiles(problem: Problem, per: float) -> float:
+    """Tiles of the mesh at eps, about: those of the box of both clouds, in the clouds' own coordinates."""
+    folded = problem.cost.fold()
+    assert folded is not None
+    with torch.no_grad():
+        both = torch.cat((folded.u, folded.v), -2)
+        extent = (both.amax(-2) - both.amin(-2)).double() * per / math.sqrt(problem.eps) / 8
+    return float((extent + 2).prod()) * 2.0 ** (AXES - both.shape[-1])

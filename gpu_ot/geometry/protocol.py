@@ -29,6 +29,8 @@ class Geometry(ABC):
     stored: bool = False
     #: Whether a block of iterations is one launch: what takes one iteration at a time, such as annealing, does not pay then.
     single_launch: bool = False
+    #: Whether its sums have an error beyond rounding, which is then measured once the loop has ended.
+    approximate: bool = False
     #: Sweeps made beside those of the iterations, since they were last counted.
     extra_sweeps: int = 0
     #: The tensors that gradients flow to, as the backend holds them: (C,) for a matrix; alpha, beta, u and v, in this order, for a cost
@@ -50,6 +52,11 @@ class Geometry(ABC):
     def exact(self) -> Geometry:
         """The same cost without the rounding that this backend was allowed; itself, where it was allowed none."""
         return self
+
+    @property
+    def finer(self) -> Geometry | None:
+        """Of an approximate backend one that is more exact, None where there is none."""
+        return None
 
     @abstractmethod
     def softmin(self, h: Tensor, eps: float) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Outcome:
     n_iter: int
     n_sweeps: int
     errors: list[Tensor] = field(default_factory=list)
+    measured: Any = None  # by exact sums, of a backend that is not exact
 
 
 class Monitor:
