@@ -1,7 +1,7 @@
 """Differentiable optimal transport that stays on the device: log-domain Sinkhorn, and in `gpu_ot.pot` a drop-in for POT."""
 
 from . import pot
-from .costs import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
+from .costs import Cosine, Cost, Dot, Euclidean, Formula, Grid, Lazy, Matrix, SqEuclidean, Sum
 from .distributed.checkpoint import Checkpoint
 from .distributed.costs import Sharded
 from .errors import BackendError, NotConverged, ProblemError, RankFailed
@@ -68,6 +68,7 @@ __all__ = [
     "Dot",
     "Euclidean",
     "Formula",
+    "Grid",
     "Lazy",
     "Matrix",
     "NotConverged",

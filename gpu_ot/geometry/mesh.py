@@ -68,11 +68,10 @@ class Mesh(Geometry):
     approximate = True
 
     def __init__(self, problem: Problem, per: float) -> None:
-        folded, wide = problem.cost.fold(), problem.cost.to(torch.float64).fold()
-        assert folded is not None and wide is not None
+        folded = problem.cost.fold()
+        assert folded is not None
         self.inputs = tuple(folded)
-        self.problem, self.per = problem, per
-        self.pair = _Pair(*(z.detach().double().numpy() for z in wide), problem.a.detach().numpy(), problem.b.detach().numpy(), per)
+        self.problem, self.per, self.pair = problem, per, Pair.of(problem, per)
         self._turned = False
 
     @property
@@ -113,7 +112,7 @@ class Mesh(Geometry):
         return pull_folded(self.inputs, w, products)
 
 
-class _Pair:
+class Pair:
     """The two clouds in coordinates in which mass stays near, and their meshes at the last values of eps."""
 
     def __init__(
@@ -126,6 +125,13 @@ class _Pair:
         self.shifts = alpha - u @ q + p @ q - (x * x).sum(-1) / 2, beta - v @ p - (y * y).sum(-1) / 2
         self.points = _padded(x), _padded(y)
         self.per, self.kept = per, {}
+
+    @classmethod
+    def of(cls, problem: Problem, per: float) -> Pair:
+        """Of a cost that folds, in float64: |x|^2 of float32 points is then exact."""
+        wide = problem.cost.to(torch.float64).fold()
+        assert wide is not None
+        return cls(*(z.detach().numpy() for z in wide), problem.a.detach().numpy(), problem.b.detach().numpy(), per)
 
     def sums(self, h: np.ndarray, v: np.ndarray | None, eps: float, turned: bool, *, learn: bool) -> tuple[np.ndarray, np.ndarray]:
         """log |sum_j exp((h_j - C_ij) / eps) v_j| and its sign, at the rows, or, turned, at the columns."""
@@ -157,7 +163,6 @@ class _Level:
         from ..compiled import mesh
 
         self.step = step
-        low, high = (extreme((points[0].min(0), points[1].min(0)), 0) for extreme in (np.minimum.reduce, np.maximum.reduce))
         low, high = np.minimum(points[0].min(0), points[1].min(0)), np.maximum(points[0].max(0), points[1].max(0))
         origin = low / step - mesh.TILE
         size = (high / step - origin) // mesh.TILE + 2
@@ -193,13 +198,13 @@ class _Level:
             h = np.where(sign == 0, -np.inf, h)
         for colour in range(3):  # of planes of tiles, whose windows do not meet
             planes = [each for each in _planes(source) if each[2] % 3 == colour]
-            _each([(low, high) for low, high, _ in planes], mesh.deposit, source, h, sign, first)
-        _each(_shares(len(first.slots)), mesh.normalise, first)
+            each([(low, high) for low, high, _ in planes], mesh.deposit, source, h, sign, first)
+        each(shares(len(first.slots)), mesh.normalise, first)
         for axis in range(3):
             after = stages[axis + 1]
-            _each(_shares(len(after.slots)), mesh.convolve, axis, *self.blocks[axis], stages[axis], after)
+            each(shares(len(after.slots)), mesh.convolve, axis, *self.blocks[axis], stages[axis], after)
         logs, sign = np.empty(len(target.order)), np.empty(len(target.order))
-        _each(_shares(len(target.tiles)), mesh.gather, target, last, self.ratio, learn, logs, sign)
+        each(shares(len(target.tiles)), mesh.gather, target, last, self.ratio, learn, logs, sign)
         found, signs = np.empty_like(logs), np.empty_like(sign)
         found[target.order], signs[target.order] = logs + self.constant, sign
         return found, signs
@@ -273,14 +278,14 @@ def _planes(cloud: Any) -> list[tuple[int, int, int]]:
     return [(low, high, int(planes[low])) for low, high in zip(ends, ends[1:])]
 
 
-def _shares(count: int) -> list[tuple[int, int]]:
+def shares(count: int) -> list[tuple[int, int]]:
     """Parts of a range, more than there are threads, so that all end together."""
     parts = min(count, 8 * torch.get_num_threads())
     cuts = [count * k // parts for k in range(parts + 1)] if parts else [0]
     return list(zip(cuts, cuts[1:]))
 
 
-def _each(ranges: list[tuple[int, int]], work: Callable[..., None], *arguments: Any) -> None:
+def each(ranges: list[tuple[int, int]], work: Callable[..., None], *arguments: Any) -> None:
     """work(low, high, *arguments) of each range, on all cores."""
     threads = min(torch.get_num_threads(), len(ranges))
     if threads <= 1:

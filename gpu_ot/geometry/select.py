@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .. import errors
 from ..communicator import ALONE
 from ..problem import Problem, vector_dtype
-from . import chunked, keops, mesh, triton
+from . import chunked, grid, keops, mesh, multiscale, triton
 from .absorbed import Absorbed
 from .compiled import Compiled
 from .dense import Dense
@@ -78,7 +78,9 @@ BACKENDS = {
     "chunked": Backend(
         chunked.refuse, lambda problem: chunked.Chunked(problem.cost), lambda problem: 3 * _cloud_bytes(problem) + _block_bytes(problem)
     ),
+    "grid": Backend(grid.refuse, lambda problem: grid.OnGrid(problem.cost), grid.memory),
     "mesh": Backend(mesh.refuse, mesh.bind, mesh.memory),
+    "multiscale": Backend(multiscale.refuse, multiscale.bind, multiscale.memory),
     "keops": Backend(keops.refuse, lambda problem: keops.Keops(problem.cost), lambda problem: 2 * _cloud_bytes(problem)),
     "softmin": Backend(lambda problem: None, lambda problem: Dense(problem.cost), _matrix_bytes),
 }
@@ -158,13 +160,13 @@ def bind(problem: Problem, backend: str = "auto", precision: str = "fp32", tol: 
         raise errors.backend_refused(backend, why)
     if precision not in PRECISIONS:
         raise errors.unknown("precision", precision, PRECISIONS)
-    if backend == "mesh" and ranks is not ALONE:
-        raise errors.backend_refused(backend, "ranks share its points, and a mesh holds all of them")
+    if backend in ("mesh", "multiscale") and ranks is not ALONE:
+        raise errors.backend_refused(backend, "ranks share its points, and it needs all of them")
     bind_piece = BACKENDS[backend].bind
     if backend == "triton":
         bind_piece = functools.partial(triton.Streaming, precision=precision)
-    elif backend == "mesh":
-        bind_piece = functools.partial(mesh.bind, tol=tol)
+    elif backend in ("mesh", "multiscale"):
+        bind_piece = functools.partial(BACKENDS[backend].bind, tol=tol)  # pyright: ignore[reportCallIssue]
     return ranks.bind(problem, lambda piece: piece.cost.geometry(piece, bind_piece))
 
 
