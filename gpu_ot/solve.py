@@ -78,7 +78,8 @@ def solve(
 
     Minimises <C, P> + eps KL(P | a⊗b) plus the marginal penalties; batched over leading axes.
 
-    backend      "auto", or by name: "dense", "resident", "chunked", "keops", "triton", "softmin"; `gpu_ot.explain(problem)` says why.
+    backend      "auto", or by name: "dense", "resident", "chunked", "keops", "triton", "mesh", "multiscale", "grid", "softmin";
+                 `gpu_ot.explain(problem)` says why. "mesh" has an error of its own, which is measured: `Solution.measured`.
     grad         how the outputs depend on the inputs: "envelope" is exact for the first derivatives of `value` at convergence and costs
                  one sweep; "implicit" differentiates f and g, too, through the equations that they solve at convergence (set `tol`
                  as small as the derivatives should be exact), and again: second derivatives of `value` in all of its inputs;
@@ -206,8 +207,8 @@ def find(
         with torch.no_grad():
             own_rule = _stricter(rule) if geometry.approximate else rule
             outcome = sinkhorn(geometry, step, own_rule, at, max_iter=max_iter, schedule=schedule, auto=auto, **run)
-            if geometry.approximate:
-                return _measured(problem, geometry, step, own_rule, rule.tol, outcome, max_iter, run)
+        if geometry.approximate and geometry.exact is geometry:
+            return _measured(problem, geometry, step, own_rule, rule.tol, outcome, max_iter, run)
         exact = geometry.exact  # bound with gradients on: they reach the cost through it
         if exact is geometry:
             return geometry, outcome
@@ -254,14 +255,20 @@ def _measured(
 ) -> tuple[Geometry, Outcome]:
     """The end of a loop on sums that are not exact, measured by those that are; on finer ones where the error asks for it."""
     end.measured = measure(problem, end.f, end.g)
-    while tol > 0 and end.status is CONVERGED and not end.measured.bound <= tol and (finer := geometry.finer) is not None:
+    ended = CONVERGED, STALLED  # by the sums of the mesh, or at the floor of their own errors
+    while tol > 0 and end.status in ended and not end.measured.bound <= tol:
+        finer = geometry.finer(end.measured.bound / (tol / 2))
+        if finer is None:
+            break
         geometry, before = finer, end
         left = max(max_iter - before.n_iter, 1)
-        end = sinkhorn(geometry, step, rule, Start(before.f, problem.a.detach()), max_iter=left, **run)
+        with torch.no_grad():
+            end = sinkhorn(geometry, step, rule, Start(before.f, problem.a.detach()), max_iter=left, **run)
         end.n_iter, end.n_sweeps, end.errors = end.n_iter + before.n_iter, end.n_sweeps + before.n_sweeps, before.errors + end.errors
         end.measured = measure(problem, end.f, end.g)
-    if tol > 0 and end.status is CONVERGED and not end.measured.bound <= tol:
-        end.status, end.converged = inexact(str(end.measured), tol), torch.zeros_like(end.converged)
+    if tol > 0 and end.status in ended:
+        met = end.measured.bound <= tol
+        end.status, end.converged = CONVERGED if met else inexact(str(end.measured), tol), torch.full_like(end.converged, met)
     return geometry, end
 
 

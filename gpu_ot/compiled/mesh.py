@@ -1,12 +1,13 @@
 """Gaussian sums over points in three dimensions by way of a mesh: deposit, one product per axis, gather.
 
-The mesh is cut into tiles of TILE^3 nodes. Each holds values at most 1 and the logarithm that all of them were divided by, so nothing
+The mesh is cut into tiles of TILE^3 nodes. Each holds values of at most 1 and the logarithm of what they were divided by, so nothing
 overflows and what a sum loses is far below its last digit. Only tiles near points exist.
 
-A tile's points meet the mesh through cubic B-splines (positive, of variance BETA in nodes) tilted by exp(t (k - y)), with t the slope of the
-logarithm of what is deposited or gathered there. For Gaussians of variance v and the point moved to y - t BETA (deposit) or x + s BETA
-(gather) the result is exactly the Gaussian of variance v + BETA, wherever y and x are: the B-splines' own shape counts only for what the tilt
-has left, which at the solution is a conditional plan's width. Without tilts the error grows like the fourth power of how far mass travels.
+A tile's points meet the mesh through cubic B-splines (positive, of variance BETA in nodes) tilted by exp(t (k - y)), with t the slope of
+the logarithm of what is deposited or gathered there. For Gaussians of variance v, and the point moved to y - t BETA (deposit) or to
+x + s BETA (gather), the result is the Gaussian of variance v + BETA, wherever x and y are: the splines' own shape counts only for what
+the tilt has left, which at the solution is the width of a conditional plan. Without tilts the error grows like the fourth power of how
+far mass travels.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Cloud(NamedTuple):
 class Stage(NamedTuple):
     """The values of a mesh at the tiles of `slots`."""
 
-    index: np.ndarray  # (T0, T1, T2), the slot of each tile, -1 for none
+    slot_of: np.ndarray  # (T0, T1, T2), the slot of each tile, -1 for none
     slots: np.ndarray  # (s, 3)
     values: np.ndarray  # (s, TILE^3)
     logs: np.ndarray  # (s,)
@@ -68,7 +69,7 @@ def sort_points(points, shape, order, counts):
 @compiled
 def _window_start(tile, shift):
     """The first node of the window of a tile whose points are moved by `shift`."""
-    return tile * TILE + int(math.floor(shift)) - 1
+    return tile * TILE + math.floor(shift) - 1
 
 
 @compiled
@@ -108,7 +109,7 @@ def deposit(low, high, cloud, h, sign, stage):
                 continue
             e = exp64(z) * sign[j]
             q0, q1, q2 = y[0] - s[0] * BETA - start[0], y[1] - s[1] * BETA - start[1], y[2] - s[2] * BETA - start[2]
-            i0, i1, i2 = int(q0), int(q1), int(q2)
+            i0, i1, i2 = min(int(q0), WINDOW - 3), min(int(q1), WINDOW - 3), min(int(q2), WINDOW - 3)
             _splines(q0 - i0, wx)
             _splines(q1 - i1, wy)
             _splines(q2 - i2, wz)
@@ -135,7 +136,7 @@ def _add_window(buffer, start, s, c, level, grow, top, stage):
             a1, b1 = max(start[1], t1 * TILE), min(start[1] + WINDOW, t1 * TILE + TILE)
             for t2 in range(first2, (start[2] + WINDOW - 1) // TILE + 1):
                 a2, b2 = max(start[2], t2 * TILE), min(start[2] + WINDOW, t2 * TILE + TILE)
-                slot = stage.index[t0, t1, t2]
+                slot = stage.slot_of[t0, t1, t2]
                 if slot < 0:
                     continue
                 whole = level
@@ -192,13 +193,13 @@ def _store(values, level, stage, slot):
 def convolve(low, high, axis, blocks, tops, before, after):
     """The product along an axis, for the slots low..high of `after`. blocks (2 T - 1, TILE, TILE), [tile distance, from, to], of largest
     entry 1 and tops (2 T - 1,) the logarithms taken off them."""
-    T, acc = before.index.shape[axis], np.empty(TILE**3)
+    T, acc = before.slot_of.shape[axis], np.empty(TILE**3)
     for slot in range(low, high):
         t0, t1, t2 = after.slots[slot]
         own = t0 if axis == 0 else t1 if axis == 1 else t2
         top = -np.inf
         for t in range(T):
-            source = before.index[t, t1, t2] if axis == 0 else before.index[t0, t, t2] if axis == 1 else before.index[t0, t1, t]
+            source = before.slot_of[t, t1, t2] if axis == 0 else before.slot_of[t0, t, t2] if axis == 1 else before.slot_of[t0, t1, t]
             if source >= 0:
                 z = before.logs[source] + tops[own - t + T - 1]
                 top = z if z > top else top
@@ -207,7 +208,7 @@ def convolve(low, high, axis, blocks, tops, before, after):
             continue
         acc[:] = 0.0
         for t in range(T):
-            source = before.index[t, t1, t2] if axis == 0 else before.index[t0, t, t2] if axis == 1 else before.index[t0, t1, t]
+            source = before.slot_of[t, t1, t2] if axis == 0 else before.slot_of[t0, t, t2] if axis == 1 else before.slot_of[t0, t1, t]
             if source < 0:
                 continue
             z = before.logs[source] + tops[own - t + T - 1] - top
@@ -245,19 +246,21 @@ def _slopes(stage, centre, s):
     """The slope of the logarithm of the stage at a point, from two nodes on either side of it, held to STEEPEST."""
     node, total = np.empty(3, np.int64), np.empty(2)
     for axis in range(3):
+        known = True
         for side in range(2):
             for other in range(3):
-                node[other] = int(round(centre[other]))
+                node[other] = round(centre[other])
             node[axis] += 4 * side - 2
-            slot = stage.index[node[0] // TILE, node[1] // TILE, node[2] // TILE]
+            slot = stage.slot_of[node[0] // TILE, node[1] // TILE, node[2] // TILE]
             total[side] = 0.0
-            if slot >= 0:
+            value = 0.0
+            if slot >= 0 and stage.logs[slot] > -np.inf:
                 value = stage.values[slot][((node[0] % TILE) * TILE + node[1] % TILE) * TILE + node[2] % TILE]
-                total[side] = stage.logs[slot] + math.log(value) if value > 0.0 else np.nan
+            if value > 0.0:
+                total[side] = stage.logs[slot] + math.log(value)
             else:
-                total[side] = np.nan
-        slope = (total[1] - total[0]) / 4.0
-        s[axis] = min(max(slope, -STEEPEST), STEEPEST) if math.isfinite(slope) else 0.0
+                known = False
+        s[axis] = min(max((total[1] - total[0]) / 4.0, -STEEPEST), STEEPEST) if known else 0.0
 
 
 @compiled
@@ -287,7 +290,7 @@ def gather(low, high, cloud, stage, ratio, learn, logs, sign):
                 continue
             x = cloud.points[i]
             q0, q1, q2 = x[0] + s[0] * BETA - start[0], x[1] + s[1] * BETA - start[1], x[2] + s[2] * BETA - start[2]
-            i0, i1, i2 = int(q0), int(q1), int(q2)
+            i0, i1, i2 = min(int(q0), WINDOW - 3), min(int(q1), WINDOW - 3), min(int(q2), WINDOW - 3)
             _splines(q0 - i0, wx)
             _splines(q1 - i1, wy)
             _splines(q2 - i2, wz)
@@ -320,7 +323,7 @@ def _take_window(buffer, start, s, c, shrink, stage):
                 ends[1, 0], ends[1, 1] = max(start[1], t1 * TILE), min(start[1] + WINDOW, t1 * TILE + TILE)
                 for t2 in range(start[2] // TILE, (start[2] + WINDOW - 1) // TILE + 1):
                     ends[2, 0], ends[2, 1] = max(start[2], t2 * TILE), min(start[2] + WINDOW, t2 * TILE + TILE)
-                    slot = stage.index[t0, t1, t2]
+                    slot = stage.slot_of[t0, t1, t2]
                     if slot < 0 or stage.logs[slot] == -np.inf:
                         continue
                     whole = stage.logs[slot]

@@ -1,8 +1,8 @@
-"""Gaussian sums over points in three dimensions from the pairs that matter: log sum_j exp(L_j - |x_i - y_j|^2 / 2), to a given part of each sum.
+"""Gaussian sums over points in three dimensions from the pairs that matter, log sum_j exp(L_j - |x_i - y_j|^2 / 2), to a part of each.
 
-Points are sorted along a Hilbert curve and cut into leaves of LEAF, the leaves into a tree of FANOUT. A node far from the rows of a leaf is
-left out where its box, and the total of its exp(L_j), prove that it adds too little. What is left out is added up, and the rows are taken again
-with a stricter bound should it be too much: the error is at most `part` of every sum, whatever the points and potentials.
+Points are sorted along a Hilbert curve and cut into leaves, the leaves put into a tree. A node far from the rows of a leaf is left out
+where its box, and the total of its exp(L_j), prove that it adds too little. What is left out is added up, and the rows are taken again with
+a stricter bound should it be too much: the error is at most `part` of every sum, whatever the points and potentials.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LEAF, FANOUT = 32, 8
 #: Bits of a coordinate on the curve.
 BITS = 20
 #: A node may be left out at first if it adds less than `part` / SHARES of a sum; and how much stricter each further try is.
-SHARES, STRICTER = 256.0, 64.0
+SHARES, STRICTER = 32.0, 64.0
 
 
 class Tree(NamedTuple):
@@ -138,7 +138,7 @@ def _exponents(x0, x1, x2, Y, L, first, last, z):
 
 @compiled
 def _take_leaf(node, rows, columns, first, last, L, v, cut, z, tops, sums, omitted):
-    """Adds the pairs of a leaf of columns to the rows first..last: sums (rows, c) are in units of exp(tops), column 0 being that of ones."""
+    """Adds the pairs of a leaf of columns to the rows first..last. sums (rows, 1 + c), with ones and with v, in units of exp(tops)."""
     low, high = node * LEAF, min(columns.points.shape[1], node * LEAF + LEAF)
     X = rows.points
     for i in range(first, last):
@@ -179,8 +179,8 @@ def softmin_sums(low, high, rows, columns, L, weights, v, part, logs, products, 
     for leaf in range(low, high):
         first, last = leaf * LEAF, min(n, leaf * LEAF + LEAF)
         box_low, box_high = rows.low[leaf], rows.high[leaf]
-        strict = math.log(part / SHARES)
-        for _ in range(40):
+        strict, worst, left_out, taken = math.log(part / SHARES), 0.0, 0.0, 0
+        while True:
             tops[:], sums[:], omitted[:] = -np.inf, 0.0, 0.0
             taken = 0
             level, near = _closest(columns, weights, box_low, box_high)
@@ -250,3 +250,35 @@ def _closest(tree, weights, low, high):
         level -= 1
         first = found * FANOUT
         last = min(tree.offsets[level + 1] - tree.offsets[level], first + FANOUT)
+
+
+@compiled
+def exact_sums(low, high, U, V, L, logs):
+    """log sum_j exp(L_j + <u_i, v_j>) of the rows low..high, from every pair. U (n, d), V (d, m)."""
+    m, d, z = len(L), U.shape[1], np.empty(1024)
+    for i in range(low, high):
+        level, total = -np.inf, 0.0
+        for first in range(0, m, 1024):
+            size = min(1024, m - first)
+            z[:size] = L[first : first + size]
+            for axis in range(d):
+                u, v = U[i, axis], V[axis]
+                for j in range(size):
+                    z[j] += u * v[first + j]
+            top = _largest(z, size)
+            if top == -np.inf:
+                continue
+            if top > level:
+                total *= math.exp(level - top)
+                level = top
+            for j in range(size):
+                total += exp64(z[j] - level)
+        logs[i] = level + math.log(total) if total > 0.0 else -np.inf
+
+
+@extreme
+def _largest(z, size):
+    top = -np.inf
+    for j in range(size):
+        top = z[j] if z[j] > top else top
+    return top

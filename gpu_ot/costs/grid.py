@@ -155,5 +155,3 @@ class _Nodes(Cost):
     @property
     def T(self) -> _Nodes:
         return _Nodes(self.grid, self.cols, self.rows)
-
-

@@ -4,9 +4,9 @@ With C_ij a sum over axes, sum_j exp((h_j - C_ij) / eps) is a sum along the firs
 
     out_i = log sum_j exp(L_j - c_ij),    c = C / eps,
 
-is taken for blocks of neighbouring i about some k: exp(L_j - c_kj - top) is formed once, and the product with exp(c_kj - c_ij) does the rest.
-Blocks are as long as that matrix stays within exp(+-RANGE), so a sum that the whole axis allows is one product on an absorbed kernel, and
-for eps -> 0 each i has a block of its own: a logsumexp. Nothing is ever inexact, and nobody has to ask.
+is taken for blocks of neighbouring i about some k: exp(L_j - c_kj - top) is formed once, and the product with exp(c_kj - c_ij) does all.
+Blocks are as long as that matrix stays within exp(+-RANGE): for a large eps the whole axis is one, a product on an absorbed kernel, and
+for eps -> 0 each i has a block of its own, a logsumexp. Nothing is ever inexact, and nobody has to ask.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class OnGrid(Geometry):
 
     dtype = torch.float64
 
-    def __init__(self, cost: Grid) -> None:
+    def __init__(self, problem: Problem) -> None:
+        cost = problem.cost
+        assert isinstance(cost, Grid)
         self.cost, self.inputs = cost, (cost.spacing,)
         with torch.no_grad():
             self.costs = [cost.axis(k).double() for k in range(len(cost.nodes))]

@@ -1,18 +1,21 @@
 """Costs that fold in at most three features, such as squared distances for d <= 3, by way of a mesh: O(n) a sweep, whatever n.
 
-C_ij = alpha_i + beta_j - <u_i, v_j> is |u_i - v_j|^2 / 2 beside terms of i and of j alone, so exp(-C / eps) is a Gaussian of variance eps in u.
-Points are deposited on a mesh of `per` nodes a standard deviation, the mesh is multiplied by the Gaussian along one axis after the other, and
-the result is gathered at the other points: see `compiled.mesh`.
+C_ij = alpha_i + beta_j - <u_i, v_j> is |u_i - v_j|^2 / 2 beside terms of i and of j alone, so exp(-C / eps) is a Gaussian of variance eps
+in u. Points are deposited on a mesh of `per` nodes a standard deviation, the mesh is multiplied by the Gaussian along one axis after the
+other, and the result is gathered at the other points: see `compiled.mesh`.
 
-The same is true of A u and A^-T v, moved as one likes. The A here makes the covariances of both clouds one, so that mass travels as little as a
-linear change of coordinates allows: where it stays near, the mesh is exact.
+The same is true of A u and A^-T v, moved as one likes. The A here makes the covariances of both clouds one, so that mass travels as little
+as a linear change of coordinates allows: where it stays near, the mesh is exact.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +30,7 @@ from .protocol import Geometry, pull_folded
 #: Nodes a standard deviation: what the error of the marginals is about for 1, and between which limits.
 ERROR, COARSEST, FINEST = 5e-3, 1.7, 6.0
 #: Tiles of a mesh at most, those near points (8 KiB each for both arrays) and all.
-MOST_TILES, MOST_PLACES = 2**18, 2**26
+MOST_TILES, MOST_PLACES = 2**18, 2**22
 #: Features at most.
 AXES = 3
 
@@ -72,18 +75,21 @@ class Mesh(Geometry):
         assert folded is not None
         self.inputs = tuple(folded)
         self.problem, self.per, self.pair = problem, per, Pair.of(problem, per)
+        self.pair.level(problem.eps)
         self._turned = False
 
     @property
     def T(self) -> Mesh:
-        other = object.__new__(Mesh)
-        alpha, beta, u, v = self.inputs
-        other.__dict__.update(self.__dict__, inputs=(beta, alpha, v, u), _turned=not self._turned)
+        other, (alpha, beta, u, v) = copy.copy(self), self.inputs
+        other.inputs, other._turned = (beta, alpha, v, u), not self._turned
         return other
 
-    @property
-    def finer(self) -> Mesh | None:
-        return Mesh(self.problem, min(1.5 * self.per, FINEST)) if self.per < FINEST else None
+    def finer(self, factor: float) -> Mesh | None:
+        if (per := self.per * factor**0.25) > FINEST:
+            return None
+        with contextlib.suppress(errors.BackendError):
+            return Mesh(self.problem, max(per, 1.25 * self.per))
+        return None
 
     def softmin(self, h: Tensor, eps: float) -> Tensor:
         if h.ndim > 1:
@@ -115,9 +121,7 @@ class Mesh(Geometry):
 class Pair:
     """The two clouds in coordinates in which mass stays near, and their meshes at the last values of eps."""
 
-    def __init__(
-        self, alpha: np.ndarray, beta: np.ndarray, u: np.ndarray, v: np.ndarray, a: np.ndarray, b: np.ndarray, per: float
-    ) -> None:
+    def __init__(self, alpha: np.ndarray, beta: np.ndarray, u: np.ndarray, v: np.ndarray, a: np.ndarray, b: np.ndarray, per: float) -> None:
         p, q = np.average(u, 0, a), np.average(v, 0, b)
         A = _common(_covariance(u - p, a), _covariance(v - q, b))
         x, y = (u - p) @ A, (v - q) @ np.linalg.inv(A)  # A is symmetric
@@ -131,15 +135,16 @@ class Pair:
         """Of a cost that folds, in float64: |x|^2 of float32 points is then exact."""
         wide = problem.cost.to(torch.float64).fold()
         assert wide is not None
-        return cls(*(z.detach().numpy() for z in wide), problem.a.detach().numpy(), problem.b.detach().numpy(), per)
+        alpha, beta, u, v = (z.detach().numpy() for z in wide)
+        return cls(alpha, beta, u, v, problem.a.detach().numpy(), problem.b.detach().numpy(), per)
 
     def sums(self, h: np.ndarray, v: np.ndarray | None, eps: float, turned: bool, *, learn: bool) -> tuple[np.ndarray, np.ndarray]:
         """log |sum_j exp((h_j - C_ij) / eps) v_j| and its sign, at the rows, or, turned, at the columns."""
         own, other = self.shifts[::-1] if turned else self.shifts
-        logs, sign = self._level(eps).sums((h - other) / eps, v, turned, learn)
+        logs, sign = self.level(eps).sums((h - other) / eps, v, turned, learn)
         return logs - own / eps, sign
 
-    def _level(self, eps: float) -> _Level:
+    def level(self, eps: float) -> _Level:
         level = self.kept.get(eps)
         if level is None:
             last = next(reversed(self.kept.values()), None)
@@ -164,7 +169,9 @@ class _Level:
 
         self.step = step
         low, high = np.minimum(points[0].min(0), points[1].min(0)), np.maximum(points[0].max(0), points[1].max(0))
-        origin = low / step - mesh.TILE
+        flat = high == low
+        # All points of an axis without extent lie in the middle of one tile, whose neighbours are not needed.
+        origin = low / step - mesh.TILE - np.where(flat, mesh.TILE / 2 - 0.5, 0.5)
         size = (high / step - origin) // mesh.TILE + 2
         if not size.prod() <= MOST_PLACES:
             raise errors.backend_refused("mesh", _too_fine(size))
@@ -173,14 +180,15 @@ class _Level:
         if last is not None:
             for mine, theirs in zip(self.clouds, last.clouds, strict=True):
                 _hand_down(mine, theirs, step / last.step)
-        near = [self._near(cloud) for cloud in self.clouds]
+        near = [self._near(cloud, flat) for cloud in self.clouds]
         maps = [_stages(near[1 - side], near[side]) for side in (0, 1)]
         most = max(int(each.sum()) for stage in maps for each in stage)
         if most > MOST_TILES:
             raise errors.backend_refused("mesh", _too_fine(self.shape))
         arrays = [np.empty((most, mesh.TILE**3)) for _ in range(2)]
         self.routes = tuple(
-            _Route(self.clouds[1 - side], self.clouds[side], tuple(_stage(z, arrays[k % 2]) for k, z in enumerate(maps[side]))) for side in (0, 1)
+            _Route(self.clouds[1 - side], self.clouds[side], tuple(_stage(z, arrays[k % 2]) for k, z in enumerate(maps[side])))
+            for side in (0, 1)
         )
         variance = per**2 - 2 * mesh.BETA
         self.constant, self.ratio = 1.5 * math.log(per**2 / variance), (per**2 - mesh.BETA) / per**2
@@ -221,23 +229,20 @@ class _Level:
         centres = np.add.reduceat(points, starts[:-1], 0) / np.diff(starts)[:, None]
         return mesh.Cloud(points, order, starts, tiles, centres, np.zeros_like(centres))
 
-    def _near(self, cloud: Any) -> np.ndarray:
+    def _near(self, cloud: Any, flat: np.ndarray) -> np.ndarray:
         """The tiles that its points may reach, a flag each."""
         near = np.zeros(self.shape, bool)
         near[tuple(cloud.tiles.T)] = True
-        for axis in range(3):
-            z = np.moveaxis(near, axis, 0)
-            wide = z.copy()
-            wide[1:] |= z[:-1]
-            wide[:-1] |= z[1:]
-            near = np.moveaxis(wide, 0, axis)
+        for axis in np.flatnonzero(~flat):
+            before, after = np.roll(near, 1, axis), np.roll(near, -1, axis)  # the outermost tiles hold no points
+            near = near | before | after
         return near
 
 
 def _stages(source: np.ndarray, target: np.ndarray) -> list[np.ndarray]:
     """Where the mesh is needed before and after each product, on the way from some tiles to others."""
-    first = target.any((1, 2))[:, None, None] & source.any(0)[None]
-    second = target.any(2)[:, :, None] & source.any((0, 1))[None, None]
+    first = np.any(target, (1, 2), keepdims=True) & np.any(source, 0, keepdims=True)
+    second = np.any(target, 2, keepdims=True) & np.any(source, (0, 1), keepdims=True)
     return [source, first, second, target]
 
 
@@ -245,14 +250,13 @@ def _stage(there: np.ndarray, values: np.ndarray) -> Any:
     from ..compiled import mesh
 
     slots = np.argwhere(there)
-    index = np.full(there.shape, -1, np.int64)
+    index = np.full(there.shape, -1, np.int32)
     index[tuple(slots.T)] = np.arange(len(slots))
     return mesh.Stage(index, np.ascontiguousarray(slots), values, np.full(len(slots), -np.inf))
 
 
 def _blocks(T: int, variance: float) -> tuple[np.ndarray, np.ndarray]:
-    """exp(-k^2 / 2 variance) between the nodes of two tiles, for each distance of tiles: [distance + T - 1, from, to], of largest entry 1, and
-    the logarithms taken off."""
+    """exp(-k^2 / 2 variance) between the nodes of two tiles, [distance + T - 1, from, to], of largest entry 1, and what was taken off."""
     from ..compiled.mesh import TILE
 
     nodes, apart = np.arange(TILE), np.arange(1 - T, T)
@@ -262,7 +266,7 @@ def _blocks(T: int, variance: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _hand_down(mine: Any, theirs: Any, ratio: float) -> None:
-    """The tilts of another mesh: each tile takes that of its first point, whose slope a node changes with the step squared over eps."""
+    """The tilts of another mesh, of a step `ratio` times smaller: each tile takes that of its first point."""
     tile_of = np.empty(len(theirs.order), np.int64)
     tile_of[theirs.order] = np.repeat(np.arange(len(theirs.tiles)), np.diff(theirs.starts))
     # The displacement z stays: a slope is z h / eps, and eps goes with h^2.
@@ -275,14 +279,14 @@ def _planes(cloud: Any) -> list[tuple[int, int, int]]:
     planes = cloud.tiles[:, 0]
     cuts = np.flatnonzero(np.diff(planes)) + 1
     ends = [0, *cuts.tolist(), len(planes)]
-    return [(low, high, int(planes[low])) for low, high in zip(ends, ends[1:])]
+    return [(low, high, int(planes[low])) for low, high in pairwise(ends)]
 
 
 def shares(count: int) -> list[tuple[int, int]]:
     """Parts of a range, more than there are threads, so that all end together."""
     parts = min(count, 8 * torch.get_num_threads())
     cuts = [count * k // parts for k in range(parts + 1)] if parts else [0]
-    return list(zip(cuts, cuts[1:]))
+    return list(pairwise(cuts))
 
 
 def each(ranges: list[tuple[int, int]], work: Callable[..., None], *arguments: Any) -> None:
@@ -302,8 +306,7 @@ def _covariance(z: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 def _common(S: np.ndarray, R: np.ndarray) -> np.ndarray:
-    """The symmetric A with A S A = A^-1 R A^-1: A^2 is the linear map that moves a Gaussian of covariance S onto one of R. Held to a factor
-    of 4, and the identity where a cloud is flat."""
+    """The symmetric A with A S A = A^-1 R A^-1: A^2 moves a Gaussian of covariance S onto one of R. Stretches by a factor of 4 at most."""
     d = len(S)
     size = (np.trace(S) + np.trace(R)) / d
     if not size > 0:
@@ -326,13 +329,16 @@ def _padded(z: np.ndarray) -> np.ndarray:
 
 def _too_fine(size: np.ndarray) -> str:
     return (
-        f"eps is so small beside the extent of the clouds that its mesh has {' x '.join(f'{8 * z:.0f}' for z in size)} nodes: take away points "
-        'far from all others, raise eps, or use backend="multiscale"'
+        f"eps is so small beside the extent of the clouds that its mesh has {' x '.join(f'{8 * z:.0f}' for z in size)} nodes: "
+        'take away points far from all others, raise eps, or use backend="multiscale"'
     )
 
 
 def bind(problem: Problem, tol: float | None = None) -> Mesh:
-    """The problem on a mesh that is as fine as a marginal error of `tol` needs; as fine as there is, without."""
+    """The problem on a mesh that is as fine as a marginal error of `tol` needs; as fine as there is, without.
+
+    Raises BackendError where eps is too small beside the extent of the clouds.
+    """
     return Mesh(problem, FINEST if tol is None else per_of(tol / 2))
 
 
@@ -349,4 +355,4 @@ def tiles(problem: Problem, per: float) -> float:
     with torch.no_grad():
         both = torch.cat((folded.u, folded.v), -2)
         extent = (both.amax(-2) - both.amin(-2)).double() * per / math.sqrt(problem.eps) / 8
-    return float((extent + 2).prod()) * 2.0 ** (AXES - both.shape[-1])
+    return float((extent + 2).prod())

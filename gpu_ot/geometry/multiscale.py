@@ -6,6 +6,8 @@ sweep anew: see `compiled.sparse`. The way there, at larger eps and before the f
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from typing import Any
 
@@ -21,6 +23,8 @@ from .protocol import Geometry, pull_folded
 
 #: The part of a sum that may be left out, where no tolerance says how much, and the part of the tolerance that it is.
 PART, SHARE = 1e-13, 0.05
+#: Deviations of the kernel that count, both sides together, and the part of the pairs up to which it pays to look for them.
+REACH, FEW = 14.0, 0.2
 
 
 def refuse(problem: Problem) -> str | None:
@@ -31,9 +35,21 @@ def refuse(problem: Problem) -> str | None:
 def bind(problem: Problem, tol: float | None = None) -> Geometry:
     """The problem on a mesh, whose `exact` are the pairs that matter; these from the beginning, where a mesh at eps would be too large."""
     pairs = Multiscale(problem, PART if tol is None else max(SHARE * tol, PART))
-    if tol is None or mesh.tiles(problem, mesh.COARSEST) > mesh.MOST_TILES:
-        return pairs
-    return _Coarse(problem, mesh.per_of(tol / 2), pairs)
+    if tol is not None:
+        with contextlib.suppress(BackendError):
+            return _Coarse(problem, mesh.per_of(tol / 2), pairs)
+    return pairs
+
+
+def share(problem: Problem) -> float:
+    """About what part of the pairs has to be taken: those within REACH deviations, and what the boxes of leaves add."""
+    folded = problem.cost.fold()
+    assert folded is not None
+    with torch.no_grad():
+        both = torch.cat((folded.u, folded.v), -2)
+        extent = (both.amax(-2) - both.amin(-2)).double() / math.sqrt(problem.eps)
+    leaf = extent * (32 / min(problem.shape[-2:])) ** (1 / max(1, len(extent)))
+    return float(((REACH + 2 * leaf) / extent.clamp(min=1e-300)).clamp(max=1.0).prod())
 
 
 def memory(problem: Problem) -> int:
@@ -44,8 +60,6 @@ def memory(problem: Problem) -> int:
 
 class _Coarse(mesh.Mesh):
     """A mesh that is only the way to the exact sums."""
-
-    approximate = False
 
     def __init__(self, problem: Problem, per: float, pairs: Multiscale) -> None:
         super().__init__(problem, per)
@@ -84,9 +98,8 @@ class Multiscale(Geometry):
 
     @property
     def T(self) -> Multiscale:
-        other = object.__new__(Multiscale)
-        alpha, beta, u, v = self.inputs
-        other.__dict__.update(self.__dict__, inputs=(beta, alpha, v, u), _turned=not self._turned)
+        other, (alpha, beta, u, v) = copy.copy(self), self.inputs
+        other.inputs, other._turned = (beta, alpha, v, u), not self._turned
         return other
 
     def softmin(self, h: Tensor, eps: float) -> Tensor:

@@ -53,9 +53,8 @@ class Geometry(ABC):
         """The same cost without the rounding that this backend was allowed; itself, where it was allowed none."""
         return self
 
-    @property
-    def finer(self) -> Geometry | None:
-        """Of an approximate backend one that is more exact, None where there is none."""
+    def finer(self, factor: float) -> Geometry | None:
+        """Of an approximate backend one whose error is so many times smaller, None where there is none."""
         return None
 
     @abstractmethod

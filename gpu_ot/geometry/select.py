@@ -78,7 +78,7 @@ BACKENDS = {
     "chunked": Backend(
         chunked.refuse, lambda problem: chunked.Chunked(problem.cost), lambda problem: 3 * _cloud_bytes(problem) + _block_bytes(problem)
     ),
-    "grid": Backend(grid.refuse, lambda problem: grid.OnGrid(problem.cost), grid.memory),
+    "grid": Backend(grid.refuse, grid.OnGrid, grid.memory),
     "mesh": Backend(mesh.refuse, mesh.bind, mesh.memory),
     "multiscale": Backend(multiscale.refuse, multiscale.bind, multiscale.memory),
     "keops": Backend(keops.refuse, lambda problem: keops.Keops(problem.cost), lambda problem: 2 * _cloud_bytes(problem)),
@@ -123,6 +123,8 @@ def _rules(problem: Problem, tol: float | None) -> Iterator[Rule]:
         yield Rule("keops", f"{large}, and torch would hold every coordinate of the formula, where KeOps compiles a loop")
     if tol is not None and mesh.refuse(problem) is None and _quicker(problem, tol):
         yield Rule("mesh", f"{large}, its points have few features, and a mesh of {mesh.per_of(tol / 2):.1f} nodes a blur is exact enough")
+    if multiscale.refuse(problem) is None and (share := multiscale.share(problem)) < multiscale.FEW:
+        yield Rule("multiscale", f"{large}, and eps reaches so few points that about {share:.1%} of the pairs are left")
     yield Rule("chunked", f"{large}, and blocks of them are formed, reduced and dropped")
     if _on(problem, "cpu"):
         yield Rule("keops", f"{large}, and the cost cannot be taken in blocks")
@@ -213,8 +215,14 @@ def _passed_over(name: str, problem: Problem) -> str:
         return f"its n-by-m arrays exceed {DENSE_BYTES >> 20} MiB"
     if name == "resident":
         return f"for problems of up to {RESIDENT} by {RESIDENT} on a GPU"
+    if name == "grid":
+        return "the cost is stored"
     if name == "mesh":
         return "slower than an exact backend at this size and this eps"
+    if name == "multiscale":
+        return (
+            "slower while the n-by-m arrays fit in memory" if _fits(problem) else "eps reaches too many of the pairs, or a mesh is faster"
+        )
     if name == "dense" and problem.cost.backend is not None:
         return f"whoever passes {problem.cost.describe()} wants no n-by-m array"
     if name == "dense":
