@@ -2,9 +2,9 @@
 
     python bench/million.py [--out DIR] [--largest 1000000] [--peer-seconds 600]
 
-Weights are uniform, eps = 2 blur^2 of |x - y|^2, points in the unit box. Errors are mean |marginal / weight - 1| by exact sums at 256 points of each
-side, the same for all. GeomLoss runs as its users run it (scaling .5, float32), each size in a process of its own, within `peer-seconds` in all; its
-time is that of its first call, without compiling. Machine code is compiled before anything is timed.
+Weights are uniform, eps = 2 blur^2 of |x - y|^2, points in the unit box. Errors are mean |marginal / weight - 1| by exact sums at 256
+points of each side, the same for all. GeomLoss runs as its users run it (scaling .5, float32), each size in a process of its own, within
+`peer-seconds` in all. What either compiles is compiled before anything is timed.
 """
 
 from __future__ import annotations

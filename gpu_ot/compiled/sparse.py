@@ -256,24 +256,26 @@ def _closest(tree, weights, low, high):
 def exact_sums(low, high, U, V, L, logs):
     """log sum_j exp(L_j + <u_i, v_j>) of the rows low..high, from every pair. U (n, d), V (d, m)."""
     m, d, z = len(L), U.shape[1], np.empty(1024)
-    for i in range(low, high):
-        level, total = -np.inf, 0.0
-        for first in range(0, m, 1024):
-            size = min(1024, m - first)
+    levels, totals = np.full(high - low, -np.inf), np.zeros(high - low)
+    for first in range(0, m, 1024):  # which stay in the first cache for all rows
+        size = min(1024, m - first)
+        for i in range(low, high):
             z[:size] = L[first : first + size]
             for axis in range(d):
                 u, v = U[i, axis], V[axis]
                 for j in range(size):
                     z[j] += u * v[first + j]
-            top = _largest(z, size)
-            if top == -np.inf:
+            top, level, total = _largest(z, size), levels[i - low], totals[i - low]
+            if top < level - 45.0 or top == -np.inf:  # less than a last digit, whatever follows
                 continue
             if top > level:
                 total *= math.exp(level - top)
                 level = top
             for j in range(size):
                 total += exp64(z[j] - level)
-        logs[i] = level + math.log(total) if total > 0.0 else -np.inf
+            levels[i - low], totals[i - low] = level, total
+    for i in range(high - low):
+        logs[low + i] = levels[i] + math.log(totals[i]) if totals[i] > 0.0 else -np.inf
 
 
 @extreme

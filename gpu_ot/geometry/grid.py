@@ -12,11 +12,11 @@ for eps -> 0 each i has a block of its own, a logsumexp. Nothing is ever inexact
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..costs.grid import Grid
 from ..problem import Problem
 from .products import by_rows
 from .protocol import Geometry, needed
@@ -30,7 +30,7 @@ Signed = tuple[Tensor, Tensor | None]
 
 def refuse(problem: Problem) -> str | None:
     """Why this problem is not one of a grid, or None."""
-    if isinstance(problem.cost, Grid):
+    if problem.cost.backend == "grid":
         return None
     return f"the cost is {problem.cost.describe()}, and no gpu_ot.Grid"
 
@@ -46,8 +46,7 @@ class OnGrid(Geometry):
     dtype = torch.float64
 
     def __init__(self, problem: Problem) -> None:
-        cost = problem.cost
-        assert isinstance(cost, Grid)
+        cost: Any = problem.cost  # a Grid, or what has its `nodes`, `spacing`, `p` and `axis`
         self.cost, self.inputs = cost, (cost.spacing,)
         with torch.no_grad():
             self.costs = [cost.axis(k).double() for k in range(len(cost.nodes))]

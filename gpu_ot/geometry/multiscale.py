@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import BackendError
 from ..problem import Problem
-from . import mesh
+from . import mesh, tiles
 from .chunked import Chunked
 from .protocol import Geometry, pull_folded
 
@@ -146,7 +146,7 @@ class Multiscale(Geometry):
         sparse.totals(columns, L, weights)
         n, leaves = len(rows.order), int(rows.offsets[1])
         logs, products, missed, pairs = np.empty(n), np.empty((n, len(factors))), np.empty(leaves), np.empty(leaves, np.int64)
-        mesh.each(mesh.shares(leaves), sparse.softmin_sums, rows, columns, L, weights, factors, self.part, logs, products, missed, pairs)
+        tiles.each(tiles.shares(leaves), sparse.softmin_sums, rows, columns, L, weights, factors, self.part, logs, products, missed, pairs)
         self.shared.update(omitted=float(missed.max()), pairs=int(pairs.sum()))
         found, means = np.empty_like(logs), np.empty_like(products)
         found[rows.order], means[rows.order] = logs, products

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .. import errors
 from ..communicator import ALONE
 from ..problem import Problem, vector_dtype
-from . import chunked, grid, keops, mesh, multiscale, triton
+from . import chunked, grid, keops, mesh, multiscale, tiles, triton
 from .absorbed import Absorbed
 from .compiled import Compiled
 from .dense import Dense
@@ -78,10 +78,10 @@ BACKENDS = {
     "chunked": Backend(
         chunked.refuse, lambda problem: chunked.Chunked(problem.cost), lambda problem: 3 * _cloud_bytes(problem) + _block_bytes(problem)
     ),
+    "keops": Backend(keops.refuse, lambda problem: keops.Keops(problem.cost), lambda problem: 2 * _cloud_bytes(problem)),
     "grid": Backend(grid.refuse, grid.OnGrid, grid.memory),
     "mesh": Backend(mesh.refuse, mesh.bind, mesh.memory),
     "multiscale": Backend(multiscale.refuse, multiscale.bind, multiscale.memory),
-    "keops": Backend(keops.refuse, lambda problem: keops.Keops(problem.cost), lambda problem: 2 * _cloud_bytes(problem)),
     "softmin": Backend(lambda problem: None, lambda problem: Dense(problem.cost), _matrix_bytes),
 }
 
@@ -143,7 +143,7 @@ def _quicker(problem: Problem, tol: float) -> bool:
     """Whether an iteration on a mesh takes less time than one in blocks, and fits. Measured on 2 cores, see bench/FACTS.md."""
     n, m = problem.shape[-2:]
     count = mesh.tiles(problem, mesh.per_of(tol / 2))
-    return count <= mesh.MOST_TILES and 160e-9 * (n + m) + 35e-6 * count < 1.3e-9 * n * m
+    return count <= tiles.MOST_TILES and 160e-9 * (n + m) + 35e-6 * count < 1.3e-9 * n * m
 
 
 def bind(problem: Problem, backend: str = "auto", precision: str = "fp32", tol: float | None = None) -> Geometry:

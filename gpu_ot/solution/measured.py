@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import compiled
 from ..costs import Cost
 from ..geometry.protocol import weigh
+from ..geometry.tiles import each, shares
 from ..problem import Problem
 
 #: Points of a sample, and the chance that the bound is allowed to be wrong.
@@ -96,7 +97,7 @@ def _log_sums(cost: Cost, chosen: Tensor, h: Tensor, eps: float) -> Tensor:
     alpha, beta, u, v = folded
     logs = h.new_empty(len(chosen))
     U, V = (u[chosen] / eps).contiguous(), v.mT.contiguous()
-    exact_sums(0, len(chosen), U.numpy(), V.numpy(), ((h - beta) / eps).numpy(), logs.numpy())
+    each(shares(len(chosen)), exact_sums, U.numpy(), V.numpy(), ((h - beta) / eps).numpy(), logs.numpy())
     return logs - alpha[chosen] / eps
 
 
