@@ -257,7 +257,7 @@ def _measured(
     end.measured = measure(problem, end.f, end.g)
     ended = CONVERGED, STALLED  # by the sums of the mesh, or at the floor of their own errors
     while tol > 0 and end.status in ended and not end.measured.bound <= tol:
-        finer = geometry.finer(end.measured.bound / (tol / 2))
+        finer = geometry.finer(end.measured.error / (tol / 2))
         if finer is None:
             break
         geometry, before = finer, end

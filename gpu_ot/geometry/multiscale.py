@@ -37,7 +37,7 @@ def bind(problem: Problem, tol: float | None = None) -> Geometry:
     pairs = Multiscale(problem, PART if tol is None else max(SHARE * tol, PART))
     if tol is not None:
         with contextlib.suppress(BackendError):
-            return _Coarse(problem, mesh.per_of(tol / 2), pairs)
+            return _Coarse(problem, mesh.per_of(problem, tol), pairs)
     return pairs
 
 

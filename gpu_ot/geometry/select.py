@@ -30,6 +30,9 @@ DENSE_BYTES = 2**28
 RESIDENT = 256
 
 
+#: Seconds that an iteration in blocks takes for a pair, about, on 2 cores.
+PAIR_S = 1.3e-9
+
 #: The tolerance of a solve that names none.
 TOL = 1e-4
 
@@ -122,7 +125,9 @@ def _rules(problem: Problem, tol: float | None) -> Iterator[Rule]:
     if _on(problem, "cpu") and cost.depth > 1:
         yield Rule("keops", f"{large}, and torch would hold every coordinate of the formula, where KeOps compiles a loop")
     if tol is not None and mesh.refuse(problem) is None and _quicker(problem, tol):
-        yield Rule("mesh", f"{large}, its points have few features, and a mesh of {mesh.per_of(tol / 2):.1f} nodes a blur is exact enough")
+        yield Rule(
+            "mesh", f"{large}, its points have few features, and a mesh of {mesh.per_of(problem, tol):.1f} nodes a blur is exact enough"
+        )
     if multiscale.refuse(problem) is None and (share := multiscale.share(problem)) < multiscale.FEW:
         yield Rule("multiscale", f"{large}, and eps reaches so few points that about {share:.1%} of the pairs are left")
     yield Rule("chunked", f"{large}, and blocks of them are formed, reduced and dropped")
@@ -142,8 +147,8 @@ def _fits(problem: Problem) -> bool:
 def _quicker(problem: Problem, tol: float) -> bool:
     """Whether an iteration on a mesh takes less time than one in blocks, and fits. Measured on 2 cores, see bench/FACTS.md."""
     n, m = problem.shape[-2:]
-    count = mesh.tiles(problem, mesh.per_of(tol / 2))
-    return count <= tiles.MOST_TILES and 160e-9 * (n + m) + 35e-6 * count < 1.3e-9 * n * m
+    count = mesh.tiles(problem, mesh.per_of(problem, tol))
+    return count <= tiles.MOST_TILES and 2 * (2 * mesh.POINT_S * (n + m) + mesh.TILE_S * count) < PAIR_S * n * m
 
 
 def bind(problem: Problem, backend: str = "auto", precision: str = "fp32", tol: float | None = None) -> Geometry:
