@@ -136,11 +136,11 @@ def test_products_and_signs_on_the_mesh():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "kind, penalty, d, tol", pairwise(tuple(CLOUDS), (KL(), KL(0.1), (KL(), KL(0.02)), (KL(1.0), TV(0.1))), (1, 2, 3), (1e-2, 1e-3))
+    "kind, penalty, d, tol", pairwise(tuple(CLOUDS), (KL(), KL(0.1), (KL(), KL(0.02)), (KL(1.0), TV(0.1))), (1, 2, 3), (1e-2, 2e-3))
 )
 def test_solves_are_as_exact_as_asked(backend, kind, penalty, d, tol):
     """Or say that they are not. Exact marginals of all points, in the order of the points as they were given."""
-    problem = pose(kind, d=d, penalties=penalty)
+    problem = pose(kind, d=d, blur=0.08, penalties=penalty)
     s = solve(problem, backend=backend, tol=tol)
     assert s.status.name == "converged", s.status
     everything = measure(problem, s.f, s.g, samples=10**6)
@@ -180,9 +180,9 @@ def test_the_bound_holds():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_far_from_the_origin_and_in_any_unit(backend):
     x, y = sphere_and_torus(600, 500)
-    truth = solve(Problem(SqEuclidean(x, y), 0.005), backend="dense", tol=1e-6)
+    truth = solve(Problem(SqEuclidean(x, y), 0.02), backend="dense", tol=1e-6)
     for unit, offset in ((1.0, 1e4), (1e-8, 0.0), (1e12, 0.0)):
-        s = solve(Problem(SqEuclidean(unit * x + offset, unit * y + offset), 0.005 * unit**2), backend=backend, tol=1e-4)
+        s = solve(Problem(SqEuclidean(unit * x + offset, unit * y + offset), 0.02 * unit**2), backend=backend, tol=3e-4)
         assert s.converged, s.status
         assert float(s.value) / unit**2 == pytest.approx(float(truth.value), rel=1e-4)
 
@@ -190,11 +190,9 @@ def test_far_from_the_origin_and_in_any_unit(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_points_keep_their_digits(backend):
     x, y = (z.float() + 100 for z in cubes(500, 500))
-    ours, truth = (
-        solve(Problem(SqEuclidean(*z), 0.005), backend=name, tol=1e-4)
-        for z, name in (((x, y), backend), ((x.double(), y.double()), "dense"))
-    )
-    assert float(ours.value) == pytest.approx(float(truth.value), rel=2e-4) and ours.value.dtype == torch.float32
+    ours = solve(Problem(SqEuclidean(x, y), 0.02), backend=backend, tol=3e-4)
+    truth = solve(Problem(SqEuclidean(x.double(), y.double()), 0.02), backend="dense", tol=1e-5)
+    assert float(ours.value) == pytest.approx(float(truth.value), rel=1e-4) and ours.value.dtype == torch.float32
 
 
 @pytest.mark.slow
