@@ -57,8 +57,8 @@ def features(problem: Problem) -> int:
 def per_of(problem: Problem, tol: float) -> float:
     """Nodes a standard deviation for a solve to `tol`, half of which is left to the mesh: its error falls as the fourth power."""
     per = min(max((2 * ERROR / max(tol, 1e-12)) ** 0.25, COARSEST), FINEST)
-    n, m = problem.shape[-2:]
-    while per < AMPLE and TILE_S * tiles(problem, 1.1 * per) < POINT_S * (n + m) / 2:
+    (n, m), extent = problem.shape[-2:], extents(problem)
+    while per < AMPLE and TILE_S * tiles(extent, 1.1 * per) < POINT_S * (n + m) / 2:
         per *= 1.1
     return per
 
@@ -194,14 +194,18 @@ def bind(problem: Problem, tol: float | None = None) -> Mesh:
 def memory(problem: Problem) -> int:
     """Bytes of both clouds with what is kept beside them, and of the mesh at eps."""
     n, m = problem.shape[-2:]
-    return 200 * (n + m) + 2 * 8 * 512 * math.ceil(tiles(problem, COARSEST))
+    return 200 * (n + m) + 2 * 8 * 512 * math.ceil(tiles(extents(problem), COARSEST))
 
 
-def tiles(problem: Problem, per: float) -> float:
-    """Tiles of the mesh at eps, about: those of the box of both clouds, in the clouds' own coordinates."""
+def extents(problem: Problem) -> Tensor:
+    """(d,): the sides of the box of both clouds, in standard deviations of the kernel."""
     folded = problem.cost.fold()
     assert folded is not None
     with torch.no_grad():
-        both = torch.cat((folded.u, folded.v), -2)
-        extent = (both.amax(-2) - both.amin(-2)).double() * per / math.sqrt(problem.eps) / 8
-    return float((extent + 2).prod())
+        sides = [torch.stack(z.aminmax(dim=-2)).double() for z in (folded.u, folded.v)]
+        return (torch.maximum(sides[0][1], sides[1][1]) - torch.minimum(sides[0][0], sides[1][0])) / math.sqrt(problem.eps)
+
+
+def tiles(extent: Tensor, per: float) -> float:
+    """Tiles of a mesh of `per` nodes a deviation, about: those of the box, though the clouds are taken in coordinates of their own."""
+    return float((extent * per / 8 + 2).prod())

@@ -43,11 +43,7 @@ def bind(problem: Problem, tol: float | None = None) -> Geometry:
 
 def share(problem: Problem) -> float:
     """About what part of the pairs has to be taken: those within REACH deviations, and what the boxes of leaves add."""
-    folded = problem.cost.fold()
-    assert folded is not None
-    with torch.no_grad():
-        both = torch.cat((folded.u, folded.v), -2)
-        extent = (both.amax(-2) - both.amin(-2)).double() / math.sqrt(problem.eps)
+    extent = mesh.extents(problem)
     leaf = extent * (32 / min(problem.shape[-2:])) ** (1 / max(1, len(extent)))
     return float(((REACH + 2 * leaf) / extent.clamp(min=1e-300)).clamp(max=1.0).prod())
 

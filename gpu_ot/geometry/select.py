@@ -147,7 +147,7 @@ def _fits(problem: Problem) -> bool:
 def _quicker(problem: Problem, tol: float) -> bool:
     """Whether an iteration on a mesh takes less time than one in blocks, and fits. Measured on 2 cores, see bench/FACTS.md."""
     n, m = problem.shape[-2:]
-    count = mesh.tiles(problem, mesh.per_of(problem, tol))
+    count = mesh.tiles(mesh.extents(problem), mesh.per_of(problem, tol))
     return count <= tiles.MOST_TILES and 2 * (2 * mesh.POINT_S * (n + m) + mesh.TILE_S * count) < PAIR_S * n * m
 
 
