@@ -137,13 +137,23 @@ def _exponents(x0, x1, x2, Y, L, first, last, z):
 
 
 @compiled
-def _take_leaf(node, rows, columns, first, last, L, v, cut, z, tops, sums, omitted):
+def _take_leaf(node, rows, columns, first, last, L, weights, v, cut, z, tops, sums, omitted):
     """Adds the pairs of a leaf of columns to the rows first..last. sums (rows, 1 + c), with ones and with v, in units of exp(tops)."""
     low, high = node * LEAF, min(columns.points.shape[1], node * LEAF + LEAF)
-    X = rows.points
+    X, box_low, box_high, weight = rows.points, columns.low[node], columns.high[node], weights[node]
+    if weight == -np.inf:
+        return
     for i in range(first, last):
         at = i - first
-        top = _exponents(X[0, i], X[1, i], X[2, i], columns.points, L, low, high, z)
+        x0, x1, x2 = X[0, i], X[1, i], X[2, i]
+        g0 = max(max(box_low[0] - x0, x0 - box_high[0]), 0.0)
+        g1 = max(max(box_low[1] - x1, x1 - box_high[1]), 0.0)
+        g2 = max(max(box_low[2] - x2, x2 - box_high[2]), 0.0)
+        bound = weight - 0.5 * (g0 * g0 + g1 * g1 + g2 * g2) - tops[at]
+        if bound < cut:  # False for a row that has met nothing yet
+            omitted[at] += math.exp(bound)
+            continue
+        top = _exponents(x0, x1, x2, columns.points, L, low, high, z)
         if top == -np.inf:
             continue
         if top > tops[at]:
@@ -185,7 +195,7 @@ def softmin_sums(low, high, rows, columns, L, weights, v, part, logs, products, 
             taken = 0
             level, near = _closest(columns, weights, box_low, box_high)
             for node in range(near * FANOUT, min(columns.offsets[1], near * FANOUT + FANOUT)) if level == 1 else range(near, near + 1):
-                _take_leaf(node, rows, columns, first, last, L, v, strict, z, tops, sums, omitted)
+                _take_leaf(node, rows, columns, first, last, L, weights, v, strict, z, tops, sums, omitted)
                 taken += 1
             least = np.inf
             for i in range(last - first):
@@ -208,7 +218,7 @@ def softmin_sums(low, high, rows, columns, L, weights, v, part, logs, products, 
                 if at == 0:
                     if level == 1 and node // FANOUT == near:
                         continue
-                    _take_leaf(node, rows, columns, first, last, L, v, strict, z, tops, sums, omitted)
+                    _take_leaf(node, rows, columns, first, last, L, weights, v, strict, z, tops, sums, omitted)
                     taken += 1
                     continue
                 for child in range(node * FANOUT, min(columns.offsets[at] - columns.offsets[at - 1], node * FANOUT + FANOUT)):
