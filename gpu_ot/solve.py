@@ -207,18 +207,16 @@ def find(
         with torch.no_grad():
             own_rule = _stricter(rule) if geometry.approximate else rule
             outcome = sinkhorn(geometry, step, own_rule, at, max_iter=max_iter, schedule=schedule, auto=auto, **run)
-        if geometry.approximate and geometry.exact is geometry:
-            return _measured(problem, geometry, step, own_rule, rule.tol, outcome, max_iter, run)
+        further = functools.partial(_further, problem, step, max_iter, run)
         exact = geometry.exact  # bound with gradients on: they reach the cost through it
+        if geometry.approximate and exact is geometry:
+            geometry, outcome = _measured(problem, geometry, own_rule, rule.tol, outcome, further)
+            if backend != "auto" or outcome.status.name != "inexact":
+                return geometry, outcome
+            exact = bind(problem, "multiscale", precision, _tol_of(rule)).exact  # whoever named no backend gets what they asked for
         if exact is geometry:
             return geometry, outcome
-        with torch.no_grad():
-            left, again = max(max_iter - outcome.n_iter, 1), Start(outcome.f, problem.a.detach())
-            corrected = sinkhorn(exact, step, rule, again, max_iter=left, **run)
-        corrected.n_iter += outcome.n_iter
-        corrected.n_sweeps += outcome.n_sweeps
-        corrected.errors = outcome.errors + corrected.errors
-        return exact, corrected
+        return exact, further(exact, rule, outcome)
 
     with torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
         geometry, end = gradients.outside(posed, search)
@@ -250,8 +248,24 @@ def _stricter(rule: Criterion) -> Criterion:
     return rule if _tol_of(rule) is None else replace(rule, tol=rule.tol / 2)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
+def _further(
+    problem: Problem, step: Alternating, max_iter: int, run: dict[str, Any], geometry: Geometry, rule: Criterion, before: Outcome
+) -> Outcome:
+    """On from the end of a loop by the sums of another backend."""
+    left, start = max(max_iter - before.n_iter, 1), Start(before.f, problem.a.detach())
+    with torch.no_grad():
+        end = sinkhorn(geometry, step, rule, start, max_iter=left, **run)
+    end.n_iter, end.n_sweeps, end.errors = end.n_iter + before.n_iter, end.n_sweeps + before.n_sweeps, before.errors + end.errors
+    return end
+
+
 def _measured(
-    problem: Problem, geometry: Geometry, step: Alternating, rule: Criterion, tol: float, end: Outcome, max_iter: int, run: dict[str, Any]
+    problem: Problem,
+    geometry: Geometry,
+    rule: Criterion,
+    tol: float,
+    end: Outcome,
+    further: Callable[[Geometry, Criterion, Outcome], Outcome],
 ) -> tuple[Geometry, Outcome]:
     """The end of a loop on sums that are not exact, measured by those that are; on finer ones where the error asks for it."""
     end.measured = measure(problem, end.f, end.g)
@@ -260,11 +274,7 @@ def _measured(
         finer = geometry.finer(end.measured.error / (tol / 2))
         if finer is None:
             break
-        geometry, before = finer, end
-        left = max(max_iter - before.n_iter, 1)
-        with torch.no_grad():
-            end = sinkhorn(geometry, step, rule, Start(before.f, problem.a.detach()), max_iter=left, **run)
-        end.n_iter, end.n_sweeps, end.errors = end.n_iter + before.n_iter, end.n_sweeps + before.n_sweeps, before.errors + end.errors
+        geometry, end = finer, further(finer, rule, end)
         end.measured = measure(problem, end.f, end.g)
     if tol > 0 and end.status in ended:
         met = end.measured.bound <= tol

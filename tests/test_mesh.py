@@ -7,7 +7,7 @@ import torch
 
 import gpu_ot
 from gpu_ot import KL, TV, Cosine, Dot, Euclidean, Problem, SamplesLoss, SqEuclidean, compiled, solve
-from gpu_ot.geometry import mesh, multiscale
+from gpu_ot.geometry import mesh, multiscale, select
 from gpu_ot.geometry.chunked import Chunked
 from gpu_ot.geometry.protocol import weigh
 from gpu_ot.geometry.select import bind
@@ -273,6 +273,15 @@ def test_auto_chooses_by_size_dimension_and_eps():
     assert taken(30_000, 3, 0.05, tol=None) == "chunked"
 
 
+def test_auto_goes_on_exactly_where_the_mesh_cannot_meet_the_tolerance(monkeypatch):
+    monkeypatch.setattr(mesh, "FINEST", mesh.COARSEST)
+    monkeypatch.setattr(select, "_rules", lambda problem, tol: iter([select.Rule("mesh", "this is a test")]))
+    problem = pose("surfaces")
+    s = solve(problem, tol=2e-4)
+    assert s.converged and isinstance(s.geometry, multiscale.Multiscale)
+    assert measure(problem, s.f, s.g, samples=10**6).error <= 2e-4
+
+
 def test_measured_errors_are_those_of_all_points():
     problem = pose("surfaces", 300, 400)
     s = solve(problem, backend="dense", tol=1e-2)
@@ -282,7 +291,7 @@ def test_measured_errors_are_those_of_all_points():
     turned = solve(problem.T, backend="dense", tol=1e-2).measure()
     assert turned.T.rows == turned.columns
     with pytest.raises(gpu_ot.ProblemError, match="one problem at a time"):
-        solve(Problem(rand(2, 5, 5), 0.1)).measure()
+        solve(Problem(rand(2, 5, 5), 0.1), backend="softmin").measure()
 
 
 def test_samples_loss_multiscale():
