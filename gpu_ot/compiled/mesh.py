@@ -3,7 +3,7 @@
 The mesh is cut into tiles of TILE^3 nodes. Each holds values of at most 1 and the logarithm of what they were divided by, so nothing
 overflows and what a sum loses is far below its last digit. Only tiles near points exist.
 
-A tile's points meet the mesh through cubic B-splines (positive, of variance BETA in nodes) tilted by exp(t (k - y)), with t the slope of
+A cell's points meet the mesh through cubic B-splines (positive, of variance BETA in nodes) tilted by exp(t (k - y)), with t the slope of
 the logarithm of what is deposited or gathered there. For Gaussians of variance v, and the point moved to y - t BETA (deposit) or to
 x + s BETA (gather), the result is the Gaussian of variance v + BETA, wherever x and y are: the splines' own shape counts only for what
 the tilt has left, which at the solution is the width of a conditional plan. Without tilts the error grows like the fourth power of how
@@ -20,8 +20,8 @@ import numpy as np
 from .exponential import exp64, log64
 from .machine import compiled
 
-#: Nodes of a tile along an axis, those that a tile's points reach, and the variance of a cubic B-spline.
-TILE, WINDOW, BETA = 8, 12, 1 / 3
+#: Nodes along an axis of a tile and of a cell, whose points share a tilt; those that a cell's points reach; the variance of a B-spline.
+TILE, CELL, WINDOW, BETA = 8, 4, 8, 1 / 3
 #: Largest tilt, e-folds a node: points then move by at most 4 nodes, and stay within their window.
 STEEPEST = 12.0
 #: Tiles whose values are below exp(-FAINT) of the largest are left out of a sum. Within a tile values differ by up to exp(100).
@@ -29,14 +29,14 @@ FAINT = 160.0
 
 
 class Cloud(NamedTuple):
-    """Points sorted by tile. Coordinates are in nodes; `tilts` are those of the last gather."""
+    """Points sorted by cell. Coordinates are in nodes; `tilts` are those of the last gather."""
 
     points: np.ndarray  # (n, 3)
     order: np.ndarray  # (n,), where each stood
-    starts: np.ndarray  # (t + 1,), the first point of each tile
-    tiles: np.ndarray  # (t, 3)
-    centres: np.ndarray  # (t, 3), the mean of its points
-    tilts: np.ndarray  # (t, 3), slopes of log softmin sums, a node
+    starts: np.ndarray  # (c + 1,), the first point of each cell that holds some
+    cells: np.ndarray  # (c, 3)
+    centres: np.ndarray  # (c, 3), the mean of its points
+    tilts: np.ndarray  # (c, 3), slopes of log softmin sums, a node
 
 
 class Stage(NamedTuple):
@@ -50,12 +50,12 @@ class Stage(NamedTuple):
 
 @compiled
 def sort_points(points, shape, order, counts):
-    """Counts the points of each tile, and sorts them by it: `order` (n,), `counts` (T0 T1 T2 + 1,) where each begins."""
+    """Counts the points of each cell, and sorts them by it: `order` (n,), `counts` (T0 T1 T2 + 1,) where each begins."""
     n, (_, T1, T2) = len(points), shape
     key = np.empty(n, np.int64)
     counts[:] = 0
     for i in range(n):
-        at = ((int(points[i, 0]) // TILE) * T1 + int(points[i, 1]) // TILE) * T2 + int(points[i, 2]) // TILE
+        at = ((int(points[i, 0]) // CELL) * T1 + int(points[i, 1]) // CELL) * T2 + int(points[i, 2]) // CELL
         key[i] = at
         counts[at + 1] += 1
     for t in range(1, len(counts)):
@@ -67,9 +67,9 @@ def sort_points(points, shape, order, counts):
 
 
 @compiled
-def _window_start(tile, shift):
-    """The first node of the window of a tile whose points are moved by `shift`."""
-    return tile * TILE + math.floor(shift) - 1
+def _window_start(cell, shift):
+    """The first node of the window of a cell whose points are moved by `shift`."""
+    return cell * CELL + math.floor(shift) - 1
 
 
 @compiled
@@ -84,7 +84,7 @@ def _splines(q, w):
 
 @compiled
 def deposit(low, high, cloud, h, sign, stage):
-    """Adds exp(h_j) sign_j of the points of the tiles low..high to the stage. h (n,), as the points are sorted; -inf is none."""
+    """Adds exp(h_j) sign_j of the points of the cells low..high to the stage. h (n,), as the points are sorted; -inf is none."""
     buffer, wx, wy, wz = np.empty(WINDOW**3), np.empty(4), np.empty(4), np.empty(4)
     start, grow, top = np.empty(3, np.int64), np.empty((3, WINDOW)), np.empty(3)
     for t in range(low, high):
@@ -99,7 +99,7 @@ def deposit(low, high, cloud, h, sign, stage):
             continue
         constant = 0.0
         for axis in range(3):
-            start[axis] = _window_start(cloud.tiles[t, axis], -s[axis] * BETA)
+            start[axis] = _window_start(cloud.cells[t, axis], -s[axis] * BETA)
             constant += 0.5 * s[axis] * s[axis] * BETA
         buffer[:] = 0.0
         for j in range(first, last):
@@ -265,7 +265,7 @@ def _slopes(stage, centre, s):
 
 @compiled
 def gather(low, high, cloud, stage, ratio, learn, logs, sign):
-    """log |sum| (n,) at the points of the tiles low..high as they are sorted, and its sign.
+    """log |sum| (n,) at the points of the cells low..high as they are sorted, and its sign.
 
     ratio   of the variances of the Gaussians on the stage and of those that are wanted: what is smoother is less steep.
     learn   take the tilts from the stage.
@@ -281,7 +281,7 @@ def gather(low, high, cloud, stage, ratio, learn, logs, sign):
         constant = 0.0
         for axis in range(3):
             s[axis] = -ratio * cloud.tilts[t, axis]
-            start[axis] = _window_start(cloud.tiles[t, axis], s[axis] * BETA)
+            start[axis] = _window_start(cloud.cells[t, axis], s[axis] * BETA)
             constant += 0.5 * s[axis] * s[axis] * BETA
         level = _take_window(buffer, start, s, c, shrink, stage)
         for i in range(cloud.starts[t], cloud.starts[t + 1]):

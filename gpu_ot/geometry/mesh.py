@@ -66,7 +66,7 @@ def per_of(problem: Problem, tol: float) -> float:
 class Mesh(Geometry):
     """`softmin` and `apply` by way of a mesh, as exact as its step allows.
 
-    The tilts of the tiles (see `compiled.mesh`) are those of the last `softmin` that was gathered there, so a result depends on the last
+    The tilts of the cells (see `compiled.mesh`) are those of the last `softmin` that was gathered there, so a result depends on the last
     one, within the error of the mesh.
     """
 

@@ -14,7 +14,7 @@ import torch
 from .. import errors
 
 #: Tiles of a mesh at most, those near points (8 KiB each for both arrays) and all.
-MOST_TILES, MOST_PLACES = 2**18, 2**22
+MOST_TILES, MOST_PLACES = 2**18, 2**21
 
 
 class _Route(NamedTuple):
@@ -76,7 +76,7 @@ class Level:
             after = stages[axis + 1]
             each(shares(len(after.slots)), mesh.convolve, axis, *self.blocks[axis], stages[axis], after)
         logs, sign = np.empty(len(target.order)), np.empty(len(target.order))
-        each(shares(len(target.tiles)), mesh.gather, target, last, self.ratio, learn, logs, sign)
+        each(shares(len(target.cells)), mesh.gather, target, last, self.ratio, learn, logs, sign)
         found, signs = np.empty_like(logs), np.empty_like(sign)
         found[target.order], signs[target.order] = logs + self.constant, sign
         return found, signs
@@ -84,19 +84,22 @@ class Level:
     def _cloud(self, points: np.ndarray) -> Any:
         from ..compiled import mesh
 
-        order, counts = np.empty(len(points), np.int64), np.empty(int(self.shape.prod()) + 1, np.int64)
-        mesh.sort_points(points, self.shape, order, counts)
+        cells = self.shape * (mesh.TILE // mesh.CELL)
+        order, counts = np.empty(len(points), np.int64), np.empty(int(cells.prod()) + 1, np.int64)
+        mesh.sort_points(points, cells, order, counts)
         held = np.flatnonzero(np.diff(counts))
         starts = np.append(counts[held], len(points))
-        tiles = np.stack(np.unravel_index(held, self.shape), -1).astype(np.int64)
+        places = np.stack(np.unravel_index(held, cells), -1).astype(np.int64)
         points = np.ascontiguousarray(points[order])
         centres = np.add.reduceat(points, starts[:-1], 0) / np.diff(starts)[:, None]
-        return mesh.Cloud(points, order, starts, tiles, centres, np.zeros_like(centres))
+        return mesh.Cloud(points, order, starts, places, centres, np.zeros_like(centres))
 
     def _near(self, cloud: Any, flat: np.ndarray) -> np.ndarray:
         """The tiles that its points may reach, a flag each."""
+        from ..compiled import mesh
+
         near = np.zeros(self.shape, bool)
-        near[tuple(cloud.tiles.T)] = True
+        near[tuple(cloud.cells.T // (mesh.TILE // mesh.CELL))] = True
         for axis in np.flatnonzero(~flat):
             before, after = np.roll(near, 1, axis), np.roll(near, -1, axis)  # the outermost tiles hold no points
             near = near | before | after
@@ -130,17 +133,19 @@ def _blocks(T: int, variance: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _hand_down(mine: Any, theirs: Any, ratio: float) -> None:
-    """The tilts of another mesh, of a step `ratio` times smaller: each tile takes that of its first point."""
+    """The tilts of another mesh, of a step `ratio` times smaller: each cell takes that of its first point."""
     tile_of = np.empty(len(theirs.order), np.int64)
-    tile_of[theirs.order] = np.repeat(np.arange(len(theirs.tiles)), np.diff(theirs.starts))
+    tile_of[theirs.order] = np.repeat(np.arange(len(theirs.cells)), np.diff(theirs.starts))
     # The displacement z stays: a slope is z h / eps, and eps goes with h^2.
     mine.tilts[:] = theirs.tilts[tile_of[mine.order[mine.starts[:-1]]]] / ratio
     np.clip(mine.tilts, -12.0, 12.0, out=mine.tilts)
 
 
 def _planes(cloud: Any) -> list[tuple[int, int, int]]:
-    """(first tile, last tile + 1, plane) of the tiles with one first coordinate."""
-    planes = cloud.tiles[:, 0]
+    """(first cell, last cell + 1, plane) of the cells in one plane of tiles."""
+    from ..compiled.mesh import CELL, TILE
+
+    planes = cloud.cells[:, 0] // (TILE // CELL)
     cuts = np.flatnonzero(np.diff(planes)) + 1
     ends = [0, *cuts.tolist(), len(planes)]
     return [(low, high, int(planes[low])) for low, high in pairwise(ends)]
