@@ -99,6 +99,15 @@ x, y = torch.rand(50, 2), torch.rand(60, 2)
 cost = Formula(lambda x, y: (x - y).abs().sum(-1), x, y)  # city-block distance
 value = solve(Problem(cost, eps=0.05)).value
 
+# %% Grid
+import torch
+from gpu_ot import Grid, Problem, solve
+
+images = torch.rand(2, 32, 32) + 0.1
+a, b = (images / images.sum((-1, -2), keepdim=True)).flatten(-2)  # (1024,) each
+solution = solve(Problem(Grid((32, 32)), eps=0.01, a=a, b=b))
+torus = Grid((16, 16, 16), spacing=0.1, periodic=True)
+
 # %% Lazy
 import torch
 from gpu_ot import Lazy, Problem

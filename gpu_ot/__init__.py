@@ -3,7 +3,7 @@
 from . import pot
 from .assign import assign
 from .barycenter import Barycenter, barycenter, free_barycenter
-from .costs import Cosine, Cost, Dot, Euclidean, Formula, Lazy, Matrix, SqEuclidean, Sum
+from .costs import Cosine, Cost, Dot, Euclidean, Formula, Grid, Lazy, Matrix, SqEuclidean, Sum
 from .distributed.checkpoint import Checkpoint
 from .distributed.costs import Sharded
 from .errors import BackendError, NotConverged, ProblemError, RankFailed
@@ -73,6 +73,7 @@ __all__ = [
     "Dot",
     "Euclidean",
     "Formula",
+    "Grid",
     "Gromov",
     "Lazy",
     "Matrix",

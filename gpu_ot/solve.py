@@ -18,13 +18,14 @@ from .gradients import implicit
 from .penalties import AtMost
 from .problem import Problem
 from .solution import Solution
+from .solution.measured import measure
 from .solver.acceleration import Anderson
 from .solver.annealing import Anneal, Constant
 from .solver.criterion import Criterion, Marginal
 from .solver.loop import iterations, sinkhorn
 from .solver.monitor import Outcome
 from .solver.partial import Partial
-from .solver.status import CONVERGED, DIVERGED, STALLED
+from .solver.status import CONVERGED, DIVERGED, STALLED, inexact
 from .solver.step import Alternating, Start, Symmetric
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def solve(
 
     Minimises <C, P> + eps KL(P | a⊗b) plus the marginal penalties; batched over leading axes.
 
-    backend      "auto", or by name: "dense", "resident", "chunked", "keops", "triton", "softmin"; `gpu_ot.explain(problem)` says why.
+    backend      "auto", or by name: "dense", "resident", "chunked", "keops", "triton", "mesh", "multiscale", "grid", "softmin";
+                 `gpu_ot.explain(problem)` says why. "mesh" has an error of its own, which is measured: `Solution.measured`.
     grad         how the outputs depend on the inputs: "envelope" is exact for the first derivatives of `value` at convergence and costs
                  one sweep; "implicit" differentiates f and g, too, through the equations that they solve at convergence (set `tol`
                  as small as the derivatives should be exact), and again: second derivatives of `value` in all of its inputs;
@@ -203,22 +205,23 @@ def find(
     every = check_every or (1 if accelerate != "none" and problem.a.device.type == "cpu" else 10)
 
     def search(problem: Problem) -> tuple[Geometry, Outcome]:
-        geometry, at = bind(problem, backend, precision), start.numbers()
+        geometry, at = bind(problem, backend, precision, rule.part_of_mass if grad == "envelope" else None), start.numbers()
         run: dict[str, Any] = dict(check_every=every, on_check=on_check, keep=keep, leap=leap)
         auto = accelerate == "auto" and schedule is None and order != "symmetric" and not geometry.single_launch
         step = _step(problem, order, accelerate, after)
         with torch.no_grad():
-            outcome = sinkhorn(geometry, step, rule, at, max_iter=max_iter, schedule=schedule, auto=auto, **run)
+            own_rule = rule.stricter() if geometry.approximate else rule
+            outcome = sinkhorn(geometry, step, own_rule, at, max_iter=max_iter, schedule=schedule, auto=auto, **run)
+        further = functools.partial(_further, problem, step, max_iter, run)
         exact = geometry.exact  # bound with gradients on: they reach the cost through it
+        if geometry.approximate and exact is geometry:
+            geometry, outcome = _measured(problem, geometry, own_rule, rule.tol, outcome, further)
+            if backend != "auto" or outcome.status.name != "inexact":
+                return geometry, outcome
+            exact = bind(problem, "multiscale", precision, rule.part_of_mass).exact  # whoever named no backend gets what they asked for
         if exact is geometry:
             return geometry, outcome
-        with torch.no_grad():
-            left, again = max(max_iter - outcome.n_iter, 1), Start(outcome.f, problem.a.detach())
-            corrected = sinkhorn(exact, step, rule, again, max_iter=left, **run)
-        corrected.n_iter += outcome.n_iter
-        corrected.n_sweeps += outcome.n_sweeps
-        corrected.errors = outcome.errors + corrected.errors
-        return exact, corrected
+        return exact, further(exact, rule, outcome)
 
     with torch.autocast(problem.a.device.type, enabled=False):  # it would turn products of float32 into halves
         geometry, end = gradients.outside(posed, search)
@@ -229,6 +232,7 @@ def find(
             f, g = implicit.potentials(posed, geometry, f, g, caution=_caution(end))
         if order == "columns":
             f, g, geometry = g, f, geometry.T
+            end.measured = end.measured and end.measured.T
         history = torch.stack(end.errors) if end.errors else end.f.new_zeros(0, *end.f.shape[:-1])
     recorded = torch.is_grad_enabled()
     more: Tensor | float = 0.0
@@ -241,7 +245,41 @@ def find(
         with torch.set_grad_enabled(recorded), torch.autocast(problem.a.device.type, enabled=False):
             return (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g) + more
 
-    return Solution(problem, geometry, value, f, g, end.status, end.converged, end.n_iter, end.n_sweeps, history)
+    return Solution(problem, geometry, value, f, g, end.status, end.converged, end.n_iter, end.n_sweeps, history, end.measured)
+
+
+def _further(
+    problem: Problem, step: Alternating, max_iter: int, run: dict[str, Any], geometry: Geometry, rule: Criterion, before: Outcome
+) -> Outcome:
+    """On from the end of a loop by the sums of another backend."""
+    left, start = max(max_iter - before.n_iter, 1), Start(before.f, problem.a.detach())
+    with torch.no_grad():
+        end = sinkhorn(geometry, step, rule, start, max_iter=left, **run)
+    end.n_iter, end.n_sweeps, end.errors = end.n_iter + before.n_iter, end.n_sweeps + before.n_sweeps, before.errors + end.errors
+    return end
+
+
+def _measured(
+    problem: Problem,
+    geometry: Geometry,
+    rule: Criterion,
+    tol: float,
+    end: Outcome,
+    further: Callable[[Geometry, Criterion, Outcome], Outcome],
+) -> tuple[Geometry, Outcome]:
+    """The end of a loop on sums that are not exact, measured by those that are; on finer ones where the error asks for it."""
+    end.measured = measure(problem, end.f, end.g)
+    ended = CONVERGED, STALLED  # by the sums of the mesh, or at the floor of their own errors
+    while tol > 0 and end.status in ended and not end.measured.bound <= tol:
+        finer = geometry.finer(end.measured.error / (tol / 2))
+        if finer is None:
+            break
+        geometry, end = finer, further(finer, rule, end)
+        end.measured = measure(problem, end.f, end.g)
+    if tol > 0 and end.status in ended:
+        met = end.measured.bound <= tol
+        end.status, end.converged = CONVERGED if met else inexact(str(end.measured), tol), torch.full_like(end.converged, met)
+    return geometry, end
 
 
 def _of_nothing(problem: Problem, order: str) -> Solution:

@@ -48,4 +48,6 @@ def everything(dtype: str) -> None:
     gpu_ot.sinkhorn_unbalanced(w, w, M, 0.1, 1.0)
     gpu_ot.sinkhorn2(w, w, M.requires_grad_(), 0.1).backward()
     gpu_ot.solve(gpu_ot.Problem(gpu_ot.SqEuclidean(x, y), 0.01))
+    for backend in ("mesh", "multiscale"):
+        gpu_ot.solve(gpu_ot.Problem(gpu_ot.SqEuclidean(x[0], y[0]), 0.01), backend=backend)
     gpu_ot.SamplesLoss()(x[0].requires_grad_(), y[0]).backward()

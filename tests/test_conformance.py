@@ -7,7 +7,7 @@ import torch
 
 import gpu_ot
 from conformance import COSTS, Conformance, iterations
-from gpu_ot import KL, TV, Problem
+from gpu_ot import KL, TV, Problem, compiled
 from gpu_ot.geometry import chunked, keops
 from problems import rand, weights
 
@@ -68,6 +68,14 @@ class TestKeopsFormulas(TestKeops):
 @pytest.mark.slow
 class TestKeopsSizes(TestKeops):
     sizes = ((1, 1, 1), (128, 100, 17))
+
+
+@pytest.mark.skipif(bool(compiled.refused()), reason="needs numba")
+class TestMultiscale(Conformance):
+    """Without a tolerance it leaves out what no digit shows. It keeps the potentials of one problem; sums are in float64 throughout."""
+
+    backend = "multiscale"
+    costs, sizes, batches = ("squared", "dot"), ((1, 1, 1), (63, 257, 3), (128, 100, 2)), ()
 
 
 class TestSharded(Conformance):

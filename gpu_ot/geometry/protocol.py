@@ -31,6 +31,8 @@ class Geometry(ABC):
     single_launch: bool = False
     #: Whether its softmins are torch operations that autograd records as they are.
     native: bool = False
+    #: Whether its sums have an error beyond rounding, which is then measured once the loop has ended.
+    approximate: bool = False
     #: Sweeps made beside those of the iterations, since they were last counted.
     extra_sweeps: int = 0
     #: The tensors that gradients flow to, as the backend holds them: (C,) for a matrix; alpha, beta, u and v, in this order, for a cost
@@ -52,6 +54,10 @@ class Geometry(ABC):
     def exact(self) -> Geometry:
         """The same cost without the rounding that this backend was allowed; itself, where it was allowed none."""
         return self
+
+    def finer(self, factor: float) -> Geometry | None:
+        """Of an approximate backend one whose error is so many times smaller, None where there is none."""
+        return None
 
     @abstractmethod
     def softmin(self, h: Tensor, eps: float) -> Tensor:

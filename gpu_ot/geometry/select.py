@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .. import errors
+from ..communicator import ALONE
 from ..problem import Problem, vector_dtype
-from . import chunked, keops, triton
+from . import chunked, grid, keops, mesh, multiscale, tiles, triton
 from .absorbed import Absorbed
 from .compiled import Compiled
 from .dense import Dense
@@ -28,6 +29,12 @@ DENSE_BYTES = 2**28
 #: 1024 by 1024 it is 100 us, which only many problems at once would gain from; a measurement may move this.
 RESIDENT = 256
 
+
+#: Seconds that an iteration in blocks takes for a pair, about, on 2 cores.
+PAIR_S = 1.3e-9
+
+#: The tolerance of a solve that names none.
+TOL = 1e-4
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
@@ -75,6 +82,9 @@ BACKENDS = {
         chunked.refuse, lambda problem: chunked.Chunked(problem.cost), lambda problem: 3 * _cloud_bytes(problem) + _block_bytes(problem)
     ),
     "keops": Backend(keops.refuse, lambda problem: keops.Keops(problem.cost), lambda problem: 2 * _cloud_bytes(problem)),
+    "grid": Backend(grid.refuse, grid.OnGrid, grid.memory),
+    "mesh": Backend(mesh.refuse, mesh.bind, mesh.memory),
+    "multiscale": Backend(multiscale.refuse, multiscale.bind, multiscale.memory),
     "softmin": Backend(lambda problem: None, lambda problem: Dense(problem.cost), _matrix_bytes),
 }
 
@@ -86,7 +96,7 @@ class Rule(NamedTuple):
     because: str
 
 
-def _rules(problem: Problem) -> Iterator[Rule]:
+def _rules(problem: Problem, tol: float | None) -> Iterator[Rule]:
     """Those that hold for the problem. "dense" serves everything, so the last is never refused."""
     cost, gpu = problem.cost, _on(problem, "cuda")
     if (own := cost.backend) is not None:
@@ -114,6 +124,12 @@ def _rules(problem: Problem) -> Iterator[Rule]:
         yield Rule("keops", "the cost does not go through the kernels, and KeOps compiles a loop for it")
     if _on(problem, "cpu") and cost.depth > 1:
         yield Rule("keops", f"{large}, and torch would hold every coordinate of the formula, where KeOps compiles a loop")
+    if tol is not None and mesh.refuse(problem) is None and _quicker(problem, tol):
+        yield Rule(
+            "mesh", f"{large}, its points have few features, and a mesh of {mesh.per_of(problem, tol):.1f} nodes a blur is exact enough"
+        )
+    if multiscale.refuse(problem) is None and (share := multiscale.share(problem)) < multiscale.FEW:
+        yield Rule("multiscale", f"{large}, and eps reaches so few points that about {share:.1%} of the pairs are left")
     yield Rule("chunked", f"{large}, and blocks of them are formed, reduced and dropped")
     if _on(problem, "cpu"):
         yield Rule("keops", f"{large}, and the cost cannot be taken in blocks")
@@ -128,34 +144,50 @@ def _fits(problem: Problem) -> bool:
     return BACKENDS["dense"].memory(problem) <= DENSE_BYTES
 
 
-def bind(problem: Problem, backend: str = "auto", precision: str = "fp32") -> Geometry:
-    """The problem's cost as a Geometry; `precision` is what "triton" may round points to, and nothing to the others.
+def _quicker(problem: Problem, tol: float) -> bool:
+    """Whether an iteration on a mesh takes less time than one in blocks, and fits. Measured on 2 cores, see bench/FACTS.md."""
+    n, m = problem.shape[-2:]
+    count = mesh.tiles(mesh.extents(problem), mesh.per_of(problem, tol))
+    return count <= tiles.MOST_TILES and 2 * (2 * mesh.POINT_S * (n + m) + mesh.TILE_S * count) < PAIR_S * n * m
+
+
+def bind(problem: Problem, backend: str = "auto", precision: str = "fp32", tol: float | None = None) -> Geometry:
+    """The problem's cost as a Geometry; `precision` is what "triton" may round points to, and nothing to the others. `tol` is the marginal
+    error that is asked for, where it may come from the sums: only then "auto" takes a backend that is not exact.
 
     Raises ProblemError for a backend that does not exist, BackendError for one that cannot serve this problem, with the reason.
     """
     ranks = problem.cost.ranks
     largest = ranks.largest(problem)
     if backend == "auto":
-        backend = _choose(largest)[0].backend
+        backend = _choose(largest, tol if ranks is ALONE else None)[0].backend
     elif backend not in BACKENDS:
         raise errors.unknown("backend", backend, ["auto", *BACKENDS])
     elif why := BACKENDS[backend].refuse(largest):
         raise errors.backend_refused(backend, why)
     if precision not in PRECISIONS:
         raise errors.unknown("precision", precision, PRECISIONS)
-    bind_piece = functools.partial(triton.Streaming, precision=precision) if backend == "triton" else BACKENDS[backend].bind
+    if backend in ("mesh", "multiscale") and ranks is not ALONE:
+        raise errors.backend_refused(backend, "ranks share its points, and it needs all of them")
+    bind_piece = BACKENDS[backend].bind
+    if backend == "triton":
+        bind_piece = functools.partial(triton.Streaming, precision=precision)
+    elif backend in ("mesh", "multiscale"):
+        bind_piece = functools.partial(BACKENDS[backend].bind, tol=tol)  # pyright: ignore[reportCallIssue]
     return ranks.bind(problem, lambda piece: piece.cost.geometry(piece, bind_piece))
 
 
-def explain(problem: Problem) -> str:
+def explain(problem: Problem, tol: float | None = TOL) -> str:
     """Which backend "auto" takes for this problem and why, the memory each would need beside the inputs, and why not the others.
+
+    tol  that of the solve; None for one whose marginals or derivatives must be exact, as with grad="implicit".
 
     >>> print(gpu_ot.explain(Problem(SqEuclidean(x, y), eps=0.1)))
     """
     kind, largest = problem.cost.describe(), problem.cost.ranks.largest(problem)
     if largest is not problem:
-        return f"{problem.shape[-2]} by {problem.shape[-1]}, {kind}. The largest piece:\n{explain(largest)}"
-    taken, overruled = _choose(problem)
+        return f"{problem.shape[-2]} by {problem.shape[-1]}, {kind}. The largest piece:\n{explain(largest, None)}"
+    taken, overruled = _choose(problem, tol)
     *batch, n, m = problem.shape
     count = f"{problem.shape.numel() // (n * m)} problems of " if batch else ""
     lines = [
@@ -171,10 +203,10 @@ def explain(problem: Problem) -> str:
     return "\n".join(lines)
 
 
-def _choose(problem: Problem) -> tuple[Rule, list[Rule]]:
+def _choose(problem: Problem, tol: float | None = TOL) -> tuple[Rule, list[Rule]]:
     """The rule that decides, and those before it whose backends refused the problem."""
     overruled: list[Rule] = []
-    for rule in _rules(problem):
+    for rule in _rules(problem, tol):
         if BACKENDS[rule.backend].refuse(problem) is None:
             return rule, overruled
         overruled.append(rule)
@@ -188,6 +220,14 @@ def _passed_over(name: str, problem: Problem) -> str:
         return f"its n-by-m arrays exceed {DENSE_BYTES >> 20} MiB"
     if name == "resident":
         return f"for problems of up to {RESIDENT} by {RESIDENT} on a GPU"
+    if name == "grid":
+        return "the cost is stored"
+    if name == "mesh":
+        return "slower than an exact backend at this size and this eps"
+    if name == "multiscale":
+        return (
+            "slower while the n-by-m arrays fit in memory" if _fits(problem) else "eps reaches too many of the pairs, or a mesh is faster"
+        )
     if name == "dense" and problem.cost.backend is not None:
         return f"whoever passes {problem.cost.describe()} wants no n-by-m array"
     if name == "dense":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import errors
+from ..communicator import ALONE
 from ..costs import Euclidean, SqEuclidean
 from ..distributed.costs import Sharded
 from ..errors import ProblemError
@@ -90,6 +91,8 @@ def between_samples(
 def backend_for(name: str, problem: Problem) -> str:
     """Our name for geomloss's: the first backend of that kind that serves the problem. A stored matrix is not streamed."""
     if name not in ("tensorized", "online", "multiscale"):
+        return name
+    if name == "multiscale" and problem.cost.ranks is ALONE and BACKENDS[name].refuse(problem) is None:
         return name
     problem = problem.cost.ranks.largest(problem)
     streaming = ("triton", "keops") if problem.a.is_cuda else ()

@@ -18,6 +18,7 @@ from ..geometry.protocol import Geometry, weigh
 from ..problem import Problem
 from ..solver.status import Status
 from ..vectors import in_full_precision, log
+from .measured import SAMPLES, Measured, measure
 from .plan import Live, Plan
 
 #: For more pairs than this, <P, C> of a cost that folds is one sweep of the backend rather than a sum over entries.
@@ -35,6 +36,7 @@ class Solution:
     n_iter   iterations run.
     n_sweeps sweeps over the n-by-m pairs: two an iteration, those before the first, and any that the backend adds.
     errors   (checks, *batch) the marginal errors at each check, in the unit of the stopping rule.
+    measured  for a backend that is not exact, such as "mesh": the marginal errors by exact sums at a random sample of points, with a bound.
     """
 
     problem: Problem
@@ -47,6 +49,7 @@ class Solution:
     n_iter: int
     n_sweeps: int
     errors: Tensor
+    measured: Measured | None = None
 
     @cached_property
     def wide_value(self) -> Tensor:
@@ -155,6 +158,16 @@ class Solution:
         least = torch.minimum(H_a, H_b)
         blur = 1 - (H_a + H_b - H) / torch.where(least > 0, least, 1.0)
         return torch.where(least > 0, blur, 1.0).to(self.problem.given_dtype)
+
+    @in_full_precision
+    def measure(self, samples: int = SAMPLES, seed: int = 0) -> Measured:
+        """The marginal errors by exact sums at a random sample of points, O(samples (n + m)), whatever the backend.
+
+        Points are drawn by their weight; the same seed draws the same. Raises ProblemError for a batch.
+        """
+        if len(self.shape) > 2:
+            raise ProblemError(f"marginals are measured of one problem at a time, and these are {errors.shape(self.shape[:-2])} of them.")
+        return measure(self.problem, self.f, self.g, samples, seed)
 
     @property
     def shape(self) -> torch.Size:

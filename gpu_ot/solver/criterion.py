@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -56,6 +56,15 @@ class Criterion(ABC):
         """The error below which a run may end. A tolerance of 0 asks for every iteration: no error is below -inf."""
         return self.tol if self.tol > 0 else -math.inf
 
+    @property
+    def part_of_mass(self) -> float | None:
+        """The tolerance, where it is an L1 error of the marginals as a part of the mass."""
+        return None
+
+    def stricter(self) -> Criterion:
+        """Half of such a tolerance, which leaves the other half to the error of the sums."""
+        return self
+
     def seen(self, step: Alternating, state: State) -> tuple[Tensor, Tensor]:
         """(f, g) as they are returned."""
         return state.f, state.g
@@ -94,6 +103,13 @@ class Marginal(Criterion):
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise unknown("norm", self.norm, NORMS)
+
+    @property
+    def part_of_mass(self) -> float | None:
+        return self.tol if self.norm == "l1" and self.tol > 0 else None
+
+    def stricter(self) -> Marginal:
+        return self if self.part_of_mass is None else replace(self, tol=self.tol / 2)
 
     def measure(self, step: Alternating, state: State, before: State, dtype: torch.dtype) -> Measured:
         """The floor: rounding in the sums of the sweep, and in forming g / eps."""

@@ -42,7 +42,7 @@ def sinkhorn(
     The error is checked after iterations 1, 1 + check_every, 1 + 2 check_every, ... and after the last. Accelerated, each
     problem of a batch stops on its own.
     """
-    monitor = Monitor(step, criterion, geometry.dtype, on_check, keep)
+    monitor = Monitor(step, criterion, geometry.dtype, on_check, keep, geometry.approximate)
     engine, state = compiled.engine(geometry, step, monitor, start), None
     for stretch in stretches(step, monitor, schedule or Constant(step.eps), max_iter, check_every, auto, leap):
         state = _run(geometry, monitor, start, stretch, state) if engine is None else engine.run(stretch, state)

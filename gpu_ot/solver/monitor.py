@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from .step import Alternating, State
 
 #: Within `NEAR` rounding floors, so many checks without a new smallest error mean that rounding is all that is left.
 STALL_CHECKS, NEAR = 10, 1e3
+#: And on sums that are not exact, whose own floor is not known, so many wherever it happens.
+STALL_CHECKS_APPROXIMATE = 30
 #: Start testing for infeasibility after this many iterations.
 INFEASIBILITY_AFTER = 50
 
@@ -35,6 +38,7 @@ class Outcome:
     n_iter: int
     n_sweeps: int
     errors: list[Tensor] = field(default_factory=list)
+    measured: Any = None  # by exact sums, of a backend that is not exact
 
 
 class Monitor:
@@ -50,6 +54,7 @@ class Monitor:
         dtype: torch.dtype,
         on_check: Callable[[int, Tensor], None] | None = None,
         keep: Callable[[int, float, Tensor, Tensor], None] | None = None,
+        approximate: bool = False,
     ) -> None:
         self.step, self.criterion, self.dtype, self.on_check, self.keep = step, criterion, dtype, on_check, keep
         self.errors: list[Tensor] = []
@@ -58,6 +63,8 @@ class Monitor:
         self.done: Tensor | None = None
         self.near = False  # whether the end was found near, see `end_is_near`
         self.progress = _Progress(endless=criterion.threshold == -math.inf)
+        if approximate:
+            self.progress.patience, self.progress.near = STALL_CHECKS_APPROXIMATE, math.inf
         self._ceiling: Tensor | None = None
         self._pending: Callable[[], list[float]] | None = None
 
@@ -142,6 +149,7 @@ class _Progress:
 
     def __init__(self, endless: bool = False) -> None:
         self.best, self.idle, self.endless = math.inf, 0, endless
+        self.patience, self.near = STALL_CHECKS, NEAR
 
     def judge(self, flags: list[float]) -> Status | None:
         done, settled, ratio, infeasible = flags
@@ -156,7 +164,7 @@ class _Progress:
         self.idle = 0 if ratio < self.best else self.idle + 1
         self.best = min(self.best, ratio)
         # Far above rounding a standing error proves nothing: at small eps mass moves in long, flat stages.
-        return STALLED if self.idle >= STALL_CHECKS and ratio < NEAR else None
+        return STALLED if self.idle >= self.patience and ratio < self.near else None
 
 
 def _dearest_plan(problem: Problem, eps: float) -> Tensor | None:

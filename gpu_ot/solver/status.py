@@ -38,6 +38,15 @@ DIVERGED = Status(
 )
 
 
+def inexact(found: str, tol: float) -> Status:
+    """The end of a loop that met the tolerance by the sums of a backend whose own error, as it was measured, is larger."""
+    return Status(
+        "inexact",
+        f"The sums of this backend are less exact than tol = {tol:.3g}: {found}. Loosen tol, raise eps, or take a backend whose sums are "
+        'exact: backend="multiscale", or "chunked" for few points.',
+    )
+
+
 def unresolved(error: float, eps: float, least: float) -> Status:
     """The end of a loop whose eps is so small beside the costs that rounding alone moves the marginals: by `error` of the mass in all."""
     return Status(

@@ -1,0 +1,211 @@
+"""Costs that fold in at most three features, such as squared distances for d <= 3, by way of a mesh: O(n) a sweep, whatever n.
+
+C_ij = alpha_i + beta_j - <u_i, v_j> is |u_i - v_j|^2 / 2 beside terms of i and of j alone, so exp(-C / eps) is a Gaussian of variance eps
+in u. Points are deposited on a mesh of `per` nodes a standard deviation, the mesh is multiplied by the Gaussian along one axis after the
+other, and the result is gathered at the other points: see `compiled.mesh`.
+
+The same is true of A u and A^-T v, moved as one likes. The A here makes the covariances of both clouds one, so that mass travels as little
+as a linear change of coordinates allows: where it stays near, the mesh is exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import compiled, errors
+from ..problem import Problem
+from .chunked import Chunked
+from .protocol import Geometry, pull_folded
+from .tiles import Level
+
+#: Nodes a standard deviation: what the error of the marginals is about for 1, and between which limits.
+ERROR, COARSEST, FINEST = 5e-3, 1.7, 6.0
+#: Seconds that a sweep takes for a point and for a tile, about, on 2 cores; and up to which step a mesh is finer than it need be while
+#: its tiles take no more than half as long as the points: mass that travels far needs it.
+POINT_S, TILE_S, AMPLE = 40e-9, 17e-6, 3.5
+#: Features at most.
+AXES = 3
+
+
+def refuse(problem: Problem) -> str | None:
+    """Why this problem cannot be taken by way of a mesh, or None."""
+    cost = problem.cost
+    if problem.a.device.type != "cpu":
+        return f"its tensors are on {problem.a.device}, and this is machine code of the CPU"
+    if not cost.folds:
+        return f"the cost is {cost.describe()}, and a mesh takes Gaussian kernels alone"
+    if len(problem.shape) > 2:
+        return "it is a batch, and a mesh serves one problem: solve them one after the other"
+    if (d := features(problem)) > AXES:
+        return f"its points have {d} features, and a mesh has at most {AXES} axes"
+    return compiled.refused()
+
+
+def features(problem: Problem) -> int:
+    """Features of the folded cost, read from a single pair where one can be cut out."""
+    cost = problem.cost
+    folded = (cost.part(slice(0, 1), slice(0, 1)) if cost.cuts else cost).fold()
+    return AXES + 1 if folded is None else folded.u.shape[-1]
+
+
+def per_of(problem: Problem, tol: float) -> float:
+    """Nodes a standard deviation for a solve to `tol`, half of which is left to the mesh: its error falls as the fourth power."""
+    per = min(max((2 * ERROR / max(tol, 1e-12)) ** 0.25, COARSEST), FINEST)
+    (n, m), extent = problem.shape[-2:], extents(problem)
+    while per < AMPLE and TILE_S * tiles(extent, 1.1 * per) < POINT_S * (n + m) / 2:
+        per *= 1.1
+    return per
+
+
+class Mesh(Geometry):
+    """`softmin` and `apply` by way of a mesh, as exact as its step allows.
+
+    The tilts of the cells (see `compiled.mesh`) are those of the last `softmin` that was gathered there, so a result depends on the last
+    one, within the error of the mesh.
+    """
+
+    dtype = torch.float64
+    approximate = True
+
+    def __init__(self, problem: Problem, per: float) -> None:
+        folded = problem.cost.fold()
+        assert folded is not None
+        self.inputs = tuple(folded)
+        self.problem, self.per, self.pair = problem, per, Pair.of(problem, per)
+        self.pair.level(problem.eps)
+        self._turned = False
+
+    @property
+    def T(self) -> Mesh:
+        other, (alpha, beta, u, v) = copy.copy(self), self.inputs
+        other.inputs, other._turned = (beta, alpha, v, u), not self._turned
+        return other
+
+    def finer(self, factor: float) -> Mesh | None:
+        per = self.per * factor**0.25
+        if self.per >= FINEST or per > 1.5 * FINEST:
+            return None
+        with contextlib.suppress(errors.BackendError):
+            return Mesh(self.problem, min(max(per, 1.25 * self.per), FINEST))
+        return None
+
+    def softmin(self, h: Tensor, eps: float) -> Tensor:
+        if h.ndim > 1:
+            return torch.stack([self.softmin(each, eps) for each in h])
+        logs, _ = self.pair.sums(h.detach().numpy(), None, eps, self._turned, learn=True)
+        return -eps * torch.from_numpy(logs)
+
+    def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
+        columns = [self._product(k, h, eps, v[..., c]) for c in range(v.shape[-1])]
+        return torch.stack(columns, -1) if columns else h.new_zeros(*k.shape, 0)
+
+    def _product(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
+        logs, sign = self.pair.sums(h.detach().numpy(), v.detach().to(h).numpy(), eps, self._turned, learn=False)
+        return torch.from_numpy(sign) * (torch.from_numpy(logs) + k / eps).exp()
+
+    def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
+        """Exact, whatever the mesh."""
+        cost = self.problem.cost.T if self._turned else self.problem.cost
+        return Chunked(cost).plan(k, h, eps)
+
+    def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
+        def products(right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            on_rows = None if right is None else self.apply(k, h, eps, right.mT).mT
+            return on_rows, None if left is None else self.T.apply(h, k, eps, left.mT).mT
+
+        return pull_folded(self.inputs, w, products)
+
+
+class Pair:
+    """The two clouds in coordinates in which mass stays near, and their meshes at the last values of eps."""
+
+    def __init__(self, alpha: np.ndarray, beta: np.ndarray, u: np.ndarray, v: np.ndarray, a: np.ndarray, b: np.ndarray, per: float) -> None:
+        p, q = np.average(u, 0, a), np.average(v, 0, b)
+        A = _common(_covariance(u - p, a), _covariance(v - q, b))
+        x, y = (u - p) @ A, (v - q) @ np.linalg.inv(A)  # A is symmetric
+        # <u, v> = <x, y> + <p, v> + <q, u> - <p, q>
+        self.shifts = alpha - u @ q + p @ q - (x * x).sum(-1) / 2, beta - v @ p - (y * y).sum(-1) / 2
+        self.points = _padded(x), _padded(y)
+        self.per, self.kept = per, {}
+
+    @classmethod
+    def of(cls, problem: Problem, per: float) -> Pair:
+        """Of a cost that folds, in float64: |x|^2 of float32 points is then exact."""
+        wide = problem.cost.to(torch.float64).fold()
+        assert wide is not None
+        alpha, beta, u, v = (z.detach().numpy() for z in wide)
+        return cls(alpha, beta, u, v, problem.a.detach().numpy(), problem.b.detach().numpy(), per)
+
+    def sums(self, h: np.ndarray, v: np.ndarray | None, eps: float, turned: bool, *, learn: bool) -> tuple[np.ndarray, np.ndarray]:
+        """log |sum_j exp((h_j - C_ij) / eps) v_j| and its sign, at the rows, or, turned, at the columns."""
+        own, other = self.shifts[::-1] if turned else self.shifts
+        logs, sign = self.level(eps).sums((h - other) / eps, v, turned, learn)
+        return logs - own / eps, sign
+
+    def level(self, eps: float) -> Level:
+        level = self.kept.get(eps)
+        if level is None:
+            last = next(reversed(self.kept.values()), None)
+            level = Level(self.points, math.sqrt(eps) / self.per, self.per, last)
+            self.kept = {**dict(list(self.kept.items())[-1:]), eps: level}
+        return level
+
+
+def _covariance(z: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return (z * (w / w.sum())[:, None]).T @ z
+
+
+def _common(S: np.ndarray, R: np.ndarray) -> np.ndarray:
+    """The symmetric A with A S A = A^-1 R A^-1: A^2 moves a Gaussian of covariance S onto one of R. Stretches by a factor of 4 at most."""
+    d = len(S)
+    size = (np.trace(S) + np.trace(R)) / d
+    if not size > 0:
+        return np.eye(d)
+    ridge = 1e-6 * size * np.eye(d)
+    root, back = _power(S + ridge, 0.5), _power(S + ridge, -0.5)
+    M = back @ _power(root @ (R + ridge) @ root, 0.5) @ back
+    return _power((M + M.T) / 2, 0.5, 4.0)
+
+
+def _power(S: np.ndarray, p: float, limit: float = math.inf) -> np.ndarray:
+    w, V = np.linalg.eigh((S + S.T) / 2)
+    return (V * np.clip(np.maximum(w, 1e-300) ** p, 1 / limit, limit)) @ V.T
+
+
+def _padded(z: np.ndarray) -> np.ndarray:
+    """Points with three coordinates: those that are missing are 0."""
+    return np.ascontiguousarray(np.concatenate((z, np.zeros((len(z), AXES - z.shape[1]))), 1))
+
+
+def bind(problem: Problem, tol: float | None = None) -> Mesh:
+    """The problem on a mesh that is as fine as a marginal error of `tol` needs; as fine as there is, without.
+
+    Raises BackendError where eps is too small beside the extent of the clouds.
+    """
+    return Mesh(problem, FINEST if tol is None else per_of(problem, tol))
+
+
+def memory(problem: Problem) -> int:
+    """Bytes of both clouds with what is kept beside them, and of the mesh at eps."""
+    n, m = problem.shape[-2:]
+    return 200 * (n + m) + 2 * 8 * 512 * math.ceil(tiles(extents(problem), COARSEST))
+
+
+def extents(problem: Problem) -> Tensor:
+    """(d,): the sides of the box of both clouds, in standard deviations of the kernel."""
+    folded = problem.cost.fold()
+    assert folded is not None
+    with torch.no_grad():
+        sides = [torch.stack(z.aminmax(dim=-2)).double() for z in (folded.u, folded.v)]
+        return (torch.maximum(sides[0][1], sides[1][1]) - torch.minimum(sides[0][0], sides[1][0])) / math.sqrt(problem.eps)
+
+
+def tiles(extent: Tensor, per: float) -> float:
+    """Tiles of a mesh of `per` nodes a deviation, about: those of the box, though the clouds are taken in coordinates of their own."""
+    return float((extent * per / 8 + 2).prod())

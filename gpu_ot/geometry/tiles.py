@@ -1,0 +1,177 @@
+"""Two clouds on one mesh of tiles: which tiles there are, and the way from the points of one cloud to those of the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .. import errors
+
+#: Tiles of a mesh at most, those near points (8 KiB each for both arrays) and all.
+MOST_TILES, MOST_PLACES = 2**18, 2**21
+
+
+class _Route(NamedTuple):
+    """From one cloud to the other: the stages before and after each product."""
+
+    source: Any
+    target: Any
+    stages: tuple[Any, ...]
+
+
+class Level:
+    """Both clouds on one mesh of a given step, for one eps."""
+
+    def __init__(self, points: tuple[np.ndarray, np.ndarray], step: float, per: float, last: Level | None) -> None:
+        from ..compiled import mesh
+
+        self.step = step
+        low, high = np.minimum(points[0].min(0), points[1].min(0)), np.maximum(points[0].max(0), points[1].max(0))
+        flat = high == low
+        # All points of an axis without extent lie in the middle of one tile, whose neighbours are not needed.
+        origin = low / step - mesh.TILE - np.where(flat, mesh.TILE / 2 - 0.5, 0.5)
+        size = (high / step - origin) // mesh.TILE + 2
+        if not size.prod() <= MOST_PLACES:
+            raise errors.backend_refused("mesh", _too_fine(size))
+        self.shape = size.astype(np.int64)
+        self.clouds = tuple(self._cloud(z / step - origin) for z in points)
+        if last is not None:
+            for mine, theirs in zip(self.clouds, last.clouds, strict=True):
+                _hand_down(mine, theirs, step / last.step)
+        near = [self._near(cloud, flat) for cloud in self.clouds]
+        maps = [_stages(near[1 - side], near[side]) for side in (0, 1)]
+        most = max(int(each.sum()) for stage in maps for each in stage)
+        if most > MOST_TILES:
+            raise errors.backend_refused("mesh", _too_fine(self.shape))
+        arrays = [np.empty((most, mesh.TILE**3)) for _ in range(2)]
+        self.routes = tuple(
+            _Route(self.clouds[1 - side], self.clouds[side], tuple(_stage(z, arrays[k % 2]) for k, z in enumerate(maps[side])))
+            for side in (0, 1)
+        )
+        variance = per**2 - 2 * mesh.BETA
+        self.constant, self.ratio = 1.5 * math.log(per**2 / variance), (per**2 - mesh.BETA) / per**2
+        self.blocks = [_blocks(int(T), variance) for T in self.shape]
+
+    def sums(self, h: np.ndarray, v: np.ndarray | None, turned: bool, learn: bool) -> tuple[np.ndarray, np.ndarray]:
+        from ..compiled import mesh
+
+        source, target, stages = self.routes[turned]
+        first, last = stages[0], stages[-1]
+        first.logs[:] = -np.inf
+        sign = np.ones(len(h)) if v is None else v[source.order]
+        h = h[source.order]
+        if v is not None:  # an atom whose factor is 0 is absent, and nothing bounds its exponent
+            h = np.where(sign == 0, -np.inf, h)
+        for colour in range(3):  # of planes of tiles, whose windows do not meet
+            planes = [each for each in _planes(source) if each[2] % 3 == colour]
+            each([(low, high) for low, high, _ in planes], mesh.deposit, source, h, sign, first)
+        each(shares(len(first.slots)), mesh.normalise, first)
+        for axis in range(3):
+            after = stages[axis + 1]
+            each(shares(len(after.slots)), mesh.convolve, axis, *self.blocks[axis], stages[axis], after)
+        logs, sign = np.empty(len(target.order)), np.empty(len(target.order))
+        each(shares(len(target.cells)), mesh.gather, target, last, self.ratio, learn, logs, sign)
+        found, signs = np.empty_like(logs), np.empty_like(sign)
+        found[target.order], signs[target.order] = logs + self.constant, sign
+        return found, signs
+
+    def _cloud(self, points: np.ndarray) -> Any:
+        from ..compiled import mesh
+
+        cells = self.shape * (mesh.TILE // mesh.CELL)
+        order, counts = np.empty(len(points), np.int64), np.empty(int(cells.prod()) + 1, np.int64)
+        mesh.sort_points(points, cells, order, counts)
+        held = np.flatnonzero(np.diff(counts))
+        starts = np.append(counts[held], len(points))
+        places = np.stack(np.unravel_index(held, cells), -1).astype(np.int64)
+        points = np.ascontiguousarray(points[order])
+        centres = np.add.reduceat(points, starts[:-1], 0) / np.diff(starts)[:, None]
+        return mesh.Cloud(points, order, starts, places, centres, np.zeros_like(centres))
+
+    def _near(self, cloud: Any, flat: np.ndarray) -> np.ndarray:
+        """The tiles that its points may reach, a flag each."""
+        from ..compiled import mesh
+
+        near = np.zeros(self.shape, bool)
+        near[tuple(cloud.cells.T // (mesh.TILE // mesh.CELL))] = True
+        for axis in np.flatnonzero(~flat):
+            before, after = np.roll(near, 1, axis), np.roll(near, -1, axis)  # the outermost tiles hold no points
+            near = near | before | after
+        return near
+
+
+def _stages(source: np.ndarray, target: np.ndarray) -> list[np.ndarray]:
+    """Where the mesh is needed before and after each product, on the way from some tiles to others."""
+    first = np.any(target, (1, 2), keepdims=True) & np.any(source, 0, keepdims=True)
+    second = np.any(target, 2, keepdims=True) & np.any(source, (0, 1), keepdims=True)
+    return [source, first, second, target]
+
+
+def _stage(there: np.ndarray, values: np.ndarray) -> Any:
+    from ..compiled import mesh
+
+    slots = np.argwhere(there)
+    index = np.full(there.shape, -1, np.int32)
+    index[tuple(slots.T)] = np.arange(len(slots))
+    return mesh.Stage(index, np.ascontiguousarray(slots), values, np.full(len(slots), -np.inf))
+
+
+def _blocks(T: int, variance: float) -> tuple[np.ndarray, np.ndarray]:
+    """exp(-k^2 / 2 variance) between the nodes of two tiles, [distance + T - 1, from, to], of largest entry 1, and what was taken off."""
+    from ..compiled.mesh import TILE
+
+    nodes, apart = np.arange(TILE), np.arange(1 - T, T)
+    exponents = -((apart[:, None, None] * TILE + nodes[None, None, :] - nodes[None, :, None]) ** 2) / (2 * variance)
+    tops = exponents.max((1, 2))
+    return np.exp(exponents - tops[:, None, None]), tops
+
+
+def _hand_down(mine: Any, theirs: Any, ratio: float) -> None:
+    """The tilts of another mesh, of a step `ratio` times smaller: each cell takes that of its first point."""
+    tile_of = np.empty(len(theirs.order), np.int64)
+    tile_of[theirs.order] = np.repeat(np.arange(len(theirs.cells)), np.diff(theirs.starts))
+    # The displacement z stays: a slope is z h / eps, and eps goes with h^2.
+    mine.tilts[:] = theirs.tilts[tile_of[mine.order[mine.starts[:-1]]]] / ratio
+    np.clip(mine.tilts, -12.0, 12.0, out=mine.tilts)
+
+
+def _planes(cloud: Any) -> list[tuple[int, int, int]]:
+    """(first cell, last cell + 1, plane) of the cells in one plane of tiles."""
+    from ..compiled.mesh import CELL, TILE
+
+    planes = cloud.cells[:, 0] // (TILE // CELL)
+    cuts = np.flatnonzero(np.diff(planes)) + 1
+    ends = [0, *cuts.tolist(), len(planes)]
+    return [(low, high, int(planes[low])) for low, high in pairwise(ends)]
+
+
+def shares(count: int) -> list[tuple[int, int]]:
+    """Parts of a range, more than there are threads, so that all end together."""
+    parts = min(count, 8 * torch.get_num_threads())
+    cuts = [count * k // parts for k in range(parts + 1)] if parts else [0]
+    return list(pairwise(cuts))
+
+
+def each(ranges: list[tuple[int, int]], work: Callable[..., None], *arguments: Any) -> None:
+    """work(low, high, *arguments) of each range, on all cores."""
+    threads = min(torch.get_num_threads(), len(ranges))
+    if threads <= 1:
+        for low, high in ranges:
+            work(low, high, *arguments)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, low, high, *arguments) for low, high in ranges]:
+            done.result()
+
+
+def _too_fine(size: np.ndarray) -> str:
+    return (
+        f"eps is so small beside the extent of the clouds that its mesh has {' x '.join(f'{8 * z:.0f}' for z in size)} nodes: "
+        'take away points far from all others, raise eps, or use backend="multiscale"'
+    )
