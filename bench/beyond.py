@@ -11,7 +11,7 @@
     graphs    64 pairs of graphs with 50 nodes at once, against POT's one after the other
     assign    4096 samples and 3000 prototypes in float32, against the three lines of SwAV
 
-Contestants take turns, each timed after an untimed call of its own (gw: without one); medians. `difference` is what our result and
+Contestants take turns, each timed after an untimed call of its own; medians. `difference` is what our result and
 POT's differ by. Rows go to DIR/beyond.json, where those of groups that were not run stay.
 """
 
@@ -42,10 +42,10 @@ Call = Callable[[], Any]
 
 
 def in_turns(calls: dict[str, Call], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Milliseconds of each contestant's calls, and what the last of them returned. repeats = 0: of the first call, for long ones."""
-    results = {name: call() for name, call in calls.items()} if repeats else {}
+    """Milliseconds of each contestant's calls, and what the last of them returned."""
+    results = {name: call() for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(max(repeats, 1)):
+    for _ in range(repeats):
         for name, call in calls.items():
             start = time.perf_counter()
             results[name] = call()
@@ -133,7 +133,7 @@ def gw(rows: Rows, given: argparse.Namespace) -> None:
             "gpu_ot": lambda n=name, m=more, o=options: getattr(gpu_ot.pot.gromov, n)(*m, C1, C2, log=True, **o),
             "POT": lambda n=name, m=more, o=options: getattr(ot.gromov, n)(*m, C1, C2, log=True, **o),
         }
-        times, found = in_turns(calls, 0)
+        times, found = in_turns(calls, min(given.repeats, 3))
         (ours, log), (theirs, their_log) = found["gpu_ot"], found["POT"]
         notes = {
             "gpu_ot": {

@@ -15,8 +15,9 @@ from .geometry.select import bind
 from .gradients.fixed_point import TOL, TOL_SINGLE, fixed_point
 from .penalties import BALANCED, KL
 from .problem import Problem
-from .solve import needs_gradient, solve
+from .solve import find, needs_gradient
 from .solver.barycentric import Agreement, Barycentric, Shared
+from .solver.criterion import Marginal
 from .solver.loop import iterations, sinkhorn
 from .solver.status import DIVERGED, Status
 from .solver.step import Start, State
@@ -266,8 +267,11 @@ def free_barycenter(
     converged, status = False, MOVING
     for _ in range(max_iter):
         problem = Problem(SqEuclidean(x.expand(K, m, d), y), eps, None if b is None else b.expand(K, m), wa)
-        found = None if solution is None else solution.f
-        solution = solve(problem, start=found, tol=inner_tol, max_iter=inner_iter, backend=backend)
+        found = None if solution is None else Start(solution.f, problem.a)
+        solution = find(
+            problem, criterion=Marginal(inner_tol), start=found, accelerate="auto" if found is None else "mixing", max_iter=inner_iter,
+            backend=backend,
+        )  # fmt: skip
         rows = solution.problem.a.unsqueeze(-1).to(x)
         # Rows are exact, so a product with the plan is enough; a point without weight has an image, too.
         images = solution.plan @ y / rows if bool((rows > 0).all()) else solution.transport()

@@ -15,8 +15,10 @@ from ..gradients.fixed_point import TOL, TOL_SINGLE, fixed_point
 from ..penalties import BALANCED, Penalty
 from ..problem import Problem
 from ..solution import Plan, Solution
-from ..solve import solve
+from ..solve import find, solve
+from ..solver.criterion import Marginal
 from ..solver.status import DIVERGED, Status
+from ..solver.step import Start
 from ..vectors import in_full_precision
 from .spaces import Factored, Matrices, Moments, Points, distance, given, largest
 
@@ -125,7 +127,7 @@ def gromov(
             # As exact as the problem that moves least needs: each is to settle on its own.
             moves = tol if k == max_iter - 1 else LOOSEST if change is None else max(float(change.amin()), tol)
             inner = min(INNER * moves * ratio, LOOSEST)
-            solution = solve(crowd.posed.problem(slope), start=f, tol=inner, **settings)
+            solution = _solved(crowd.posed.problem(slope), f, inner, settings)
             n_inner += solution.n_iter
             # A marginal error of the plan moves its slope by as much, times the largest slope.
             ratio = min(1.0, solution.problem.eps / max(largest(slope), 1e-300))
@@ -163,6 +165,12 @@ def gromov(
         value.to(dtype), distortion.to(dtype), plan, solution.f, solution.g, status, settled.expand(solution.f.shape[:-1]), len(history),
         n_inner, torch.stack(history),
     )  # fmt: skip
+
+
+def _solved(problem: Problem, f: Tensor | None, tol: float, settings: dict[str, Any]) -> Solution:
+    """`solve` from potentials f, if there are some, whose value nobody has asked for yet."""
+    start = None if f is None else Start(f, problem.a)
+    return find(problem, criterion=Marginal(tol), start=start, accelerate="auto" if f is None else "mixing", **settings)
 
 
 class _Crowd:
@@ -207,7 +215,7 @@ class _Crowd:
         assert self.last is not None
         if self.rest is None:
             return self.last
-        return solve(self.whole.problem(self.slope), start=self.f, tol=tol, **settings)
+        return _solved(self.whole.problem(self.slope), self.f, tol, settings)
 
 
 @dataclass(frozen=True, eq=False)

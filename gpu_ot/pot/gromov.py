@@ -38,7 +38,8 @@ def entropic_gromov_wasserstein(
     loss_fun   "square_loss" or "kl_loss".
     epsilon    > 0, in units of the loss.
     G0         the plan to begin with.
-    max_iter, tol   of the outer loop: it ends when the costs of the transport problem move by less than `tol` times epsilon.
+    max_iter, tol   of the outer loop. POT ends it when the plan moves by less than `tol` in the Euclidean norm; here it ends when the costs
+               move by so little that no plan of mass 1 could move by more, checked at every iteration.
     `symmetric` is found, transport problems always start from the last potentials, and `numItermax` limits their iterations; other
     options are accepted and not needed. solver="PPA" is POT's alone.
 
@@ -116,7 +117,7 @@ def _run_partial(
 
     found = sys.modules["gpu_ot"].gromov(
         x, y, eps / 2, a, b, features=shift.to(x.dtype), alpha=0.5, loss=loss_fun.removesuffix("_loss"), mass=mass, start=start,
-        tol=max(tol, LEAST_TOL), max_iter=max(max_iter, 1), on_check=line if verbose else None,
+        tol=_of_costs(tol, x, y), max_iter=max(max_iter, 1), on_check=line if verbose else None,
     )  # fmt: skip
     if found.status.name != "converged":
         warn_unless_converged(found, "Partial Gromov-Wasserstein did not converge.", "numItermax", "tol")
@@ -145,7 +146,7 @@ def _run(
 
     found = sys.modules["gpu_ot"].gromov(
         x, y, number(epsilon, "epsilon"), a, b, features=tM, alpha=alpha if fused else None, loss=loss_fun.removesuffix("_loss"),
-        start=start, grad="implicit", tol=max(tol, LEAST_TOL), max_iter=max(max_iter, 1), inner_iter=options.get("numItermax", 1000),
+        start=start, grad="implicit", tol=_of_costs(tol, x, y), max_iter=max(max_iter, 1), inner_iter=options.get("numItermax", 1000),
         on_check=line if verbose else None,
     )  # fmt: skip
     if found.status.name != "converged":
@@ -163,6 +164,12 @@ def _run(
         entries["T"] = back(P)
         entries |= {"quad_loss": back(pairs), "lin_loss": back(linear)} if isinstance(linear, Tensor) else {}
     return back(dist if loss else P), entries
+
+
+def _of_costs(tol: float, x: Tensor, y: Tensor) -> float:
+    """How far costs may move, in units of eps, for a plan that may move by `tol`: the norm of a plan between k equal masses is at most
+    1 / sqrt(k)."""
+    return max(tol, LEAST_TOL) * min(len(x), len(y)) ** 0.5
 
 
 __getattr__, __dir__ = forward(__name__, "ot.gromov")
