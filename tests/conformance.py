@@ -123,6 +123,8 @@ class Conformance:
     warm = (False, True)
     transposed = (False, True)
     device = "cpu"
+    #: Iterations of a whole solve, and between its checks.
+    iterations = 41, 20
 
     def build(self, problem):
         return bind(problem, self.backend)
@@ -316,12 +318,12 @@ class Conformance:
             self.compare(self.build(problem), problem, C.double(), C, torch.zeros_like(problem.b), 0.1, 3)
 
     def test_whole_solves(self, name, dtype, penalty, size):
-        self.solves(name, dtype, penalty, size)
+        self.solves(name, dtype, penalty, size, ((), ()), *self.iterations)
 
     def test_whole_solves_of_batches(self, name, dtype, penalty, batch):
-        self.solves(name, dtype, penalty, (9, 14, 3), batch, max_iter=5)
+        self.solves(name, dtype, penalty, (9, 14, 3), batch, 5, 20)
 
-    def solves(self, name, dtype, penalty, size, batch=((), ()), max_iter=41):
+    def solves(self, name, dtype, penalty, size, batch, max_iter, check_every):
         """Value, potentials, plan, and the gradients in the points and the weights, with empty atoms on both sides."""
         given = [z.to(self.device) for z in clouds(*size, batch[0], dtype=dtype)]
         held = [weights(k, batch[1], empty=int(k > 2), seed=seed, dtype=dtype).to(self.device) for seed, k in enumerate(size[:2])]
@@ -330,7 +332,7 @@ class Conformance:
         def run(solve, bind, dtype):
             x, y, a, b = asked = leaves(*(z.to(dtype) for z in given), *held)
             problem = Problem(bind(x, y), 0.05 * unit, a, b, scaled(penalty, unit))
-            s = solve(problem, tol=0.0, max_iter=max_iter, check_every=20, accelerate="none")
+            s = solve(problem, tol=0.0, max_iter=max_iter, check_every=check_every, accelerate="none")
             P = s.plan.to_dense()
             found = dict(value=s.value, f=s.f, g=s.g, plan=P, products=s.plan @ torch.ones(size[1], 4, dtype=P.dtype, device=P.device))
             grads = torch.autograd.grad((s.value * rand(*s.value.shape, seed=7).to(s.value)).sum(), asked)

@@ -105,6 +105,7 @@ class Kernels(Conformance):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = (torch.float32,)
+    iterations = 11, 5
 
     @pytest.fixture(autouse=True)
     def triton(self, poisoned):

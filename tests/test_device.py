@@ -174,7 +174,7 @@ def solved(device, backend, accelerate, grad, batch, penalty, cost):
     x.requires_grad_()
     done = gpu_ot.solve(
         Problem(cost(x, y), 0.1, a, b, penalty), backend=backend, accelerate=accelerate, grad=grad, check_every=10,
-        tol=0.0 if grad == "unroll" else 1e-5, max_iter=8 if grad == "unroll" else 100,
+        tol=0.0 if grad == "unroll" else 1e-5, max_iter=8 if grad == "unroll" else 50,
     )  # fmt: skip
     out = done.value.sum() + ((done.f * done.f).sum() if grad != "envelope" else 0.0)
     return done, [done.value, done.f, done.g, *torch.autograd.grad(out, x)]
