@@ -17,7 +17,7 @@ from .absorbed import Absorbed, _Kernel
 from .products import Products
 
 #: Up to this size one core does it all: more take longer to come together, and what is one call stays one.
-LARGEST_BYTES = 2**22
+LARGEST_BYTES = 24 * 2**20
 
 
 class Arrays(NamedTuple):

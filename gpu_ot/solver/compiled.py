@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..geometry.compiled import Compiled
+from ..geometry.compiled import LARGEST_BYTES, Compiled
 from ..geometry.protocol import Geometry, weigh
 from ..penalties import KL
 from .acceleration import Anderson, Plain
@@ -29,8 +29,8 @@ from .step import Alternating, Start, State, Symmetric
 ERRORS = 2**16
 #: Iterations that are as good as without end.
 MOST = 2**40
-#: Rows of a lone kernel of more bytes are shared out to at most so many cores.
-SHARED_BYTES, MOST_HANDS = 2**22, 8
+#: Rows of a lone kernel of more than LARGEST_BYTES are shared out to at most so many cores.
+MOST_HANDS = 8
 #: A thread is worth waking for so many entries of kernels.
 SHARE = 2**14
 
@@ -210,7 +210,7 @@ class Engine:
         from ..compiled.crew import crew
 
         itemsize = self.geometry.dtype.itemsize
-        hands = torch.get_num_threads() if G == 1 and n * m * itemsize > SHARED_BYTES and not isinstance(self.step, Symmetric) else 0
+        hands = torch.get_num_threads() if G == 1 and n * m * itemsize > LARGEST_BYTES and not isinstance(self.step, Symmetric) else 0
         return crew(n, m, np.dtype(f"f{itemsize}"), min(hands, MOST_HANDS))
 
     def _with_help(self, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
