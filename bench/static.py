@@ -23,7 +23,7 @@ import tempfile
 os.environ.pop("TRITON_INTERPRET", None)  # nothing compiles in the interpreter
 
 import triton
-from gpu_ot.kernels import absorbed, apply, check, dual, resident, scaling, softmin, step, tiles, tuning
+from gpu_ot.kernels import absorb, absorbed, apply, check, dual, resident, scaling, softmin, step, tiles, tuning
 from gpu_ot.kernels import streamed as streamed_kernels
 from gpu_ot.kernels.launches import FUSED
 from gpu_ot.kernels.scaling import both_kernel
@@ -277,6 +277,8 @@ def vector_kernels() -> list[tuple[str, object, dict, dict, int]]:
     rows.append(("join", softmin.join_kernel, joined | dict(eps="fp32"), dict(UPDATE=2, SPLITS=64, BLOCK=128), 4))
     wide = of("*fp64", "k h alpha beta factor") | of("*i32", "rows_used columns_used") | dict(eps="fp64")
     rows.append(("exponents", apply.exponents_kernel, wide, dict(BLOCK=1024), 8))
+    pairs = of("*fp32", "C g_high g_low f_high f_low K") | of("*fp64", "f_out") | of("fp32", "scale dropped")
+    rows += [(f"absorb{' at f' * given}", absorb.absorb_kernel, pairs, dict(GIVEN=given, BLOCK=absorb.BLOCK), 4) for given in (False, True)]
     valued = of("*fp64", "a b f g s D grad k h w grad_a grad_b") | of("fp64", "eps tau_a tau_b")
     rows.append(("dual", dual.dual_kernel, valued, dict(ROWS=1, COLUMNS=2, BLOCK=512), 8))
     rows.append(("pull", dual.pull_kernel, valued, dict(ROWS=1, COLUMNS=2, BLOCK=512), 8))

@@ -10,6 +10,7 @@ from problems import pairwise
 pytest.importorskip("triton")
 
 from gpu_ot.kernels import absorbed, scaling, tuning
+from gpu_ot.kernels.absorb import absorb
 from gpu_ot.kernels.apply import apply
 from gpu_ot.kernels.resident import run
 from gpu_ot.kernels.softmin import softmin
@@ -290,3 +291,24 @@ def test_points_are_stored_as_halves(n, d, batch, dtype):
             seen = (stored.data[:, :n, :d].double() + stored.data[:, :n, stored.width : stored.width + d]) * stored.unit[:, None, None]
             assert ((seen - x).abs().amax((1, 2)) <= 2.0**-21 * x.abs().amax((1, 2))).all()
     assert cloud(torch.zeros(3, 4)).data.abs().max() == 0
+
+
+@pytest.mark.parametrize("n, m, batch", [(1, 1, 1), (7, 1030, 1), (13, 40, 3)])
+@pytest.mark.parametrize("eps, offset, scale", [(1e-3, 0.0, 1.0), (1e-3, 300.0, 1.0), (0.1, 0.0, 1e8), (1e-9, 0.0, 1e-7)])
+@pytest.mark.parametrize("given", [False, True])
+def test_an_absorbed_kernel_keeps_the_digits_of_wide_potentials(n, m, batch, eps, offset, scale, given):
+    """Potentials far from 0 beside costs in fp32: exponents to the last digits of fp32, however many of them the potentials have."""
+    torch.manual_seed(n)
+    eps, C = eps * max(scale, 1.0), scale * torch.rand(batch, n, m)
+    g = scale * (torch.randn(batch, m).double() / 10 + offset)
+    f = (C.double() - g[:, None]).amin(-1) - 0.3 * eps * torch.rand(batch, n).double() if given else None
+    C[..., m // 2] = INF if m > 2 else 0.0
+    K, made = absorb(C, g, eps, -64.0, f)
+    z = (made[..., None] + g[:, None] - C.double()) / eps
+    assert made.dtype == torch.float64 and K.dtype == torch.float32
+    truth = torch.where(z > -64, z.exp(), 0.0)
+    sure = (z + 64).abs() > 1e-3  # beside the edge either is right
+    error = ((K - truth).abs() / (truth * (1 + z.abs())).clamp(min=1e-38))[sure]
+    assert error.nan_to_num().max() < 3e-7
+    if not given:
+        assert (z.amax(-1).abs() < 1e-2 + 1e-7 * g.abs().amax() / eps).all()

@@ -159,19 +159,25 @@ class Absorbed(Trusting, Dense):
         g0 = g.mean(tuple(range(extra))) if extra > 0 else g
         shared = self._shared(g0)
         g0 = g0.mean(shared, keepdim=True) if shared else g0
-        tops = [self._gaps(g0, rows).amax(-1) for rows in self._blocks(g0)]
-        self._build(-torch.cat(tops, -1), g0, eps)
+        self._build(None, g0, eps)
 
-    def _build(self, f0: Tensor, g0: Tensor, eps: float) -> Products:
-        K = torch.empty_like(self.C, memory_format=torch.contiguous_format)
-        for rows in self._blocks(g0):
-            block = K[..., rows, :].copy_(self._gaps(g0, rows).add_(f0[..., rows].unsqueeze(-1)).div_(eps))
-            torch.threshold_(block, self.log_dropped, -math.inf).exp_()
+    def _build(self, f0: Tensor | None, g0: Tensor, eps: float) -> Products:
+        """At f0; None for the cheapest pair of each row."""
+        K, f0 = absorbed_launches.build(self, f0, g0, eps) or self._exponentials(f0, g0, eps)
         products, kernel = Products(K), self.kernel
         kernel.products, kernel.f0, kernel.g0, kernel.eps, kernel.sides, kernel.launched = products, f0, g0, eps, None, None
         kernel.scaled = []
         self.extra_sweeps += 1
         return products
+
+    def _exponentials(self, f0: Tensor | None, g0: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if f0 is None:
+            f0 = -torch.cat([self._gaps(g0, rows).amax(-1) for rows in self._blocks(g0)], -1)
+        K = torch.empty_like(self.C, memory_format=torch.contiguous_format)
+        for rows in self._blocks(g0):
+            block = K[..., rows, :].copy_(self._gaps(g0, rows).add_(f0[..., rows].unsqueeze(-1)).div_(eps))
+            torch.threshold_(block, self.log_dropped, -math.inf).exp_()
+        return K, f0
 
     def _shared(self, g: Tensor) -> list[int]:
         """The batch axes of g along which there is one cost."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..penalties import KL
@@ -21,6 +22,18 @@ def serve(absorbed: Absorbed, problem: Problem, g: Tensor) -> bool:
     if products is None or not products.whole_rows or g.shape != problem.b.shape or g.shape[:-1] != absorbed.C.shape[:-2]:
         return False
     return serves_vectors(g) and all(isinstance(penalty, KL) for penalty in problem.penalties)
+
+
+def build(absorbed: Absorbed, f0: Tensor | None, g0: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    """(K, f0) of `Absorbed._build`, in one launch and no float64 for pairs; None where it does not serve."""
+    C = absorbed.C
+    if C.dtype != torch.float32 or not C.is_contiguous() or not serves_vectors(g0) or g0.shape[:-1] != C.shape[:-2]:
+        return None
+    from ..kernels.absorb import absorb  # pyright: ignore[reportMissingImports]
+
+    given = None if f0 is None else flatten(f0)
+    K, f = absorb(C.view(-1, *C.shape[-2:]), flatten(g0), eps, absorbed.log_dropped, given)
+    return K.view(C.shape), f.view(*C.shape[:-1])
 
 
 def iterate(
