@@ -68,6 +68,11 @@ def test_every_public_name_has_a_page_and_an_example():
     assert set(gpu_ot.__all__) <= set(examples())
 
 
+def test_every_example_has_its_place_in_the_gallery():
+    order = re.search(r"ORDER = \((.*?)\)", (DOCS / "conf.py").read_text(), re.S)
+    assert order and sorted(re.findall(r'"(\w+)"', order[1])) == sorted(path.stem for path in (DOCS / "examples").glob("*.py"))
+
+
 def test_every_refusal_and_every_status_has_its_anchor():
     ends = ("Error", "Masses", "Refused", "Differ", "Failed")
     refusals = {
