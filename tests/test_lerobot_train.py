@@ -121,8 +121,8 @@ def home(lerobot, tmp_path_factory):
 
 
 def printed(begin: str) -> list[str]:
-    """The first command of README that begins so, without its comment."""
-    lines = (ROOT / "README.md").read_text().splitlines()
+    """The first command of the page on robots that begins so, without its comment."""
+    lines = (ROOT / "docs" / "robots.md").read_text().splitlines()
     return shlex.split(next(line for line in lines if line.startswith(f"gpu-ot {begin}")), comments=True)
 
 
@@ -247,8 +247,8 @@ def test_check_tells_what_would_be_aligned_and_trains_nothing(home):
 
 
 @pytest.mark.lerobot
-def test_the_readmes_loop_trains_on_frames_of_videos(home, monkeypatch):
-    """The frames that were drawn, of both cameras, out of files that hold several episodes each; and the loop that README shows."""
+def test_the_pages_loop_trains_on_frames_of_videos(home, monkeypatch):
+    """The frames that were drawn, of both cameras, out of files that hold several episodes each; and the loop that the page on robots shows."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     from gpu_ot.lerobot import LeRobotOTPairDataset
@@ -262,7 +262,7 @@ def test_the_readmes_loop_trains_on_frames_of_videos(home, monkeypatch):
             row, column = ((side["obs"][STATE][:2] + 1) * 28 + 4).int().tolist()  # of the square, turned and dark for the second camera
             light, dark = side["obs"][CAMERAS[0]][:, row, column], side["obs"][CAMERAS[1]][:, column, row]
             assert light.min() > 0.7 and dark.max() < 0.3
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "robots.md").read_text(), re.M | re.S)
     exec(next(code for code in blocks if "def train(policy" in code), shown := {})
     policy = built("act", 8, size=64, dim_model=32, n_heads=2, dim_feedforward=64, pretrained_backbone_weights=None).train()
     weight = policy.model.encoder_robot_state_input_proj.weight
@@ -272,7 +272,7 @@ def test_the_readmes_loop_trains_on_frames_of_videos(home, monkeypatch):
 
 
 @pytest.mark.lerobot
-def test_what_the_readme_prints_runs(home):
+def test_what_the_page_prints_runs(home):
     """Beside what makes the policy small, and no weights wanted."""
     small = [word for word in (*TRAIN, *ACT) if not word.startswith(("--policy.type", "--policy.push"))] + ["--steps=2", "--log_freq=1"]
     assert "numbers to begin with" in run(home, *printed("check "), *small)
