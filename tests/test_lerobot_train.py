@@ -248,7 +248,7 @@ def test_check_tells_what_would_be_aligned_and_trains_nothing(home):
 
 @pytest.mark.lerobot
 def test_the_pages_loop_trains_on_frames_of_videos(home, monkeypatch):
-    """The frames that were drawn, of both cameras, out of files that hold several episodes each; and the loop that the page on robots shows."""
+    """The frames that were drawn, of both cameras, out of files that hold several episodes each; and the loop on the page about robots."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     from gpu_ot.lerobot import LeRobotOTPairDataset
