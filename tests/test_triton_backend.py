@@ -230,9 +230,9 @@ def test_what_streaming_refuses_and_why():
         Streaming(Problem(Euclidean(x, y), 0.1))
 
 
-@pytest.mark.parametrize("precision, eps", [("tf32", 0.1), ("fp16", 0.1), ("bf16", 0.1), ("bf16", 0.02)])
+@pytest.mark.parametrize("precision, eps", [("fp32", 0.02), ("tf32", 0.02), ("fp16", 0.02), ("bf16", 0.02), ("bf16", 0.1)])
 def test_rough_sweeps_end_in_the_faithful_solution(precision, eps):
-    """Rounded points are another problem, at eps = 0.02 one that overflows; the correction in full precision leaves nothing of it."""
+    """Rounded points are another problem, for bf16 at eps = 0.02 one that overflows; the correction leaves nothing of it."""
     x, y, *_ = measures(70, 60, 5, shift=0.0, dtype=torch.float32)
     ours = solve(Problem(SqEuclidean(x, y), eps), backend="triton", tol=1e-5, precision=precision)
     truth = solve(Problem(SqEuclidean(x.double(), y.double()), eps), backend="softmin", tol=1e-10)
