@@ -256,7 +256,7 @@ def vector_kernels() -> list[tuple[str, object, dict, dict, int]]:
         constants = dict(KNOWN=1, GAUGE=True, SHIFT=True, DONE=True, INEXACT=True, MEMORY=3, SLOTS=4, BLOCK=block)
         rows.append((f"propose {m}", step.propose_kernel, numbers | flags, constants, warps))
     for norm in range(len(check.NORMS)):
-        constants = dict(NORM=norm, LAST=True, TOGETHER=False, INEXACT=True, ALONE=False, BLOCK=1024)
+        constants = dict(NORM=norm, LAST=True, PLAIN=False, INEXACT=True, ALONE=False, BLOCK=1024)
         rows.append((f"check {check.NORMS[norm]}", check.check_kernel, checked | flags, constants, 8))
     rows.append(("flags", check.flags_kernel, checked, dict(BLOCK=1024), 4))
     rows.append(("sizes", check.size_kernel, checked, dict(SQUARE=True, BLOCK=1024), 8))

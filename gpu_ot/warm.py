@@ -46,6 +46,7 @@ def everything(dtype: str) -> None:
     M, w = torch.cdist(x[0], y[0]).square(), torch.full((40,), 1 / 40, dtype=x.dtype)
     gpu_ot.sinkhorn(w, w, M, 0.1)
     gpu_ot.sinkhorn_unbalanced(w, w, M, 0.1, 1.0)
+    gpu_ot.solve_batch(M[None], 0.1, w, w)
     gpu_ot.sinkhorn2(w, w, M.requires_grad_(), 0.1).backward()
     gpu_ot.solve(gpu_ot.Problem(gpu_ot.SqEuclidean(x, y), 0.01))
     for backend in ("mesh", "multiscale"):

@@ -16,7 +16,7 @@ NORMS = ("l1", "l1_absolute", "l2", "l2_joint")
 
 def check(
     b: Tensor, f: Tensor, g: Tensor, g_next: Tensor, slope: float, tol: float, sums: float, differences: float, far: float, norm: str, *,
-    last: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, together: bool = False, inexact: Tensor | None = None,
+    last: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, plain: bool = False, inexact: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(f, g, error, done, flags): the best state so far, (B, n) and (B, m); its error (B,) and whether that meets tol (B,); and 4 numbers.
 
@@ -24,7 +24,7 @@ def check(
     slope        the gap is slope (g - g_next); sums + differences max |g| is the relative error that rounding alone makes
     far          the largest gap that counts as such
     last         (f, g, error, done) of the check before. A state that is no better is not kept; a problem that is done stays
-    together     plain iterations, which only improve: all are kept until all are done
+    plain        the iterations were plain ones, which only improve: the new state is kept whatever its error
     inexact      0-d bool: this state is void
 
     flags are 1 or 0 for: all are done; all are done or at the floor of rounding; then the largest error in floors, and 0.
@@ -47,7 +47,7 @@ def check(
             )
         check_kernel[(batch,)](
             b, f, g, g_next, old_f, old_g, old_error, old_done, done if inexact is None else inexact, new_f, new_g, error, done, sizes,
-            flags, batch, n, m, stride, *numbers, NORM=NORMS.index(norm), LAST=last is not None, TOGETHER=together,
+            flags, batch, n, m, stride, *numbers, NORM=NORMS.index(norm), LAST=last is not None, PLAIN=plain,
             INEXACT=inexact is not None, ALONE=batch == 1, BLOCK=block, num_warps=8, **FUSED,
         )  # fmt: skip
         if batch > 1:
@@ -73,7 +73,7 @@ def size_kernel(
 def check_kernel(
     b, f, g, g_next, old_f, old_g, old_error, old_done, inexact, new_f, new_g, error, done, sizes, flags, batch, n, m, b_stride,
     slope: tl.float64, tol: tl.float64, sums: tl.float64, differences: tl.float64, far: tl.float64,
-    NORM: tl.constexpr, LAST: tl.constexpr, TOGETHER: tl.constexpr, INEXACT: tl.constexpr, ALONE: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr, LAST: tl.constexpr, PLAIN: tl.constexpr, INEXACT: tl.constexpr, ALONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per problem. `sizes` (2 B, 3) holds what `measure` found where the norm is that of the whole batch, and behind it
     receives done, settled and the error in floors."""
@@ -104,14 +104,9 @@ def check_kernel(
     worse = tl.full([], 0, tl.int32)
     if LAST:
         last = tl.load(old_error + problem)
-        if TOGETHER:
-            waiting = worse
-            for i in range(0, batch, BLOCK):
-                each = i + tl.arange(0, BLOCK)
-                waiting += tl.sum((tl.load(old_done + each, mask=each < batch, other=1) == 0).to(tl.int32), 0)
-            worse = (waiting == 0).to(tl.int32)
-        else:
-            worse = (tl.load(old_done + problem) != 0).to(tl.int32) | ((now < last) == 0).to(tl.int32)  # NaN is worse
+        worse = (tl.load(old_done + problem) != 0).to(tl.int32)
+        if not PLAIN:
+            worse |= ((now < last) == 0).to(tl.int32)  # NaN is worse
         if INEXACT:
             worse |= (tl.load(inexact) != 0).to(tl.int32)
         now = tl.where(worse != 0, last, now)

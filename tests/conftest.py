@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import gpu_ot
 from problems import random_problem
 
 with contextlib.redirect_stdout(io.StringIO()):  # geomloss, which POT imports, greets on stdout through KeOps
@@ -36,6 +37,19 @@ torch.set_num_threads(1)
 def problem():
     """(a, b, M) of a size: see problems.py."""
     return random_problem
+
+
+@pytest.fixture
+def hidden(monkeypatch):
+    """with hidden(): as if numba were not there."""
+
+    @contextlib.contextmanager
+    def hide():
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_ot.compiled, "refused", lambda: "hidden by a test")
+            yield
+
+    return hide
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +13,8 @@ from .crew import alone
 from .descent import begin
 from .exponential import exp64
 from .kernel import Kernel, aligned, narrow_exp, within_range
-from .machine import compiled
-from .watch import RUNNING, Watch
+from .machine import borrowing, compiled
+from .watch import DIVERGED, RUNNING, Watch
 
 LARGE, MOST = 1e100, 10**7
 #: Instead of a status: some number is not an ordinary one, or the masses differ.
@@ -113,3 +114,76 @@ def solve(M, a, b, eps, tau_a, tau_b, start, weight, before_g, rtol, rule, stric
         see(rule, problem, state, counts[0], kept)
     write_plan(k, problem, kept, K)
     return K, watch.f[0], watch.g[0], errors[:checks, 0], counts, status
+
+
+#: Rows and columns that are turned at once: both fit a few lines of the cache.
+TILE = 8
+
+
+class Found(NamedTuple):
+    """What `solve_some` writes for B problems: plans (B, n, m), f (B, n), g (B, m), log u = f / eps + log a and log v, <P, M> and
+    <P, f + g> and eps <P, log a⊗b> (B, 3), errors (B, checks), and (iterations, sweeps, checks, status) (B, 4)."""
+
+    P: np.ndarray
+    f: np.ndarray
+    g: np.ndarray
+    log_u: np.ndarray
+    log_v: np.ndarray
+    sums: np.ndarray
+    errors: np.ndarray
+    ends: np.ndarray
+
+
+@borrowing
+def turn(M, out):
+    """out = M^T, tile by tile."""
+    n, m = M.shape
+    for low in range(0, n, TILE):
+        for left in range(0, m, TILE):
+            for j in range(left, min(left + TILE, m)):
+                for i in range(low, min(low + TILE, n)):
+                    out[j, i] = M[i, j]
+
+
+@compiled
+def solve_some(low, high, M, a, b, eps, rtol, rule, tuning, dropped, safe, max_iter, every, found):
+    """Problems low to high by `solve`, each turned so that its columns are the exact ones, from g = 0: plain iterations, each problem as
+    many as it needs. M (B, n, m), a (B, n), b (B, m). It ends at the first that is UNUSUAL or diverges."""
+    n, m = M.shape[1:]
+    turned, log_a, log_b = aligned(m, n, M), np.empty(n), np.empty(m)
+    for p in range(low, high):
+        wa, wb = a[p].copy(), b[p].copy()
+        ends = found.ends[p]
+        if not ordinary(M[p], wa, wb, rtol):
+            ends[3] = UNUSUAL
+            return
+        turn(M[p], turned)
+        Q, g, f, errors, counts, status = solve(
+            turned, wb, wa, eps, np.inf, np.inf, np.zeros(m), np.ones(m), np.zeros(n), -1.0, rule, False, tuning, dropped, safe,
+            max_iter, every, -1,
+        )  # fmt: skip
+        ends[0], ends[1], ends[2], ends[3] = counts[0], counts[2], len(errors), status
+        if status == DIVERGED:
+            return
+        found.errors[p, : len(errors)] = errors
+        found.f[p], found.g[p] = f, g
+        for i in range(n):
+            log_a[i] = math.log(wa[i]) if wa[i] > 0 else 0.0
+            found.log_u[p, i] = f[i] / eps + log_a[i] if wa[i] > 0 else -np.inf
+            f[i] = f[i] if wa[i] > 0 else 0.0
+        for j in range(m):
+            log_b[j] = math.log(wb[j]) if wb[j] > 0 else 0.0
+            found.log_v[p, j] = g[j] / eps + log_b[j] if wb[j] > 0 else -np.inf
+            g[j] = g[j] if wb[j] > 0 else 0.0
+        turn(Q, found.P[p])
+        linear, dual, entropy = 0.0, 0.0, 0.0
+        for i in range(n):
+            P, C, mass = found.P[p, i], M[p, i], 0.0
+            for j in range(m):
+                mass += P[j]
+                linear += float(P[j]) * float(C[j])
+                dual += P[j] * g[j]
+                entropy += P[j] * log_b[j]
+            dual += mass * f[i]
+            entropy += mass * log_a[i]
+        found.sums[p, 0], found.sums[p, 1], found.sums[p, 2] = linear, dual, eps * entropy

@@ -187,13 +187,10 @@ def marginal(rule, b, gap, g, eps, error, floor, unit):
 def judge(rule, watch, plain, f, g, error, floor, strict):
     """The state is kept where it is better; `error` becomes that of what is kept. RUNNING, or how the run ends."""
     H, progress, done = len(f), watch.progress, watch.done
-    every = True
-    for h in range(H):
-        every &= done[h]
     for h in range(H):
         worse = False
         if progress[0] > 0:
-            worse = every if plain else done[h] or not error[h] < watch.error[h]
+            worse = done[h] or not (plain or error[h] < watch.error[h])
         if worse:
             error[h] = watch.error[h]
         else:

@@ -1,4 +1,4 @@
-"""POT's `ot.batch`: B problems of one shape at once. Columns are exact. All stop when the worst row marginal is within the tolerance."""
+"""POT's `ot.batch`: B problems of one shape at once. Columns are exact. Each stops at the tolerance of its row marginal, as if alone."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..solve import find, needs_gradient
 from ..solver.criterion import Marginal
 from ..solver.step import scaled
 from ..vectors import in_full_precision
+from . import direct
 from .answer import Answer
 from .arrays import number, take
 from .clouds import between, matrix, narrowed, take_points
@@ -40,7 +41,7 @@ def solve_batch(
     a, b       weights (B, n) and (B, m), or one for all; None is uniform.
     reg_type   "entropy" for sum P log P, "kl" for KL(P | a⊗b): the same plan, another value.
     method     "log_sinkhorn" or "auto": `potentials` are (log u, log v); "sinkhorn": (u, v). One solver.
-    tol        Euclidean norm of the rows' error, in the worst problem.
+    tol        Euclidean norm of the rows' error, of each problem: it stops there, where POT goes on until the worst one does.
     grad       "envelope" or "implicit": `value` in M, a, b, reg, and `value_linear` in M, a, b, are exact at the optimum, the second by
                conjugate gradients in its backward pass; "autodiff" and "last_step": everything, through the iterations; "detach": nothing.
 
@@ -57,6 +58,21 @@ def solve_batch(
         raise errors.ProblemError(
             f"Sinkhorn methods require a strictly positive reg parameter, found {reg}. Please provide a valid reg value."
         )
+    found = direct.batch(a, b, M, reg, max_iter, tol, entropy) or _usual(M, reg, a, b, max_iter, tol, entropy, grad)
+    done, (u, v) = found.answer, found.logarithms
+    warn_unless_converged(done.solution, NOT_CONVERGED, "max_iter", "tol")
+    return OTResult(
+        value=done.give(found.value),
+        value_linear=done.give(found.linear),
+        potentials=(done.give(u.exp()), done.give(v.exp())) if method == "sinkhorn" else (done.give(u), done.give(v)),
+        plan=done.give(found.P),
+        log={"n_iter": done.last_iteration},
+        **done.report(),
+    )
+
+
+def _usual(M: Any, reg: Any, a: Any, b: Any, max_iter: int, tol: float, entropy: bool, grad: str) -> direct.Batch:
+    """Any problems, with gradients."""
     tM, (ta, tb), back = _take_batch("M", M, a=a, b=b)
     if grad == "detach":
         tM, ta, tb = tM.detach(), *(z if z is None else z.detach() for z in (ta, tb))
@@ -65,25 +81,12 @@ def solve_batch(
     problem = Problem(tM / reg if learnable else tM, 1.0 if learnable else number(reg), ta, tb)
     solution = find(
         problem, order="columns", criterion=Marginal(tol, "l2"), grad="unroll" if grad in ("autodiff", "last_step") else "envelope",
-        start=scaled(torch.zeros_like(problem.b)), max_iter=max(max_iter, 1), accelerate="none",
+        start=scaled(torch.zeros_like(problem.b)), max_iter=max(int(max_iter), 1), accelerate="none",
     )  # fmt: skip
-    warn_unless_converged(solution, NOT_CONVERGED, "max_iter", "tol")
     done = Answer(solution, back, reg if learnable else 1.0, entropy=entropy)
-
-    def others() -> tuple[Any, ...]:
-        return solution.plan.to_dense(), tuple(done.scalings().values()) if method == "sinkhorn" else done.logarithms()
-
-    value, P, potentials = with_gradients(done, grad, others)
-    return OTResult(
-        value=done.give(value),
-        value_linear=done.give(
-            _sharp_cost(done) if grad == "envelope" and needs_gradient(problem) else gradients.inner(P, tM, problem.forbids)
-        ),
-        potentials=potentials,
-        plan=done.give(P),
-        log={"n_iter": done.last_iteration},
-        **done.report(),
-    )
+    value, P, logarithms = with_gradients(done, grad, lambda: (solution.plan.to_dense(), done.log_scalings()))
+    sharp = grad == "envelope" and needs_gradient(problem)
+    return direct.Batch(done, P, value, _sharp_cost(done) if sharp else gradients.inner(P, tM, problem.forbids), logarithms)
 
 
 def _sharp_cost(done: Answer) -> Tensor:

@@ -21,15 +21,17 @@ from ..geometry.absorbed import Absorbed, range_of
 from ..geometry.compiled import LARGEST_BYTES
 from ..problem import MASS_RTOL, Problem
 from ..solution.solution import Solution
-from ..solver.compiled import STATUS, resolved, rule_of, tuning
+from ..solver.compiled import STATUS, resolved, rule_of, share_out, tuning
 from ..solver.criterion import Change, Marginal
-from ..solver.status import CONVERGED, DIVERGED, Status
+from ..solver.status import CONVERGED, DIVERGED, MAX_ITER, STALLED, Status
 from . import arrays
 from .answer import Answer
 from .arrays import take, tensors
 
 TYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 BALANCED = math.inf, math.inf
+#: Of a batch, plain iterations between two checks, and errors that there is room for.
+BATCH_CHECKS_EVERY, MOST_ERRORS = 10, 2**24
 TENSORS = (Tensor, torch.nn.Parameter)
 #: The types of reg that are a number for sure.
 NUMBERS = (float, int, np.float64, np.float32)
@@ -152,6 +154,67 @@ def relaxed(
     start, swapped = np.zeros(len(given.a)), (taus[1], taus[0])
     found = _solve(given, swapped, start, given.a.copy(), -1.0, rule, rules.both_sides, _limit(max_iter), rules.check_every, math.inf)
     return found and found._replace(P=np.ascontiguousarray(found.P.T), M=found.M.T)
+
+
+class Batch(NamedTuple):
+    """B problems solved: their answer, plans P (B, n, m), value and <P, M> (B,), log u (B, n) and log v (B, m)."""
+
+    answer: Answer
+    P: Tensor
+    value: Tensor
+    linear: Tensor
+    logarithms: tuple[Tensor, Tensor]
+
+
+def batch(a: Any, b: Any, M: Any, reg: Any, max_iter: int, tol: float, entropy: bool) -> Batch | None:
+    """The problems of `batch.solve_batch` with costs M (B, n, m); None where they must go the usual way."""
+    kinds = all(z is None or (_plain(z, False) if type(z) in TENSORS else type(z) is np.ndarray) for z in (a, b, M))
+    if not kinds or M is None or type(reg) not in NUMBERS or not 0 < reg < math.inf or compiled.refused() is not None or _elsewhere():
+        return None
+    (C, ta, tb), back = take(M=M, a=a, b=b)
+    checks = _limit(max_iter) // BATCH_CHECKS_EVERY + 2
+    if C.ndim != 3 or C.dtype not in TYPES.values() or C.device.type != "cpu" or not C.numel() or len(C) * checks > MOST_ERRORS:
+        return None
+    wa, wb = (_weights_of_each(w, len(C), size) for w, size in ((ta, C.shape[1]), (tb, C.shape[2])))
+    if wa is None or wb is None:
+        return None
+    return _solve_each(C.contiguous(), wa, wb, float(reg), _limit(max_iter), tol, entropy, checks, back)
+
+
+def _solve_each(
+    C: Tensor, a: Tensor, b: Tensor, eps: float, limit: int, tol: float, entropy: bool, checks: int, back: Callable[[Tensor], Any]
+) -> Batch | None:
+    from ..compiled import transport
+
+    (B, n, m), every = C.shape, BATCH_CHECKS_EVERY
+    if limit > transport.MOST:
+        return None
+    P = torch.from_numpy(np.empty(C.shape, C.numpy().dtype))  # in huge pages, unlike torch's own
+    f, g, log_u, log_v, sums, errors = (torch.empty(B, size, dtype=torch.float64) for size in (n, m, n, m, 3, checks))
+    ends = np.zeros((B, 4), np.int64)
+    found = transport.Found(P.numpy(), f.numpy(), g.numpy(), log_u.numpy(), log_v.numpy(), sums.numpy(), errors.numpy(), ends)
+    rule, range_ = _marginal(tol, False, C.dtype), range_of(C.itemsize)
+    given = (*(z.numpy() for z in (C, a, b)), eps, MASS_RTOL, rule, _tuning(True), *range_, limit, every, found)
+    share_out(B, n * m, transport.solve_some, given)
+    n_iter, n_sweeps, made, status = ends.T
+    ended = [STATUS[k] for k in status] if (status != transport.UNUSUAL).all() else [DIVERGED]
+    if DIVERGED in ended or not (all(end is CONVERGED for end in ended) or resolved(f.numpy(), g.numpy(), eps)):
+        return None
+    last = torch.from_numpy(np.minimum(np.arange(made.max())[:, None], made - 1))  # a problem that has ended stays
+    worst = MAX_ITER if MAX_ITER in ended else STALLED if STALLED in ended else CONVERGED
+    problem, done = Problem.checked(Matrix(C), eps, a, b), torch.from_numpy(status == STATUS.index(CONVERGED))
+    solution = Solution(
+        problem, Absorbed(C), lambda: sums[:, 1], f, g, worst, done, int(n_iter.max()), int(n_sweeps.max()), errors.mT.gather(0, last)
+    )
+    value = sums[:, 1] + sums[:, 2] if entropy else sums[:, 1]
+    return Batch(Answer(solution, back, entropy=entropy), P, value, sums[:, 0], (log_u, log_v))
+
+
+def _weights_of_each(w: Tensor | None, B: int, size: int) -> Tensor | None:
+    """(B, size) in float64; None for what is neither that nor one for all."""
+    w = torch.full((size,), 1 / size, dtype=torch.float64) if w is None else w
+    usual = w.dtype in TYPES.values() and w.device.type == "cpu" and w.shape in ((size,), (B, size), (1, size))
+    return w.double().expand(B, size).contiguous() if usual else None
 
 
 def _limit(max_iter: float) -> int:

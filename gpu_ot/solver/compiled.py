@@ -138,34 +138,23 @@ class Engine:
         limit = int(self.counts[ends[:, 0] == 0, 0].max()) + int(min(stretch.k, MOST))
         self.counts[:, 1], self.counts[:, 3], ends[:, 1] = 0, 1, 0
 
-        def go(rule: Any, limit: int) -> None:
+        def go() -> None:
             self._each(
-                batch.go_some, self.kernel, self.at(step.eps), self.state, self.before, self.memory, self.tuning, self.watch, rule,
+                batch.go_some, self.kernel, self.at(step.eps), self.state, self.before, self.memory, self.tuning, self.watch, self.rule,
                 bool(monitor.criterion.strict), self.counts, limit, stretch.every, plain_until, isinstance(step, Symmetric), self.found,
                 ends,
             )  # fmt: skip
 
-        def running(limit: int) -> bool:
-            return bool(((ends[:, 0] == 0) & (self.counts[:, 0] < limit)).any())
-
         told = monitor.on_check is not None or monitor.keep is not None
         self.found = np.empty((G, 1 if told else min(limit // stretch.every + 2, max(64, ERRORS // (G * H))), H))
-        go(self.rule, limit)
-        while running(limit):
+        go()
+        while ((ends[:, 0] == 0) & (self.counts[:, 0] < limit)).any():
             if told:
                 self._report()
                 ends[:, 1] = 0
             else:
                 self.found = np.concatenate((self.found, np.empty_like(self.found)), 1)
-            go(self.rule, limit)
-        if G > 1 and plain_until < 0 and (last := int(self.counts[:, 0].max())) > self.counts[:, 0].min():
-            # Plain iterations only improve, and go on together.
-            ended, done = ends[:, 0].copy(), self.watch.done.copy()
-            ends[:, 0], self.watch.done[:] = 0, False
-            while running(last):
-                self.found = np.concatenate((self.found, np.empty_like(self.found)), 1)
-                go(self.rule._replace(tol=-math.inf), last)
-            ends[:, 0], self.watch.done[:] = ended, done
+            go()
         self._report()
 
     def _report(self) -> None:
@@ -193,18 +182,10 @@ class Engine:
     def _each(self, work: Callable[..., None], *arguments: Any) -> None:
         """Every problem, a few at a time, on all cores."""
         G, _, n, m = self.shape
-        threads = min(torch.get_num_threads(), G, max(1, G * n * m // SHARE))
-        if threads == 1:
+        if G == 1:
             self._with_help(work, arguments)
-            return
-        step = max(1, G // (8 * threads))
-        with ThreadPoolExecutor(threads - 1) as pool:
-            parts = iter([(i, min(i + step, G)) for i in range(0, G, step)])
-            share = functools.partial(_take, parts, work, arguments)
-            others = [pool.submit(share) for _ in range(threads - 1)]
-            share()
-            for other in others:
-                other.result()
+        else:
+            share_out(G, n * m, work, arguments)
 
     def _crew(self, G: int, n: int, m: int) -> Any:
         from ..compiled.crew import crew
@@ -248,6 +229,22 @@ class Engine:
     def _tensor(self, z: np.ndarray) -> Tensor:
         batch = self.step.problem.a.shape[:-1]
         return torch.from_numpy(z).view((*batch, *z.shape[2:]))
+
+
+def share_out(G: int, size: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """work(low, high, *arguments) for all of G problems with kernels of `size` entries, a few at a time, on all cores."""
+    threads = min(torch.get_num_threads(), G, max(1, G * size // SHARE))
+    if threads == 1:
+        work(0, G, *arguments)
+        return
+    step = max(1, G // (8 * threads))
+    with ThreadPoolExecutor(threads - 1) as pool:
+        parts = iter([(i, min(i + step, G)) for i in range(0, G, step)])
+        share = functools.partial(_take, parts, work, arguments)
+        others = [pool.submit(share) for _ in range(threads - 1)]
+        share()
+        for other in others:
+            other.result()
 
 
 def _take(parts: Any, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:

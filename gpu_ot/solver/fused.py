@@ -51,7 +51,7 @@ def check(
     differences = torch.finfo(g.dtype).eps / monitor.step.eps
     f, kept, error, done, flags = check(
         vectors(problem.b), flatten(state.f), flatten(g), flatten(state.g_next), slope, monitor.criterion.threshold, sums, differences,
-        far, norm, last=last, together=state.plain, inexact=state.inexact,
+        far, norm, last=last, plain=state.plain, inexact=state.inexact,
     )  # fmt: skip
     each = problem.b.shape[:-1]
     return f.view(state.f.shape), kept.view(g.shape), error.view(each), done.view(each), flags

@@ -89,8 +89,8 @@ class Monitor:
         """(f, g, error, done) of the best state so far, and the flags."""
         f, g, error, floor = self.criterion.measure(self.step, state, before, self.dtype)
         if self.kept is not None and self.done is not None:
-            # Plain iterations only improve, and go on together. An accelerated one may be a trial, and a problem that is done stays.
-            worse = self.done.all() if state.plain else self.done | ~(error < self.errors[-1])
+            # A problem that is done stays. Plain iterations only improve; an accelerated one may be a trial.
+            worse = self.done if state.plain else self.done | ~(error < self.errors[-1])
             worse = worse if state.inexact is None else worse | state.inexact
             error = torch.where(worse, self.errors[-1], error)
             worse, (old_f, old_g) = worse.expand_as(error).unsqueeze(-1), self.kept
