@@ -418,16 +418,17 @@ def test_exp_is_exact_to_the_last_digit_or_two():
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("p", [0.0, 0.9], ids=["hard", "damped"])
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 17])
-@pytest.mark.parametrize("m", [1, 2, 7, 64, 1023, 1025, 2500], ids=str)
-def test_both_products_in_one_read(dtype, p, n, m):
-    """Rows that four of which fit the first cache, and longer ones."""
+@pytest.mark.parametrize("m", [1, 2, 7, 64, 512, 1025, 2500], ids=str)
+@pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
+def test_both_products_in_one_read(dtype, p, n, m, back):
+    """Rows that eight of which fit the first cache, and longer ones."""
     from gpu_ot.compiled import kernel
 
     rng = np.random.default_rng(n + m)
     K, w, a = (rng.random(shape).astype(dtype) for shape in ((n, m), m, n))
     c = rng.standard_normal(n)
     s, u, t = (np.full(size, np.nan, dtype) for size in (n, n, m))
-    kernel.both(K, w, a, p, c, s, u, t)
+    kernel.both(K, w, a, p, c, s, u, t, back)
     rows = K.astype(float) @ w
     scaled = a / rows if p == 0 else a * np.exp(c - p * np.log(rows))
     for found, exact in ((s, rows), (u, scaled), (t, K.T.astype(float) @ scaled)):

@@ -45,7 +45,7 @@ def _iterate(K, a, b, none, u, w, s, t, safe):
         for j in range(m):
             w[i, j] = b[j] / t[i, j] if b[j] > 0 else 0.0
             total += w[i, j]
-        both(K, w[i], a, 0.0, none, s[i], u[i + 1], t[i + 1])
+        both(K, w[i], a, 0.0, none, s[i], u[i + 1], t[i + 1], i % 2 == 0)
         for j in range(len(a)):
             mass += u[i + 1, j]
         exact &= smallest(s[i]) >= safe * total and largest(s[i]) < np.inf

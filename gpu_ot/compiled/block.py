@@ -83,7 +83,7 @@ def buffers(k, problem):
 
 
 @inlined
-def _multiply(k, problem, sweep, absorb=False):
+def _multiply(k, problem, sweep, back, absorb):
     """An iteration from the scalings v by products alone: s, t and v_next. Whether every sum is exact. absorb: at k.g0, on the way."""
     H, n, m = len(problem.a), len(k.f0), len(k.g0)
     eps, tau_a, tau_b = problem.eps, problem.tau_a, problem.tau_b
@@ -104,7 +104,7 @@ def _multiply(k, problem, sweep, absorb=False):
         elif len(k.crew.found):
             both_shared(k.K, w, sweep.weights[h], p, c, s, u, t, k.crew)
         else:
-            both(k.K, w, sweep.weights[h], p, c, s, u, t)
+            both(k.K, w, sweep.weights[h], p, c, s, u, t, back)
         mass = 0.0
         for i in range(n):
             mass += u[i]
@@ -173,9 +173,9 @@ def _in_logarithms(k, problem, state):
 
 
 @inlined
-def iterate(k, problem, sweep, state, follow):
-    """An iteration from state.g, or with `follow` from what the last one left in v_next. Where it was by products, the potentials are
-    still to be had by `potentials`. (whether by products, sweeps)."""
+def iterate(k, problem, sweep, state, follow, back):
+    """An iteration from state.g, or with `follow` from what the last one left in v_next; `back` as in `both`. Where it was by products, the
+    potentials are still to be had by `potentials`. (whether by products, sweeps)."""
     eps, H, m = problem.eps, len(problem.a), len(k.g0)
     sweeps, renewed = 2, k.at[0] != eps
     alone = renewed and H == 1 and len(k.crew.found) == 0
@@ -191,7 +191,7 @@ def iterate(k, problem, sweep, state, follow):
             sweeps += 1
         _scale(k, problem, state.g, sweep)
     while True:
-        if _multiply(k, problem, sweep, alone):
+        if _multiply(k, problem, sweep, back, alone):
             return True, sweeps
         if renewed:
             break
@@ -292,7 +292,7 @@ def _go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, 
                 for j in range(m):
                     target[j] = state.g_next[h, j] - shift
                 propose(tuning, memory, h, state.g[h], target, problem.b[h], share[h], problem.eps, state.g[h])
-        products, visits = iterate(k, problem, sweep, state, follow)
+        products, visits = iterate(k, problem, sweep, state, follow, n_iter % 2 == 0)
         due = counts[3] == 1 or (n_iter + 1 == max_iter and (not pairwise or counts[3] == every))
         levels = due or not plain or n_iter + 1 == plain_until or (pairwise and counts[3] == 2)
         if products and levels:

@@ -105,7 +105,7 @@ def _chunk(K, crew, hand, i):
     low, high = i * crew.rows, min((i + 1) * crew.rows, n)
     a, c, found = crew.given[m + low : m + high], crew.damping[low:high], crew.found[hand]
     s, u, t = found[low:high], found[n + low : n + high], found[2 * n + i * m : 2 * n + (i + 1) * m]
-    both(K[low:high], crew.given[:m], a, crew.damping[n], c, s, u, t)
+    both(K[low:high], crew.given[:m], a, crew.damping[n], c, s, u, t, False)
 
 
 @borrowing

@@ -29,7 +29,7 @@ def descend(k, problem, schedule, predict, state):
     for i in range(len(schedule) - 1):
         at = Measures(problem.a, problem.b, schedule[i], problem.tau_a, problem.tau_b)
         state.g[:] = state.g_next
-        products, visits = iterate(k, at, sweep, state, schedule[i] < 0)
+        products, visits = iterate(k, at, sweep, state, schedule[i] < 0, i % 2 == 0)
         sweeps += visits
         if products:
             potentials(k, at, sweep, state)

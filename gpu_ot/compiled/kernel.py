@@ -15,7 +15,7 @@ from numba.extending import overload  # pyright: ignore[reportMissingImports]
 from .exponential import exp32, exp64, log64
 from .machine import borrowing, compiled, extreme
 
-#: Four rows up to this size stay in the first cache.
+#: Eight rows up to this size stay in the first cache.
 NEAR_BYTES = 2**15
 
 
@@ -219,23 +219,23 @@ def sums_of_rows(K, w, s):
 
 
 @borrowing
-def both(K, w, a, p, c, s, u, t):
+def both(K, w, a, p, c, s, u, t, back):
     """s = K w, u = a / s for p = 0, the hard marginal, and a exp(c - p log s) otherwise, and t = K^T u, in one read of K.
 
     Some rows' part of t is added while the next rows are summed: half as long again in turns, where rows fit the first cache. Longer
-    rows come from memory, and there each four are finished first.
+    rows come from memory, and there each four are finished first. back: from the last rows on, which are near still where the visit
+    before ended with them.
     """
     n, m = K.shape
     t[:] = K.dtype.type(0)
-    long = 4 * m * K.itemsize > NEAR_BYTES
     whole = 0
     if p > 0 and 12 * m * K.itemsize <= NEAR_BYTES:
         whole = _eights(K, w, a, p, c, s, u, t)
-    elif not long:
-        whole = _fours(K, w, a, p, c, s, u, t)
-    zero = K.dtype.type(0)
-    for block in range(whole // 4, n // 4):
-        i = 4 * block
+    elif 8 * m * K.itemsize <= NEAR_BYTES:
+        whole = _fours(K, w, a, p, c, s, u, t, back)
+    zero, blocks = K.dtype.type(0), n // 4
+    for block in range(whole // 4, blocks):
+        i = 4 * (blocks - 1 - block + whole // 4 if back else block)
         s0, s1, s2, s3 = zero, zero, zero, zero
         for j in range(m):
             s0 += K[i, j] * w[j]
@@ -280,16 +280,16 @@ def absorb_and_both(k, w, a, eps, tau, s, u, t):
 
 
 @borrowing
-def _fours(K, w, a, p, c, s, u, t):
+def _fours(K, w, a, p, c, s, u, t, back):
     """`both` for all fours of rows, whose number is returned: the four before are added meanwhile."""
     n, m = K.shape
     zero, whole = K.dtype.type(0), n // 4 * 4
     if not whole:
         return 0
     u0, u1, u2, u3 = zero, zero, zero, zero
-    for block in range(n // 4):
-        i = 4 * block
-        q = i - 4 if block else 0
+    i, step = (whole - 4, -4) if back else (0, 4)
+    q = i
+    for _ in range(n // 4):
         s0, s1, s2, s3 = zero, zero, zero, zero
         for j in range(m):
             s0 += K[i, j] * w[j]
@@ -305,9 +305,10 @@ def _fours(K, w, a, p, c, s, u, t):
             for r in range(i, i + 4):
                 u[r] = a[r] * exp64(c[r] - p * log64(s[r]))
             u0, u1, u2, u3 = u[i], u[i + 1], u[i + 2], u[i + 3]
-    i = whole - 4
+        q = i
+        i += step
     for j in range(m):
-        t[j] += (u0 * K[i, j] + u1 * K[i + 1, j]) + (u2 * K[i + 2, j] + u3 * K[i + 3, j])
+        t[j] += (u0 * K[q, j] + u1 * K[q + 1, j]) + (u2 * K[q + 2, j] + u3 * K[q + 3, j])
     return whole
 
 
