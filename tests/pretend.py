@@ -14,6 +14,7 @@ here. What it cannot show: what a kernel lacks on a GPU, its memory, its time, a
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import Counter
 from types import SimpleNamespace
@@ -56,6 +57,7 @@ class Seen:
     def __init__(self):
         self.launches, self.reads, self.copies, self.names, self.quiet = 0, 0, 0, Counter(), False
         self.compiled = set()  # (kernel, what Triton would compile it for)
+        self.graph = None  # what is captured at the moment
 
     def launch(self, name, kernels=1):
         if not self.quiet:
@@ -63,6 +65,8 @@ class Seen:
             self.names[name] += kernels
 
     def read(self, name):
+        if self.graph is not None:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {name}")
         if not self.quiet:
             self.reads += 1
             self.names["read by " + name] += 1
@@ -157,7 +161,9 @@ def dispatch(func, args, kwargs):
         )
     kwargs = {key: torch.device("cpu") if key == "device" and value is not None else value for key, value in kwargs.items()}
     kwargs.pop("pin_memory", None)
-    out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
+    given = tree_map(unwrap, args), tree_map(unwrap, kwargs)
+    captured = seen.graph is not None and name not in NOTHING
+    out = seen.graph.record(func, *given) if captured else func(*given[0], **given[1])
     out = tree_map(lambda z: Pretended(z, where) if isinstance(z, torch.Tensor) else z, out)
     if any(z.alias_info is not None for z in func._schema.returns):
         return return_and_correct_aliasing(func, args, kwargs, out)
@@ -168,6 +174,49 @@ def is_view(func):
     returns, given = func._schema.returns, func._schema.arguments
     written = [z for z in (*returns, *given) if z.alias_info is not None and z.alias_info.is_write]
     return not written and any(z.alias_info is not None for z in returns)
+
+
+# ------------------------------------------------------------------------------------------------ graphs
+
+
+class CUDAGraph:
+    """What was captured, to be run again on the same memory. As on CUDA a capture runs nothing: what it wrote is as before, results are
+    nonsense until the first replay."""
+
+    def capture_begin(self, pool=None, capture_error_mode="global"):
+        assert place.streams, "CUDA captures no default stream"
+        self.tape, self.held, seen.graph = [], {}, self
+
+    def record(self, function, args, kwargs):
+        for z in tree_leaves((args, kwargs)):
+            self._hold(z)
+        out = function(*args, **kwargs)
+        self.tape.append((function, args, kwargs, out))
+        return out
+
+    def _hold(self, z):
+        if isinstance(z, torch.Tensor) and z.untyped_storage().data_ptr() not in self.held:
+            whole = torch.empty(0, dtype=torch.uint8).set_(z.untyped_storage())
+            self.held[z.untyped_storage().data_ptr()] = whole, whole.clone()
+
+    def capture_end(self):
+        seen.graph = None
+        for *_, out in self.tape:
+            for z in tree_leaves(out):
+                if isinstance(z, torch.Tensor) and z.untyped_storage().data_ptr() not in self.held:
+                    z.fill_(7)
+        for whole, before in self.held.values():
+            whole.copy_(before)
+
+    def replay(self):
+        seen.launch("graph")
+        for function, args, kwargs, out in self.tape:
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+    def pool(self):
+        return 0, 1
 
 
 # ------------------------------------------------------------------------------------------------ streams, and copies that are under way
@@ -385,6 +434,8 @@ def launcher(run):
         args, options = tree_map(unwrap, args), tree_map(unwrap, options)
         before, seen.quiet = seen.quiet, True
         try:
+            if seen.graph is not None:
+                return seen.graph.record(functools.partial(run, self), args, options)
             return run(self, *args, **options)
         finally:
             seen.quiet = before
@@ -423,7 +474,7 @@ def device(count=2, **properties):
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": lambda: seen.graph is not None,
         "device_count": lambda: count,
         "current_device": lambda: place.device,
         "set_device": lambda device: setattr(place, "device", index_of(device)),
@@ -437,6 +488,7 @@ def device(count=2, **properties):
         "stream": lambda stream: Current(None if stream is None else stream.device, stream),
         "device": Current,
         "Event": Event,
+        "CUDAGraph": CUDAGraph,
         "Stream": Stream,
     }
     cuda |= dict.fromkeys(("empty_cache", "reset_peak_memory_stats", "manual_seed", "manual_seed_all"), lambda *_, **__: None)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import warnings
 
 import numpy as np
@@ -65,6 +66,10 @@ KINDS = {
 }
 
 
+#: What a warning says of the error.
+ERROR = re.compile(r"an error of (\S+):")
+
+
 def outcome(call):
     """What a call returns or raises, and what it warns of."""
     with warnings.catch_warnings(record=True) as told:
@@ -73,7 +78,7 @@ def outcome(call):
             found = call()
         except Exception as error:
             found = error
-    said = [(warning.category, str(warning.message)) for warning in told]
+    said = [(warning.category, ERROR.sub(lambda z: z[0] if float(z[1]) > 1e-14 else "rounding", str(warning.message))) for warning in told]
     return found, [each for each in said if "Casting complex" not in each[1]]  # which torch says once a process
 
 

@@ -75,6 +75,15 @@ class Streaming(Geometry):
             return None if problem.cost.folds else _NO_FOLD
 
     @property
+    def carried(self) -> tuple[Tensor, ...] | None:
+        """The last potential of each side."""
+        rows, columns = self.rows.last, self.columns.last
+        return None if rows is None or columns is None else (rows, columns)
+
+    def carry(self, carried: tuple[Tensor, ...]) -> None:
+        self.rows.last, self.columns.last = carried
+
+    @property
     def exact(self) -> Geometry:
         return self._exact()
 
