@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +46,38 @@ def solver(x: torch.Tensor, y: torch.Tensor, iterations: int, backward: bool, ba
         return torch.autograd.grad(solution.value, points) if backward else solution.f
 
     return run
+
+
+@contextlib.contextmanager
+def graphs_after(blocks: int) -> Iterator[None]:
+    """So many equal blocks of iterations are launched before they are captured."""
+    from gpu_ot.solver import captured
+
+    before, captured.AFTER = captured.AFTER, blocks
+    try:
+        yield
+    finally:
+        captured.AFTER = before
+
+
+def blocks(x: torch.Tensor, y: torch.Tensor, every: int, iterations: int, accelerate: str) -> Callable[[], Any]:
+    """A solve that is checked every so many iterations, as those of users are."""
+    from gpu_ot import Problem, SqEuclidean, solve
+
+    def run() -> Any:
+        settings: dict[str, Any] = dict(backend="triton", accelerate=accelerate, tol=0.0, max_iter=iterations, check_every=every)
+        solution = solve(Problem(SqEuclidean(x, y), EPS), **settings)
+        return solution.f, solution.g
+
+    return run
+
+
+def without_graphs(run: Callable[[], Any]) -> Callable[[], Any]:
+    def call() -> Any:
+        with graphs_after(10**9):
+            return run()
+
+    return call
 
 
 def iterate(x: torch.Tensor, y: torch.Tensor, iterations: int) -> Callable[[], Any]:

@@ -66,7 +66,7 @@ def tasks() -> list[tuple[Any, ...]]:
     found += [("parity_of_resident",), ("parity_of_steps",), ("parity_of_batches",)]
     found += [("parity_of_absorbed", dtype) for dtype in ("float32", "float64")]
     found += [("parity_of_kernels", *size, precision) for precision, sizes in SIZES.items() for size in sizes]
-    found += [("parity_of_geometry",), ("parity_of_solves",)]
+    found += [("parity_of_geometry",), ("parity_of_solves",), ("parity_of_graphs",)]
     if not DRY:
         found += [("warm", n, d) for n, d in CASES]
     return found
@@ -155,7 +155,8 @@ def blamed(name: str, given: Any) -> str:
         return f"softmin {given[-1]}"
     if name == "launches":
         return str(given[0])
-    return {"parity_of_resident": "resident", "parity_of_steps": "step", "parity_of_absorbed": "dense"}.get(name, "triton")
+    known = {"parity_of_resident": "resident", "parity_of_steps": "step", "parity_of_absorbed": "dense", "parity_of_graphs": "graphs"}
+    return known.get(name, "triton")
 
 
 def launches(report: Any, backend: str) -> None:
@@ -372,6 +373,22 @@ def parity_of_solves(report: Any) -> None:
                 check(report, f"solve by {backend}: {name}", mine, right.float(), right, 1e-4, kernel=backend)
 
 
+def parity_of_graphs(report: Any) -> None:
+    """Blocks of iterations as CUDA graphs against the same launches, bit by bit; refused graphs are a failure here."""
+    import ours
+
+    from gpu_ot.solver import captured
+
+    x, y = (torch.rand(k, 3, device=DEVICE) for k in ((12, 15) if DRY else (700, 500)))
+    for accelerate in ("none", "mixing"):
+        found = []
+        for after in (captured.AFTER, 10**9):
+            with ours.graphs_after(after):
+                found.append(ours.blocks(x, y, 5, 30, accelerate)())
+        passed = not captured._refused and all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+        report.add(section="parity", check=f"graphs, accelerate={accelerate}", passed=passed, kernel="graphs")
+
+
 def parity_of_geometry(report: Any) -> None:
     """The backend as `solve` uses it: a softmin, and the gradient of a value in the points. Far from the origin, too."""
     from gpu_ot import Problem, SqEuclidean, gradients
@@ -398,6 +415,6 @@ WORK: dict[str, Callable[..., None]] = {
     each.__name__: each
     for each in (
         *(launches, parity_of_resident, parity_of_steps, parity_of_absorbed, parity_of_kernels),
-        *(parity_of_batches, parity_of_geometry, parity_of_solves, warm),
+        *(parity_of_batches, parity_of_geometry, parity_of_graphs, parity_of_solves, warm),
     )
 }

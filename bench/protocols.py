@@ -51,6 +51,16 @@ def iterations(report: Report, clock: Clock) -> None:
         compare(report, clock, "iterations", f"forward and backward, n = m = {n}, d = {d}, {steps} iterations", contestants, seconds=8)
 
 
+def graphs(report: Report, clock: Clock) -> None:
+    """A long run, whose blocks of ten iterations are launched one by one or as a graph."""
+    steps, sizes = (40, (20,)) if DRY else (300, (1_000, 4_000, 10_000))
+    for n in sizes:
+        for accelerate in ("mixing", "none"):
+            run = ours.blocks(*randn_clouds(n, 3), 10, steps, accelerate)
+            contestants: dict[str, Callable[[], Any]] = {"gpu_ot graphs": run, "gpu_ot launches": ours.without_graphs(run)}
+            compare(report, clock, "graphs", f"accelerate={accelerate}, n = m = {n}, per iteration", contestants, per=steps, seconds=3)
+
+
 def dense(report: Report, clock: Clock) -> None:
     """The user's own matrix: gpu_ot.sinkhorn and POT's on the same CUDA tensors, 100 iterations."""
     import gpu_ot
@@ -225,6 +235,7 @@ def giant(report: Report, clock: Clock) -> None:
 SECTIONS: dict[str, Callable[[Report, Clock], None]] = {
     "parity": parity,
     "iterations": iterations,
+    "graphs": graphs,
     "batched": batched,
     "dense": dense,
     "tolerance": tolerance,

@@ -227,8 +227,9 @@ def test_the_day_with_a_gpu_is_rehearsed_to_its_end(tmp_path):
     done = subprocess.run([sys.executable, str(BENCH / "gpu.py"), "--dry", "--out", str(tmp_path)], cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert {row["section"] for row in rows} >= {"parity", "iterations", "dense", "batched", "tolerance", "giant"}
-    assert {row["kernel"] for row in rows if "passed" in row} >= {"triton", "dense", "resident", "step", "softmin fp32", "apply fp32"}
+    assert {row["section"] for row in rows} >= {"parity", "iterations", "dense", "batched", "tolerance", "giant", "graphs"}
+    checked = {row["kernel"] for row in rows if "passed" in row}
+    assert checked >= {"triton", "dense", "resident", "step", "graphs", "softmin fp32", "apply fp32"}
     assert not [row for row in rows if str(row.get("solver", "")).startswith("gpu_ot") and "error" in row]
     planned = [line.split() for line in done.stdout.splitlines() if line.startswith("in all")]
     assert float(planned[0][2]) <= 9 * 60
