@@ -28,6 +28,8 @@ COLOURS = {
 SPARE = "#7F7F7F"
 MARKERS, DASHES = "osD^vPX*", ("-", (0, (5, 2)), (0, (1.2, 1.5)), (0, (5, 1.5, 1.2, 1.5)))
 WIDTH, DPI = 6.25, 160  # 1000 pixels
+#: More charts than this of one section are panels of one figure, so many side by side.
+MANY, ACROSS = 4, 3
 STYLE: dict[str, Any] = {
     "font.size": 8, "axes.titlesize": 9, "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "legend.frameon": False,
@@ -38,13 +40,17 @@ def draw(name: str, tables: list[Table], out: Path, credit: str) -> list[tuple[s
     """(title, file) of every chart worth drawing of one file of results."""
     drawn = []
     with matplotlib.rc_context(STYLE):
-        for table in tables:
-            series = [m for m in table.measures if m.value is not None and m.x is not None]
-            if len({m.x for m in series}) > 1:
-                title = table.title
-                drawn.append((title, _save(along(table, series, credit), out, f"{name}-{table.title}" if table.title != name else name)))
         for section in dict.fromkeys(table.section for table in tables):
-            pairs = [(table, m) for table in tables if table.section == section for m in _last(table) if m.against]
+            mine = [table for table in tables if table.section == section]
+            lines = [table for table in mine if len({m.x for m in _shown(table)}) > 1]
+            if len(lines) > MANY:
+                title = f"{section}: {lines[0].quantity}"
+                drawn.append((title, _save(panels(title, lines, credit), out, f"{name}-{section}" if section != name else name)))
+            else:
+                for table in lines:
+                    figure = along(table, _shown(table), credit)
+                    drawn.append((table.title, _save(figure, out, f"{name}-{table.title}" if table.title != name else name)))
+            pairs = [(table, m) for table in mine for m in _last(table) if m.against]
             if pairs:
                 title = f"{section}: peers beside gpu_ot"
                 drawn.append(
@@ -67,16 +73,7 @@ def along(table: Table, series: list[Measure], credit: str) -> Figure:
     marks = styles(solvers)
     for solver in solvers:
         mine = sorted((m for m in series if m.solver == solver), key=lambda m: m.x or 0)
-        x, y = [m.x for m in mine], [(m.value or 0) / per for m in mine]
-        look = dict(marks[solver], label=solver, linewidth=1.8 if mine[0].ours else 1.2, markersize=5, zorder=3 if mine[0].ours else 2)
-        spread = [
-            [(m.value - (m.low if m.low is not None else m.value)) / per for m in mine],
-            [((m.high if m.high is not None else m.value) - m.value) / per for m in mine],
-        ]  # type: ignore[operator]
-        axes[0].errorbar(x, y, yerr=spread, capsize=2.5, elinewidth=0.9, **look)
-        lost = [(a, b) for a, b, m in zip(x, y, mine, strict=True) if m.trouble]
-        if lost:
-            axes[0].plot(*zip(*lost, strict=True), linestyle="", marker="x", markersize=11, color="black", zorder=5)
+        look = _line(axes[0], mine, marks[solver], per)
         if remembered and (kept := [m for m in mine if m.peak_mib is not None]):
             axes[1].plot([m.x for m in kept], [max(m.peak_mib or 0, 1.0) for m in kept], **look)
     floors = sorted({(m.x, m.floor / per) for m in series if m.floor and m.x})
@@ -97,6 +94,47 @@ def along(table: Table, series: list[Measure], credit: str) -> Figure:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.4, columnspacing=1.6, fontsize=7.5)
     return _headed(figure, table.title, credit)
+
+
+def panels(title: str, tables: list[Table], credit: str) -> Figure:
+    """One small chart for each table, all of one section, under one legend."""
+    unit = unit_of([m.value for table in tables for m in _shown(table) if m.value]) if tables[0].quantity == "time" else ""
+    solvers = list(dict.fromkeys(m.solver for table in tables for m in _shown(table)))
+    rows, marks = -(-len(tables) // ACROSS), styles(solvers)
+    figure = Figure(figsize=(WIDTH, 0.9 + 1.75 * rows), dpi=DPI, layout="constrained")
+    axes = figure.subplots(rows, ACROSS, squeeze=False, sharey=True).ravel()
+    labelled: dict[str, Any] = {}
+    for ax, table in zip(axes, tables, strict=False):
+        for solver in solvers:
+            if mine := sorted((m for m in _shown(table) if m.solver == solver), key=lambda m: m.x or 0):
+                _line(ax, mine, marks[solver], SECONDS.get(unit, 1.0))
+        ax.set(xscale="log", yscale="log")
+        name = table.title.removeprefix(f"{table.section}: ")
+        ax.set_title(name, fontsize=7.5 if len(name) < 30 else 5.8)
+        _label(ax, table.points)
+        ax.tick_params(labelsize=6.5)
+        labelled |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    for ax in axes[len(tables) :]:
+        ax.set_visible(False)
+    if any(m.trouble for table in tables for m in _shown(table)):
+        labelled["not converged"] = axes[0].plot([], [], linestyle="", marker="x", color="black")[0]
+    figure.supylabel(f"{tables[0].quantity} [{unit.replace('us', 'µs')}]" if unit else tables[0].quantity, fontsize=8)
+    for ax in axes[len(tables) - ACROSS : len(tables)]:
+        ax.set_xlabel("n = m [points]" if tables[0].axis == "n" else tables[0].axis)
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=3, handlelength=3.4, fontsize=7.5)
+    return _headed(figure, title, credit)
+
+
+def _line(ax: Any, mine: list[Measure], look: dict[str, Any], per: float) -> dict[str, Any]:
+    """A solver's rows along the size, with their spread, and a cross where one has not converged."""
+    x, y = [m.x for m in mine], [(m.value or 0) / per for m in mine]
+    look = dict(look, label=mine[0].solver, linewidth=1.8 if mine[0].ours else 1.2, markersize=5, zorder=3 if mine[0].ours else 2)
+    below = [((m.value or 0) - (m.value if m.low is None else m.low)) / per for m in mine]  # type: ignore[operator]
+    above = [((m.value if m.high is None else m.high) - (m.value or 0)) / per for m in mine]  # type: ignore[operator]
+    ax.errorbar(x, y, yerr=[below, above], capsize=2.5, elinewidth=0.9, **look)
+    if lost := [(a, b) for a, b, m in zip(x, y, mine, strict=True) if m.trouble]:
+        ax.plot(*zip(*lost, strict=True), linestyle="", marker="x", markersize=11, color="black", zorder=5)
+    return look
 
 
 def versus(section: str, pairs: list[tuple[Table, Measure]], credit: str) -> Figure:
@@ -174,6 +212,10 @@ def _headed(figure: Figure, title: str, credit: str) -> Figure:
     figure.text(0.01, 1 - 0.07 / height, title, fontsize=10, fontweight="bold", va="top")
     figure.text(0.01, 1 - 0.27 / height, credit, fontsize=6.5, color="#555555", va="top")
     return figure
+
+
+def _shown(table: Table) -> list[Measure]:
+    return [m for m in table.measures if m.value is not None and m.x is not None]
 
 
 def _last(table: Table) -> list[Measure]:

@@ -119,6 +119,16 @@ def test_counts_along_eps(report, tmp_path):
     assert (tmp_path / "convergence-cube-n-600.png").exists()
 
 
+def test_many_charts_of_one_section_are_panels_of_one_figure(report, tmp_path):
+    rows = [dict(row, section="speed", case=f"case {k}") for k in range(5) for row in ROWS]
+    write(tmp_path, "many", rows)
+    page = made(report, tmp_path)
+    assert page.count("](many-speed.png)") == 1 and sorted(f.name for f in tmp_path.glob("*.png")) == [
+        "many-speed-versus.png",
+        "many-speed.png",
+    ]
+
+
 def test_charts_of_the_rows_kept_here(report, tmp_path):
     """At least 1000 pixels wide, colours that are there, and a page that names each picture."""
     kept = BENCH / "results" / "dense_cpu.json"
