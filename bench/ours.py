@@ -50,23 +50,26 @@ def solver(x: torch.Tensor, y: torch.Tensor, iterations: int, backward: bool, ba
 
 @contextlib.contextmanager
 def graphs_after(blocks: int) -> Iterator[None]:
-    """So many equal blocks of iterations are launched before they are captured."""
-    from gpu_ot.solver import captured
+    """So many equal blocks of iterations are launched before they are graphs."""
+    from gpu_ot.geometry import graphs
 
-    before, captured.AFTER = captured.AFTER, blocks
+    before, graphs.AFTER = graphs.AFTER, blocks
     try:
         yield
     finally:
-        captured.AFTER = before
+        graphs.AFTER = before
 
 
-def blocks(x: torch.Tensor, y: torch.Tensor, every: int, iterations: int, accelerate: str) -> Callable[[], Any]:
+def blocks(x: torch.Tensor, y: torch.Tensor, every: int, iterations: int, accelerate: str, backend: str = "triton") -> Callable[[], Any]:
     """A solve that is checked every so many iterations, as those of users are."""
     from gpu_ot import Problem, SqEuclidean, solve
 
+    cost: Any = SqEuclidean(x, y)
+    cost = cost if backend == "triton" else cost.dense()
+
     def run() -> Any:
-        settings: dict[str, Any] = dict(backend="triton", accelerate=accelerate, tol=0.0, max_iter=iterations, check_every=every)
-        solution = solve(Problem(SqEuclidean(x, y), EPS), **settings)
+        settings: dict[str, Any] = dict(backend=backend, accelerate=accelerate, tol=0.0, max_iter=iterations, check_every=every)
+        solution = solve(Problem(cost, EPS), **settings)
         return solution.f, solution.g
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -377,16 +378,16 @@ def parity_of_graphs(report: Any) -> None:
     """Blocks of iterations as CUDA graphs against the same launches, bit by bit; refused graphs are a failure here."""
     import ours
 
-    from gpu_ot.solver import captured
+    from gpu_ot.geometry import graphs
 
     x, y = (torch.rand(k, 3, device=DEVICE) for k in ((12, 15) if DRY else (700, 500)))
-    for accelerate in ("none", "mixing"):
+    for backend, accelerate in itertools.product(("triton", "dense"), ("none", "mixing")):
         found = []
-        for after in (captured.AFTER, 10**9):
+        for after in (graphs.AFTER, 10**9):
             with ours.graphs_after(after):
-                found.append(ours.blocks(x, y, 5, 30, accelerate)())
-        passed = not captured._refused and all(torch.equal(p, q) for p, q in zip(*found, strict=True))
-        report.add(section="parity", check=f"graphs, accelerate={accelerate}", passed=passed, kernel="graphs")
+                found.append(ours.blocks(x, y, 2, 33, accelerate, backend)())
+        passed = not graphs._refused and all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+        report.add(section="parity", check=f"graphs of {backend}, accelerate={accelerate}", passed=passed, kernel="graphs")
 
 
 def parity_of_geometry(report: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -55,10 +56,11 @@ def graphs(report: Report, clock: Clock) -> None:
     """A long run, whose blocks of ten iterations are launched one by one or as a graph."""
     steps, sizes = (40, (20,)) if DRY else (300, (1_000, 4_000, 10_000))
     for n in sizes:
-        for accelerate in ("mixing", "none"):
-            run = ours.blocks(*randn_clouds(n, 3), 10, steps, accelerate)
+        for backend, accelerate in itertools.product(("triton", "dense"), ("mixing", "none")):
+            run = ours.blocks(*randn_clouds(n, 3), 10, steps, accelerate, backend)
             contestants: dict[str, Callable[[], Any]] = {"gpu_ot graphs": run, "gpu_ot launches": ours.without_graphs(run)}
-            compare(report, clock, "graphs", f"accelerate={accelerate}, n = m = {n}, per iteration", contestants, per=steps, seconds=3)
+            case = f"{backend}, accelerate={accelerate}, n = m = {n}, per iteration"
+            compare(report, clock, "graphs", case, contestants, per=steps, seconds=2)
 
 
 def dense(report: Report, clock: Clock) -> None:

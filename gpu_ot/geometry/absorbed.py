@@ -19,7 +19,7 @@ from ..costs import Cost
 from ..penalties import KL, Penalty
 from ..problem import Problem
 from ..vectors import PIECE, exp, log
-from . import absorbed_launches
+from . import absorbed_launches, graphs
 from .dense import Dense
 from .products import Power, Products, Scaling
 from .protocol import weigh
@@ -65,6 +65,7 @@ class Absorbed(Trusting, Dense):
         Trusting.__init__(self)
         Dense.__init__(self, C)
         self.kernel = _Kernel()
+        self.plain = graphs.Repeated()
         self.stride = 1  # iterations to run before looking at the range; doubled while it holds
         self.log_dropped, self.safe = range_of(self.dtype.itemsize)
 
@@ -106,6 +107,11 @@ class Absorbed(Trusting, Dense):
         f, _, g_next, exact = self._multiply(problem, g, eps, 1)
         inexact = ~exact if inexact is None else inexact | ~exact
         return torch.where(exact, f, self.kernel.f0), g, torch.where(exact, g_next, g), inexact
+
+    def _same(self, step: Any, state: Any) -> Any:
+        if state.inexact is None or not self._trusts(step.eps) or not absorbed_launches.serve(self, step.problem, state.g):
+            return None
+        return graphs.Same(self.kernel.products)
 
     def _distrust(self) -> None:
         self._drop()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..penalties import KL
 from ..problem import Problem
+from . import graphs
 from .products import Power, flatten, serves_vectors, vectors
 
 if TYPE_CHECKING:
@@ -53,7 +54,13 @@ def iterate(
         kernel.launched = problem, *sides
     _, rows, columns = kernel.launched
     K = products.K.reshape(-1, *products.K.shape[-2:])
-    f, g_out, g_next, exact = iterate(K, rows, columns, flatten(g), eps, k, absorbed.safe, hold=hold, inexact=inexact)
+
+    def work(g: Tensor) -> tuple[Tensor, ...]:
+        return iterate(K, rows, columns, g, eps, k, absorbed.safe, hold=hold, inexact=inexact)
+
+    # A held iteration is a part of a block, which may be a graph itself.
+    again = k > 1 and not hold
+    f, g_out, g_next, exact = absorbed.plain((graphs.Same(products, problem), k), work, flatten(g)) if again else work(flatten(g))
     return f.view(problem.a.shape), g_out.view(g.shape), g_next.view(g.shape), exact
 
 

@@ -55,15 +55,6 @@ class Geometry(ABC):
         """The same cost without the rounding that this backend was allowed; itself, where it was allowed none."""
         return self
 
-    @property
-    def carried(self) -> tuple[Tensor, ...] | None:
-        """What passes from one block of iterations to the next, where blocks are the same launches whatever the numbers; else None."""
-        return None
-
-    def carry(self, carried: tuple[Tensor, ...]) -> None:
-        """Go on from these."""
-        raise NotImplementedError
-
     def finer(self, factor: float) -> Geometry | None:
         """Of an approximate backend one whose error is so many times smaller, None where there is none."""
         return None

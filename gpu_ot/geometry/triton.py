@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .. import errors, transforms
 from ..penalties import BALANCED, KL, TV, Penalty
 from ..problem import Problem
 from ..vectors import log
+from . import graphs
 from .products import kernels_refused, serves_vectors, vectors
 from .protocol import Geometry, needed
 
@@ -54,7 +55,7 @@ class Streaming(Geometry):
             folded.u.expand(*self.batch, -1, -1),
             folded.v.expand(*self.batch, -1, -1),
         )
-        self.precision = precision
+        self.precision, self.repeated = precision, graphs.Repeated()
         self._exact = (lambda: Streaming(problem)) if precision != "fp32" else (lambda: self)
         sides = []
         for offset, points in ((alpha, u), (beta, v)):
@@ -75,22 +76,13 @@ class Streaming(Geometry):
             return None if problem.cost.folds else _NO_FOLD
 
     @property
-    def carried(self) -> tuple[Tensor, ...] | None:
-        """The last potential of each side."""
-        rows, columns = self.rows.last, self.columns.last
-        return None if rows is None or columns is None else (rows, columns)
-
-    def carry(self, carried: tuple[Tensor, ...]) -> None:
-        self.rows.last, self.columns.last = carried
-
-    @property
     def exact(self) -> Geometry:
         return self._exact()
 
     @property
     def T(self) -> Streaming:
         other = object.__new__(Streaming)  # both clouds are stored already; copy.copy would break torch 2.7's graph
-        other.batch, other.precision = self.batch, self.precision
+        other.batch, other.precision, other.repeated = self.batch, self.precision, graphs.Repeated()
         other.rows, other.columns = self.columns, self.rows
         alpha, beta, u, v = self.inputs
         other.inputs = beta, alpha, v, u
@@ -108,6 +100,13 @@ class Streaming(Geometry):
         last = s.to(top.dtype) - top
         rows.eps, rows.last = eps, last
         return (rows.offset + last).view(*self.batch, rows.n).to(h.dtype)
+
+    def run(self, step: Any, state: Any, k: int) -> Any:
+        sides = self.rows, self.columns
+        usual = serves_vectors(state.f, state.g) and all(side.last is not None and side.eps == step.eps for side in sides)
+        if not usual or step.one_sided:
+            return super().run(step, state, k)
+        return graphs.block(self.repeated, None, super().run, step, state, k, sides)
 
     def iterate(self, problem: Problem, g: Tensor, eps: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """A launch a sweep, two where columns are split, and one before: weights, offsets, damping and types are the sweeps' business."""

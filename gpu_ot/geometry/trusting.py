@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..vectors import to_host
+from . import graphs
 from .protocol import Geometry
 
 #: After this many exact iterations, stop waiting for the exactness check.
@@ -30,6 +31,7 @@ class Trusting(Geometry):
 
     def __init__(self) -> None:
         self._told: list[Callable[[], list[Any]]] = []  # whether the last blocks were inexact, on their way to the host
+        self.repeated = graphs.Repeated()
 
     def _waited_for(self, z: Tensor) -> bool:
         return self.waits or z.device.type != "cpu"
@@ -41,6 +43,10 @@ class Trusting(Geometry):
     def _held(self, problem: Problem, g: Tensor, eps: float, inexact: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(f, g, g_next, inexact): a fast iteration, which moves nothing where its sums are not exact, and says so in the last."""
         raise NotImplementedError
+
+    def _same(self, step: Any, state: Any) -> Any:
+        """What makes the next blocks the same launches as this one; None where the host looks at numbers meanwhile."""
+        return None
 
     def _distrust(self) -> None:
         """An iteration that was trusted was not exact."""
@@ -54,13 +60,18 @@ class Trusting(Geometry):
             self._distrust()
             self._told.clear()
             state = replace(state, memory=None, inexact=None)  # the accelerator has seen updates of 0
+        same = self._same(step, state)
+        state = self._advance(step, state, k) if same is None else graphs.block(self.repeated, same, self._advance, step, state, k)
+        if state.inexact is not None:
+            self._told.append(to_host(state.inexact.view(1)))
+        return self.counted(state)
+
+    def _advance(self, step: Any, state: Any, k: int) -> Any:
         waiting = _Unchecked(self, state.inexact)
         for _ in range(k):
             state = step.advance(waiting if state.n_iter and self._trusts(step.eps) else self, state)
             state = replace(state, inexact=waiting.inexact)
-        if waiting.inexact is not None:
-            self._told.append(to_host(waiting.inexact.view(1)))
-        return self.counted(state)
+        return state
 
 
 class _Unchecked:

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..geometry.protocol import Geometry
 from . import compiled
 from .annealing import Anneal, Constant, Stretch, stretches
-from .captured import Blocks
 from .criterion import Criterion
 from .monitor import Monitor, Outcome
 from .step import Alternating, Start, State
@@ -43,10 +42,10 @@ def sinkhorn(
     The error is checked after iterations 1, 1 + check_every, 1 + 2 check_every, ... and after the last. Accelerated, each
     problem of a batch stops on its own.
     """
-    monitor, blocks = Monitor(step, criterion, geometry.dtype, on_check, keep, geometry.approximate), Blocks(geometry, criterion.pairwise)
+    monitor = Monitor(step, criterion, geometry.dtype, on_check, keep, geometry.approximate)
     engine, state = compiled.engine(geometry, step, monitor, start), None
     for stretch in stretches(step, monitor, schedule or Constant(step.eps), max_iter, check_every, auto, leap):
-        state = _run(blocks, monitor, start, stretch, state) if engine is None else engine.run(stretch, state)
+        state = _run(geometry, monitor, start, stretch, state) if engine is None else engine.run(stretch, state)
         if monitor.status is not None:
             break
     assert state is not None
@@ -55,14 +54,14 @@ def sinkhorn(
     return monitor.outcome(state)
 
 
-def _run(blocks: Blocks, monitor: Monitor, start: Start, stretch: Stretch, state: State | None) -> State | None:
+def _run(geometry: Geometry, monitor: Monitor, start: Start, stretch: Stretch, state: State | None) -> State | None:
     """The state after a stretch, block by block."""
     for block in stretch.blocks(monitor):
         if state is None or block.restart:
-            state = block.step.begin(blocks.geometry, start, state)
+            state = block.step.begin(geometry, start, state)
         elif block.forget:
             state = replace(state, age=0, memory=None)
-        before, state = state, blocks.run(block.step, state, block.k)
+        before, state = state, geometry.run(block.step, state, block.k)
         assert before is not None and state is not None
         if block.check == "ahead":
             state = before if monitor.end_is_near(state) else state
