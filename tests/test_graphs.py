@@ -63,7 +63,7 @@ RUNS = [("none", (3,), KL(0.5)), ("mixing", (), KL(0.5)), ("mixing", (3,), None)
 @pytest.mark.parametrize("backend", ["triton", "dense"])
 def test_graphs_change_no_bit(both, backend, way, batch, penalty):
     iterations = 17 if backend == "triton" else 33  # a stored kernel is trusted after 16
-    settings = dict(backend=backend, accelerate=way, tol=0.0, max_iter=iterations, check_every=2)
+    settings = dict(backend=backend, accelerate=way, tol=0.0, max_iter=iterations + 2, check_every=2)
     assert both(lambda: told(gpu_ot.solve(problem(batch, penalty, backend=backend), **settings))) >= 2
 
 
@@ -81,7 +81,7 @@ def test_the_drop_in(both):
 def test_a_block_is_a_few_launches(device):
     gpu_ot.solve(problem(), backend="triton", accelerate="mixing", tol=0.0, max_iter=17, check_every=2)
     blocks = 16 // 2 - 1  # the first after a check of one iteration is a beginning
-    assert device.names["graph"] == blocks - graphs.AFTER + 1  # which proved the first
+    assert device.names["graph"] == blocks - graphs.AFTER  # of which one proved the first
     assert device.names["propose_kernel"] <= 1 + 2 * (graphs.AFTER + 3)  # one is captured, one proves it
     before = device.launches
     gpu_ot.solve(problem(), backend="triton", accelerate="mixing", tol=0.0, max_iter=17, check_every=2)
@@ -92,7 +92,7 @@ def test_a_block_is_a_few_launches(device):
 
 def test_problems_of_a_batch_that_are_done_stay(both):
     settings = dict(backend="triton", accelerate="mixing", tol=1e-4, check_every=2, max_iter=40)
-    assert both(lambda: told(gpu_ot.solve(problem((3,), eps=0.05), **settings))) >= 2
+    assert both(lambda: told(gpu_ot.solve(problem((3,), eps=0.05), **settings))) >= 1
 
 
 def test_what_cannot_be_captured_is_launched(device, monkeypatch):

@@ -45,9 +45,13 @@ class Repeated:
         if kind != self.kind:
             self.kind, self.times, self.graph = kind, 0, None
         self.times += 1
-        if self.graph is None and self.times > AFTER and given[0].device not in _refused:
-            self.graph = _Graph.of(work, given)
-        return work(*given) if self.graph is None else self.graph(*given)
+        if self.graph is not None:
+            return self.graph(*given)
+        if self.times <= AFTER or given[0].device in _refused:
+            return work(*given)
+        found = work(*_copies(given))  # in memory as the graph's, for which Triton may compile other code
+        self.graph = _Graph.of(work, given, found)
+        return found
 
 
 class _Graph:
@@ -57,8 +61,8 @@ class _Graph:
         self.graph, self.held, self.found = graph, held, found
 
     @classmethod
-    def of(cls, work: Work, given: tuple[Tensor, ...]) -> _Graph | None:
-        """None where it cannot be had, which is said once for a device."""
+    def of(cls, work: Work, given: tuple[Tensor, ...], launched: tuple[Tensor, ...]) -> _Graph | None:
+        """The graph of work that gives `launched`; None where it cannot be had, which is said once for a device."""
         device, held = given[0].device, _copies(given)
         current, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
         kept, key = vars(_last).setdefault("graphs", {}), (device, current.cuda_stream)
@@ -77,7 +81,7 @@ class _Graph:
         kept[key] = graph
         made = cls(graph, held, found)
         if device not in _proven:
-            if not all(map(torch.equal, made(*given), work(*_copies(given)))):
+            if not all(torch.equal(_bits(z), _bits(w)) for z, w in zip(made(*given), launched, strict=True)):
                 return _refuse(device, "give other numbers when they are captured")
             _proven.add(device)
         return made
@@ -91,6 +95,11 @@ class _Graph:
 def _refuse(device: torch.device, why: str) -> None:
     _refused.add(device)
     warnings.warn(f"iterations on {device} {why}. They are launched one by one.", stacklevel=2)
+
+
+def _bits(z: Tensor) -> Tensor:
+    """Whole numbers, since NaN is not equal to itself."""
+    return z.view({1: torch.uint8, 4: torch.int32, 8: torch.int64}[z.itemsize])
 
 
 def _copies(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
