@@ -14,12 +14,14 @@ from .communicator import ALONE
 from .costs import Cost, Matrix
 from .problem import Problem
 from .solve import solve
-from .solver.factors import FIRST, Descent, Factors, project
+from .solver.factors import FIRST, SLACK, Descent, Factors, project, where
 from .solver.status import Status
 from .vectors import in_full_precision
 
 #: Points of each cloud that a first plan between them is found for, at least, and its eps in units of the clouds' spread.
 SAMPLE, COARSE = 256, 0.05
+#: Slope at which starts are compared.
+ROUGH = 1e-2
 #: Rounds of k-means that make clusters of the sampled pairs; the least logarithm of an entry.
 ROUNDS, LEAST = 10, -690.0
 
@@ -28,6 +30,11 @@ MOVING = Status(
     "max_iter",
     "The iterations ran out before the factors stopped moving: the last entry of `errors` is their slope. The marginals are those asked "
     "for, and the value is an upper bound. Raise max_iter, loosen tol, or raise eps.",
+)
+INEXACT = Status(
+    "inexact",
+    "The first projection ran out of iterations before the marginals were right, and no step was short enough for the next. Raise "
+    "inner_iter, raise `least`, or ask for a lower rank.",
 )
 STALLED = Status("stalled", "No step is short enough for the floating type: this is as far as the descent goes. The marginals are right.")
 
@@ -123,9 +130,11 @@ def low_rank(
     eps: float = 0.0,
     least: float = 1e-10,
     start: LowRank | None = None,
+    starts: int = 1,
     generator: torch.Generator | None = None,
     tol: float = 1e-3,
     max_iter: int = 500,
+    inner_iter: int = FIRST,
 ) -> LowRank:
     """A coupling of nonnegative rank at most r with small cost, P = Q diag(1/g) R^T: both clouds are cut into r soft clusters, and cluster
     k of the one is coupled with cluster k of the other. Time and memory are O((n + m) (r + d)).
@@ -138,8 +147,10 @@ def low_rank(
     eps        >= 0, in units of the cost. With 0, where clusters become sharp, the last digits come slowly.
     least      the smallest part of the mass that a cluster may have.
     start      an earlier result to go on from, of the same sizes. Otherwise clusters are made of a plan between samples of both clouds.
+    starts     so many of those are gone on from until their slopes are 0.01, and then the best of them, for each problem.
     generator  draws the samples; a fixed one when left out, so that equal calls have equal results.
     tol        the descent ends when its slope along the constraints is below `tol` in units of the clouds' spread.
+    inner_iter Newton iterations of a projection on the marginals, at most; ten are usual.
 
     The problem is not convex: a start leads to a stationary point. The marginals are right to 1e-9 wherever it ends. Derivatives of `value`
     in points and weights are those of the objective at a fixed coupling (envelope), exact at convergence: set eps > 0 and `tol` as small as
@@ -154,8 +165,9 @@ def low_rank(
         raise errors.ProblemError(f"rank must be a whole number from 1 to min(n, m) = {min(n, m)}, found {rank}.")
     if not 0 < least * rank <= 1:
         raise errors.ProblemError(f"least must be > 0 and at most 1 / rank = {1 / rank:.6g}, found {least}: there are {rank} clusters.")
-    if max_iter < 1:
-        raise errors.ProblemError(f"max_iter must be at least 1, found {max_iter}.")
+    for name, found in (("max_iter", max_iter), ("inner_iter", inner_iter), ("starts", starts)):
+        if found < 1:
+            raise errors.ProblemError(f"{name} must be at least 1, found {found}.")
     batch = problem.a.shape[:-1]
     with torch.no_grad():
         folded = problem.cost.fold()
@@ -165,10 +177,11 @@ def low_rank(
         features = (z.expand(*batch, *z.shape[-2:]).reshape(-1, *z.shape[-2:]).to(w[0]) for z in folded[2:])
         (u, spread_u), (v, spread_v) = (_standard(z, weights) for z, weights in zip(features, w, strict=True))
         scale = spread_u * spread_v
-        descent = Descent(u, v, w, eps / scale, math.log(least))  # type: ignore[arg-type]
-        factors = _first(descent, rank, generator) if start is None else _again(start, problem, w, rank)  # type: ignore[arg-type]
+        descent = Descent(u, v, w, eps / scale, math.log(least), inner_iter)  # type: ignore[arg-type]
+        factors = _best(descent, rank, generator, starts, max_iter) if start is None else _again(start, descent, problem, rank)
         end = descent.run(factors, tol, max_iter)
-    status = SETTLED if bool(end.converged.all()) else STALLED if end.stalled else MOVING
+    exact = bool((end.factors.error <= SLACK).all())
+    status = INEXACT if not exact else SETTLED if bool(end.converged.all()) else STALLED if end.stalled else MOVING
     Q, R = ((z.unsqueeze(-1) * p).view(*batch, *p.shape[-2:]) * mass.unsqueeze(-1) for (_, p), z in zip(end.factors.sides, w, strict=True))
     plan = LowRankPlan(Q, R, end.factors.g.view(*batch, rank) * mass)
     # A multiplier of the marginals, by which the value grows with a weight, is -(1 + step eps) / step times what the projection took off.
@@ -184,10 +197,9 @@ def low_rank(
 def _posed(cost: Cost | Tensor, eps: float, a: Tensor | None, b: Tensor | None) -> Problem:
     if isinstance(eps, (tuple, Tensor)) or not 0 <= eps < math.inf:
         raise errors.ProblemError(f"eps must be a finite number >= 0 in units of the cost, found {eps}.")
-    if not isinstance(cost, Cost):
-        if not isinstance(cost, Tensor):
-            raise errors.not_a_tensor("cost", cost)
-        cost = Matrix(cost)
+    cost = Matrix(cost) if isinstance(cost, Tensor) else cost
+    if not hasattr(cost, "folds"):
+        raise errors.not_a_tensor("cost", cost)
     if not cost.folds:
         raise errors.ProblemError(
             f"cost is {cost.describe()}, which does not fold into few features, and a coupling of low rank is for those that do: pass "
@@ -206,11 +218,22 @@ def _standard(z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return z / spread[..., None, None], spread
 
 
-def _first(descent: Descent, rank: int, generator: torch.Generator | None) -> Factors:
+def _best(descent: Descent, rank: int, generator: torch.Generator | None, starts: int, max_iter: int) -> Factors:
+    """The best of some first factors, for each problem."""
+    generator = torch.Generator(descent.u.device).manual_seed(0) if generator is None else generator
+    best = _first(descent, rank, generator)
+    if starts == 1:
+        return best
+    best = descent.run(best, ROUGH, max_iter).factors
+    for _ in range(starts - 1):
+        other = descent.run(_first(descent, rank, generator), ROUGH, max_iter).factors
+        best = where(descent.objective(other) < descent.objective(best), other, best)
+    return best
+
+
+def _first(descent: Descent, rank: int, generator: torch.Generator) -> Factors:
     """Clusters by k-means of pairs that an entropic plan between samples of the clouds makes: near ones in both."""
     u, v, w = descent.u, descent.v, descent.w
-    if generator is None:
-        generator = torch.Generator(u.device).manual_seed(0)
 
     def draw(*size: int) -> Tensor:
         return torch.rand(*size, dtype=u.dtype, device=generator.device, generator=generator).to(u.device)
@@ -239,12 +262,12 @@ def _first(descent: Descent, rank: int, generator: torch.Generator | None) -> Fa
     within = (ws * torch.cdist(pairs, centres).square().amin(-1)).sum(-1) + 1e-2
     z = tuple(-torch.cdist(x, c).square() / within[..., None, None] for x, c in ((u, centres[..., :d]), (v, centres[..., d:])))
     level = torch.full((*u.shape[:-2], rank), -math.log(rank), dtype=u.dtype, device=u.device)
-    return project(z, w, level, descent.log_floor, max_iter=FIRST)  # type: ignore[arg-type]
+    return project(z, w, level, descent.log_floor, max_iter=descent.inner_iter)  # type: ignore[arg-type]
 
 
-def _again(start: LowRank, problem: Problem, w: tuple[Tensor, Tensor], rank: int) -> Factors:
+def _again(start: LowRank, descent: Descent, problem: Problem, rank: int) -> Factors:
     """The factors of an earlier result, for the weights of this problem."""
-    plan, batch = start.plan, problem.a.shape[:-1]
+    plan, w, batch = start.plan, descent.w, problem.a.shape[:-1]
     for name, z, size in (("start.plan.Q", plan.Q, problem.shape[-2]), ("start.plan.R", plan.R, problem.shape[-1])):
         if z.shape != (*batch, size, rank):
             raise errors.wrong_shape(name, z.shape, f"{errors.shape((*batch, size, rank))}: a result of the same sizes and rank")
@@ -255,7 +278,7 @@ def _again(start: LowRank, problem: Problem, w: tuple[Tensor, Tensor], rank: int
         rows = factor.sum(-1, keepdim=True)
         logs = (factor / torch.where(rows > 0, rows, 1.0)).log().clamp(min=LEAST)
         z.append(torch.where(rows > 0, logs, log_g.unsqueeze(-2)))
-    return project(tuple(z), w, log_g, -math.inf, max_iter=FIRST)  # type: ignore[arg-type]
+    return project(tuple(z), w, log_g, descent.log_floor, max_iter=descent.inner_iter)  # type: ignore[arg-type]
 
 
 def _values(problem: Problem, plan: LowRankPlan, entropy: Tensor, multipliers: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -196,11 +196,19 @@ def test_points_in_one_place_and_equal_calls():
     assert torch.equal(first.plan.Q, second.plan.Q) and not torch.equal(first.plan.Q, other.plan.Q)
 
 
+def test_of_several_starts_the_best_is_taken():
+    x, y, a, b = moons(60, 50, 2, (3,))
+    one, four = (low_rank(SqEuclidean(x, y), 6, a, b, starts=k, tol=1e-2).value for k in (1, 4))
+    assert bool((four <= one + 1e-9).all()) and bool((four < one - 1e-4).any())
+
+
 def test_running_out_is_a_status():
     x, y, a, b = moons(40, 40)
     found = low_rank(SqEuclidean(x, y), 6, a, b, max_iter=1, tol=1e-9)
     assert found.status.name == "max_iter" and not found.converged and found.n_iter == 1 and off(found.plan, a, b) < 1e-9
     assert "upper bound" in found.status.explanation
+    found = low_rank(SqEuclidean(x, y), 6, a, b, inner_iter=1)
+    assert found.status.name == "inexact" and "inner_iter" in found.status.explanation
 
 
 def test_full_rank_with_entropy_is_above_the_entropic_plan():
@@ -229,6 +237,8 @@ X, Y = rand(6, 2), rand(5, 2)
         (dict(eps=-1.0), "eps must be a finite number >= 0"),
         (dict(eps=("std", 0.1)), "eps must be a finite number >= 0"),
         (dict(max_iter=0), "max_iter must be at least 1"),
+        (dict(inner_iter=0), "inner_iter must be at least 1"),
+        (dict(starts=0), "starts must be at least 1"),
         (dict(a=torch.ones(6), b=torch.ones(5)), "balanced transport moves every unit"),
         (dict(a=-torch.ones(6)), "a must hold finite weights"),
         (dict(cost=SqEuclidean(X * np.nan, Y)), "NaN"),

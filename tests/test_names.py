@@ -17,10 +17,10 @@ from gpu_ot.pot.forwarding import forward
 from gpu_ot.pot.patching import REPLACED
 
 M = torch.rand(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-SUBMODULES = ["bregman", "unbalanced", "batch", "solvers", "partial", "gromov"]
+SUBMODULES = ["bregman", "unbalanced", "batch", "solvers", "partial", "gromov", "lowrank"]
 OURS = [(home, name) for home, (_, names) in REPLACED.items() for name in names]
 OURS += [("ot", name) for name in ("sinkhorn", "sinkhorn2", "sinkhorn_unbalanced", "sinkhorn_unbalanced2", "solve", "solve_batch")]
-OURS += [("ot", "barycenter"), ("ot", "barycenter_unbalanced")]
+OURS += [("ot", "barycenter"), ("ot", "barycenter_unbalanced"), ("ot", "lowrank_sinkhorn")]
 OURS += [("ot", "dist"), ("ot.batch", "dist_batch"), ("ot.batch", "loss_linear_batch"), ("ot.batch", "loss_linear_samples_batch")]
 
 

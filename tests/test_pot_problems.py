@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gpu_ot.pot
-from problems import close, randn
+from problems import close, gradcheck, leaves, randn, refused, weights
 
 
 def bumps(n=25, k=2):
@@ -66,3 +66,48 @@ def test_distances_have_zeros_under_the_kl_loss_too(partial):
         given = dict(epsilon=0.5, loss_fun="kl_loss", max_iter=5000)
         ours, theirs = (z.gromov.entropic_gromov_wasserstein(C1, C2, **given) for z in (gpu_ot.pot, ot))
     close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("options", [dict(reg=0.0), dict(reg=0.1), dict(reg=5.0, rescale_cost=False)], ids=str)
+def test_low_rank_is_feasible_and_no_worse_than_pots(kind, options):
+    x, y = randn(50, 3, seed=1), 0.5 + randn(41, 3, seed=2)
+    a, b = weights(50), weights(41)
+    given = (x, y, a, b) if kind == "torch" else tuple(z.numpy() for z in (x, y, a, b))
+    Q, R, g, log = gpu_ot.pot.lowrank_sinkhorn(*given, rank=6, log=True, **options)
+    *_, theirs = ot.lowrank_sinkhorn(*(z.numpy() for z in (x, y, a, b)), rank=6, log=True, warn=False, **options)
+    assert (
+        type(Q) is type(given[0]) and theirs.keys() <= log.keys() and float(log["value"]) <= theirs["value"] + 1e-7
+    )  # both stop near one optimum
+    P = (Q / g) @ R.T
+    for z, w in ((P.sum(1), a), (P.sum(0), b), (Q.sum(1), a), (R.sum(1), b), (Q.sum(0), g), (R.sum(0), g)):
+        close(z, w, rtol=0, atol=1e-9)
+    close(log["lazy_plan"][:], P, rtol=1e-10, atol=1e-16)
+    close(log["lazy_plan"][3:9], P[3:9], rtol=1e-10, atol=1e-16)
+    C = torch.cdist(x, y).square().numpy()
+    if "rescale_cost" not in options:
+        largest = [
+            np.hstack((np.square(z).sum(1, keepdims=True), np.ones((len(z), 1)), s * z)).max() for s, z in ((-2, x.numpy()), (1, y.numpy()))
+        ]
+        C = C / np.sqrt(largest[0] * largest[1])
+    close(log["value_linear"], (C * np.asarray(P)).sum(), rtol=1e-9)
+    entropy = sum((np.asarray(z) * np.log(np.asarray(z) + 1e-300)).sum() for z in (Q, R, g))
+    close(log["value"], (C * np.asarray(P)).sum() + options["reg"] * entropy, rtol=1e-9)
+
+
+def test_low_rank_by_pots_name_has_derivatives_and_refuses():
+    x, y, a, b = leaves(randn(12, 2, seed=1), 0.5 + randn(10, 2, seed=2), weights(12), weights(10))
+
+    def value(x, y, a, b):
+        return gpu_ot.pot.lowrank_sinkhorn(x, y, a / a.sum(), b / b.sum(), reg=0.5, rank=2, log=True)[3]["value"]
+
+    assert gradcheck(value, (x, y, a, b), atol=1e-4, fast_mode=True)
+    for options, words in (
+        (dict(init="other"), "init = 'other'"),
+        (dict(gamma_init="other"), "Not implemented gamma_init"),
+        (dict(rank=0), "rank must be at least 1"),
+        (dict(rank=3, alpha=0.5), "alpha"),
+    ):
+        refused(words, gpu_ot.pot.lowrank_sinkhorn, x, y, **options)
+    with pytest.warns(UserWarning, match="Dykstra did not converge"):
+        gpu_ot.pot.lowrank_sinkhorn(x, y, reg=0.1, numItermax=1)

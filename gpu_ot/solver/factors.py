@@ -152,7 +152,7 @@ class Descent:
     and so the objective never grows.
 
     u, v   (B, n, d) and (B, m, d), centred and of variance 1;   w   their weights, (B, n) and (B, m), of sum 1.
-    eps    (B,), in the same units.
+    eps    (B,), in the same units.   inner_iter   of a projection, at most NEWTON.
     """
 
     u: Tensor
@@ -160,6 +160,7 @@ class Descent:
     w: tuple[Tensor, Tensor]
     eps: Tensor
     log_floor: float
+    inner_iter: int = NEWTON
 
     def run(self, factors: Factors, tol: float, max_iter: int) -> Descended:
         """From these factors until the slope along the constraints is at most `tol` for all problems, which then stay where they are."""
@@ -175,7 +176,7 @@ class Descent:
             # The entropy, taken as it is, holds a step back: its length is 1 / (1 / step + eps).
             slope = (2 * gap.clamp(min=0.0)).sqrt() * (1 / shorter + self.eps)
             slopes.append(torch.where(converged, slopes[-1], slope) if slopes else slope)
-            factors = _where(converged, factors, new)
+            factors = where(converged, factors, new)
             converged = converged | (slope <= tol)
             step = torch.where(converged, shorter, shorter * growth)
         return Descended(factors, step, self._entropy(factors), converged, stalled, slopes)
@@ -192,12 +193,12 @@ class Descent:
             t = 1 + step * self.eps
             z = tuple((q + step[..., None, None] * z) / t[..., None, None] for q, z in zip((q1, q2), down, strict=True))
             log_g = (old.g.log() + log_r - step.unsqueeze(-1) * uphill) / t.unsqueeze(-1) - log_r
-            trial = project(z, self.w, log_g, self.log_floor)  # type: ignore[arg-type]
+            trial = project(z, self.w, log_g, self.log_floor, max_iter=min(NEWTON, self.inner_iter))  # type: ignore[arg-type]
             (A1, B1), cross = self.means(trial)
             # The cross term is of degree 1, so its linear model at the old factors needs no value there.
             linear = -(trial.g * ((A1 * B).sum(-1) + (B1 * A).sum(-1) - uphill)).sum(-1)
             good = (cross <= linear + self._gap(trial, old) / step + SLACK) & (trial.error <= SLACK)
-            new, done = _where(done, new, trial), done | good
+            new, done = where(done, new, trial), done | good
             if bool(done.all()):
                 return new, step, self._gap(new, old)
             step = torch.where(done, step, step / 2)
@@ -208,6 +209,10 @@ class Descent:
         g = factors.g.unsqueeze(-1)
         A, B = ((weights.unsqueeze(-1) * p).mT @ z / g for (_, p), weights, z in zip(factors.sides, self.w, (self.u, self.v), strict=True))
         return (A, B), -(g * A * B).sum((-1, -2))
+
+    def objective(self, factors: Factors) -> Tensor:
+        """What is minimised, (B,)."""
+        return self.means(factors)[1] + self.eps * self._entropy(factors)
 
     def _gap(self, new: Factors, old: Factors) -> Tensor:
         """KL(new | old) of Q, R and g together, (B,)."""
@@ -225,7 +230,7 @@ class Descent:
         return total
 
 
-def _where(first: Tensor, one: Factors, other: Factors) -> Factors:
+def where(first: Tensor, one: Factors, other: Factors) -> Factors:
     """The factors of `one` for the problems where `first` (B,) holds, and of `other` for the rest."""
     if not bool(first.any()):
         return other
