@@ -111,3 +111,104 @@ def test_low_rank_by_pots_name_has_derivatives_and_refuses():
         refused(words, gpu_ot.pot.lowrank_sinkhorn, x, y, **options)
     with pytest.warns(UserWarning, match="Dykstra did not converge"):
         gpu_ot.pot.lowrank_sinkhorn(x, y, reg=0.1, numItermax=1)
+
+
+def mixed(n=30, k=3, seed=0):
+    """(a, D, M, M0, h0) of POT's unmix."""
+    t = torch.linspace(0, 1, n, dtype=torch.float64)
+    D = torch.stack([torch.exp(-((t - c) ** 2) / 0.01) + 1e-3 for c in np.linspace(0.2, 0.8, k)], 1)
+    D = D / D.sum(0)
+    h = weights(k)
+    atoms = torch.linspace(0, 1, k, dtype=torch.float64)
+    return D @ h, D, (t.unsqueeze(-1) - t).square(), (atoms.unsqueeze(-1) - atoms).square(), torch.full((k,), 1 / k, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("reg, reg0, alpha", [(0.01, 1.0, 0.01), (0.1, 0.1, 0.5), (0.05, 0.3, 0.0), (0.05, 0.3, 1.0)])
+def test_unmixing_is_pots(reg, reg0, alpha):
+    given = [z.numpy() for z in mixed()]
+    options = dict(numItermax=2000, stopThr=1e-10, log=True)
+    theirs, pots = ot.bregman.unmix(*given, reg, reg0, alpha, **options)
+    ours, log = gpu_ot.pot.bregman.unmix(*given, reg, reg0, alpha, **options)
+    close(ours, theirs, rtol=0, atol=1e-9)
+    assert pots.keys() <= log.keys() and log["niter"] == pots["niter"] and isinstance(ours, np.ndarray)
+    close(np.array(log["err"]), np.array(pots["err"]), rtol=1e-5, atol=1e-9)
+    tensors = gpu_ot.pot.bregman.unmix(*mixed(), reg, reg0, alpha, numItermax=2000, stopThr=1e-10)
+    close(tensors, ours, rtol=1e-12)
+
+
+def test_unmixing_where_pots_kernel_underflows():
+    """POT finds NaN, and where an atom is the measure itself, it has the largest weight here."""
+    a, D, M, M0, h0 = mixed()
+    options = dict(numItermax=200, warn=False)
+    with np.errstate(all="ignore"):
+        assert np.isnan(ot.bregman.unmix(*(z.numpy() for z in (D[:, 1], D, M, M0, h0)), 1e-6, 1.0, 1e-6, **options)).all()
+    h = gpu_ot.pot.bregman.unmix(D[:, 1], D, M, M0, h0, 1e-6, 1.0, 1e-6, **options)
+    assert bool(h.isfinite().all()) and float(h.sum()) == pytest.approx(1, abs=1e-3) and int(h.argmax()) == 1
+    D = torch.cat((D[:-3], 0 * D[:3]))
+    h = gpu_ot.pot.bregman.unmix(a, D / D.sum(0), M, M0, h0, 0.01, 1.0, 0.1, warn=False)
+    assert bool(h.isfinite().all()) and float(h.sum()) == pytest.approx(1, abs=1e-3)
+
+
+def test_unmixing_has_derivatives_and_refuses():
+    a, D, M, M0, h0 = mixed(8)
+
+    def moment(a, D, M, M0, h0):
+        options = dict(numItermax=15, stopThr=0, warn=False)
+        h = gpu_ot.pot.bregman.unmix(a / a.sum(), D / D.sum(0), M, M0, h0 / h0.sum(), 0.1, 0.5, 0.3, **options)
+        return (h * torch.tensor([1.0, -2.0, 0.5], dtype=h.dtype)).sum()
+
+    assert gradcheck(moment, leaves(a, D, M, M0, h0), fast_mode=True)
+    given = dict(a=a, D=D, M=M, M0=M0, h0=h0, reg=0.1, reg0=0.1, alpha=0.5)
+    for wrong, words in (
+        (dict(a=a[:3]), "a has shape (3,)"),
+        (dict(M=M0), "M has shape (3, 3)"),
+        (dict(M0=M), "M0 has shape (8, 8)"),
+        (dict(D=a), "D has shape (8,)"),
+        (dict(alpha=1.5), "alpha must be in [0, 1]"),
+        (dict(reg=0.0), "reg must be a finite number > 0"),
+    ):
+        refused([words], gpu_ot.pot.bregman.unmix, **{**given, **wrong})
+    with pytest.warns(UserWarning, match="Unmixing did not converge"):
+        gpu_ot.pot.bregman.unmix(**given, numItermax=1)
+
+
+def sources(n=20, seed=0, least=(0, 0)):
+    """(Xs, Ys, Xt) of three classes in other shares each; the shares of the target are .2, .3 and .5."""
+    centres = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    sizes = ((n // 2, n // 4, n // 4), (n // 5, n // 5, n - 2 * (n // 5)), (4, 6, 10))
+    labels = [torch.cat([torch.full((s,), c) for c, s in enumerate(each)]) for each in sizes]
+    clouds = [centres[y] + 0.1 * randn(len(y), 2, seed=seed + k) for k, y in enumerate(labels)]
+    return clouds[:2], [y + shift for y, shift in zip(labels, least, strict=False)], clouds[2]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("least", [(0, 0), (3, 1)])
+def test_shares_of_classes_are_pots(kind, least):
+    Xs, Ys, Xt = sources(least=least)
+    options = dict(reg=0.1, numItermax=5000, stopThr=1e-10, log=True)
+    arrays = [z.numpy() for z in Xs], [y.numpy().astype(float) for y in Ys], Xt.numpy()
+    theirs, pots = ot.bregman.jcpot_barycenter(arrays[0], [y.copy() for y in arrays[1]], arrays[2], **options)
+    ours, log = gpu_ot.pot.bregman.jcpot_barycenter(*(arrays if kind == "numpy" else (Xs, Ys, Xt)), **options)
+    close(ours, theirs, rtol=0, atol=1e-9)
+    close(ours, [0.2, 0.3, 0.5], atol=0.02, rtol=0)
+    assert type(ours) is type(Xt if kind == "torch" else arrays[2]) and pots.keys() <= log.keys() and log["niter"] == pots["niter"]
+    for key in ("M", "D1", "D2", "gamma"):
+        for mine, other in zip(log[key], pots[key], strict=True):
+            close(mine, other, rtol=1e-7, atol=1e-9)
+    assert float(arrays[1][0].min()) == least[0]  # the caller's labels
+
+
+def test_shares_of_classes_at_small_reg_and_refusals():
+    Xs, Ys, Xt = sources()
+    shares = gpu_ot.pot.bregman.jcpot_barycenter(Xs, Ys, Xt, reg=1e-3, numItermax=3000)
+    close(shares, [0.2, 0.3, 0.5], atol=1e-3, rtol=0)
+    function = gpu_ot.pot.bregman.jcpot_barycenter
+    refused(["as many arrays"], function, Xs, Ys[:1], Xt, 0.1)
+    refused(["Ys[0] has shape (3,)"], function, Xs, [Ys[0][:3], Ys[1]], Xt, 0.1)
+    refused(["number them 0, 1"], function, Xs, [Ys[0], 2 * Ys[1]], Xt, 0.1)
+    refused(["reg must be"], function, Xs, Ys, Xt, -1.0)
+    with pytest.warns(UserWarning, match="shares of the classes did not converge"):
+        function(Xs, Ys, Xt, 0.1, numItermax=1)
+    assert gradcheck(
+        lambda x, y: function([x, Xs[1]], Ys, y, 0.5, numItermax=10, stopThr=0, warn=False)[0], leaves(Xs[0], Xt), fast_mode=True
+    )
