@@ -140,10 +140,11 @@ def test_unmixing_where_pots_kernel_underflows():
     """POT finds NaN, and where an atom is the measure itself, it has the largest weight here."""
     a, D, M, M0, h0 = mixed()
     options = dict(numItermax=200, warn=False)
-    with np.errstate(all="ignore"):
-        assert np.isnan(ot.bregman.unmix(*(z.numpy() for z in (D[:, 1], D, M, M0, h0)), 1e-6, 1.0, 1e-6, **options)).all()
-    h = gpu_ot.pot.bregman.unmix(D[:, 1], D, M, M0, h0, 1e-6, 1.0, 1e-6, **options)
-    assert bool(h.isfinite().all()) and float(h.sum()) == pytest.approx(1, abs=1e-3) and int(h.argmax()) == 1
+    with np.errstate(all="ignore"):  # of costs that are all at least 1
+        assert np.isnan(ot.bregman.unmix(*(z.numpy() for z in (D[:, 1], D, M + 1, M0, h0)), 1e-3, 1.0, 1e-6, **options)).all()
+    h, same = (gpu_ot.pot.bregman.unmix(D[:, 1], D, M + shift, M0, h0, 1e-3, 1.0, 1e-6, **options) for shift in (0, 1))
+    close(h, same, rtol=1e-6)
+    assert float(h.sum()) == pytest.approx(1, abs=1e-3) and int(h.argmax()) == 1
     D = torch.cat((D[:-3], 0 * D[:3]))
     h = gpu_ot.pot.bregman.unmix(a, D / D.sum(0), M, M0, h0, 0.01, 1.0, 0.1, warn=False)
     assert bool(h.isfinite().all()) and float(h.sum()) == pytest.approx(1, abs=1e-3)
@@ -212,3 +213,76 @@ def test_shares_of_classes_at_small_reg_and_refusals():
     assert gradcheck(
         lambda x, y: function([x, Xs[1]], Ys, y, 0.5, numItermax=10, stopThr=0, warn=False)[0], leaves(Xs[0], Xt), fast_mode=True
     )
+
+
+def spaces(*sizes):
+    """(Cs, Ys, ps): squared distances with largest entry 1, features, and weights."""
+    points = [randn(n, 2, seed=n) for n in sizes]
+    Cs = [torch.cdist(z, z).square() for z in points]
+    return [C / C.max() for C in Cs], [randn(n, 3, seed=20 + n) for n in sizes], [weights(n) for n in sizes]
+
+
+def numpys(*lists):
+    return [[z.numpy() for z in each] for each in lists]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("loss, epsilon", [("square_loss", 0.02), ("kl_loss", 0.5)])
+@pytest.mark.parametrize("criterion", ["barycenter", "loss"])
+def test_barycentres_of_spaces_are_pots(kind, loss, epsilon, criterion):
+    Cs, _, ps = spaces(9, 12, 7)
+    arrays = numpys(Cs, ps)
+    options = dict(lambdas=[0.2, 0.5, 0.3], loss_fun=loss, epsilon=epsilon, max_iter=300, tol=1e-7, stop_criterion=criterion)
+    options |= dict(warmstartT=True, random_state=3, log=True)
+    theirs, pots = ot.gromov.entropic_gromov_barycenters(5, *arrays, **options)
+    ours, log = gpu_ot.pot.gromov.entropic_gromov_barycenters(5, *(arrays if kind == "numpy" else (Cs, ps)), **options)
+    assert type(ours) is type((arrays[0] if kind == "numpy" else Cs)[0]) and pots.keys() <= log.keys() and log["status"].name == "converged"
+    close(ours, theirs, rtol=0, atol=2e-6)
+    for mine, other in zip(log["T"], pots["T"], strict=True):
+        close(mine, other, rtol=0, atol=2e-6)
+
+
+def test_fused_barycentres_of_spaces_are_pots():
+    """By the losses, where POT's turns go on; POT returns the features that it began with."""
+    Cs, Ys, ps = spaces(9, 12)
+    arrays = numpys(Ys, Cs, ps)
+    options = dict(epsilon=0.05, alpha=0.6, max_iter=300, tol=1e-9, warmstartT=True, random_state=3, log=True)
+    _, theirs, pots = ot.gromov.entropic_fused_gromov_barycenters(4, *arrays, stop_criterion="loss", **options)
+    Y, C, log = gpu_ot.pot.gromov.entropic_fused_gromov_barycenters(4, *arrays, stop_criterion="loss", **options)
+    assert pots.keys() <= log.keys()
+    close(C, theirs, rtol=0, atol=1e-5)
+    close(log["loss"][-1], pots["loss"][-1], rtol=1e-5)
+    for mine, other in zip(log["T"] + log["Ms"], pots["T"] + pots["Ms"], strict=True):
+        close(mine, other, rtol=0, atol=1e-4)
+    close(Y, 4 * sum(0.5 * T @ y for T, y in zip(log["T"], arrays[0], strict=True)), rtol=1e-9)
+    Y2, C2, log = gpu_ot.pot.gromov.entropic_fused_gromov_barycenters(4, Ys, Cs, ps, **options)
+    assert {"err_feature", "err_structure", "Ts_iter"} <= log.keys() and log["status"].name == "converged" and len(log["Ts_iter"]) > 3
+    close(C2, C, rtol=0, atol=1e-6)
+    close(Y2, Y, rtol=0, atol=1e-5)
+
+
+def test_parts_of_a_barycentre_stay_fixed():
+    Cs, Ys, _ = spaces(8, 6)
+    C, Y = Cs[0][:3, :3].contiguous(), Ys[0][:3]
+    function = gpu_ot.pot.gromov.entropic_fused_gromov_barycenters
+    options = dict(epsilon=0.1, max_iter=50, tol=1e-6, warmstartT=True)
+    kept, moved = function(3, Ys, Cs, init_C=C, init_Y=Y, fixed_features=True, **options)
+    assert torch.equal(kept, Y) and not torch.allclose(moved, C)
+    moved, kept = function(3, Ys, Cs, init_C=C, init_Y=Y, fixed_structure=True, **options)
+    assert torch.equal(kept, C) and not torch.allclose(moved, Y)
+    with pytest.warns(UserWarning, match="did not converge"):
+        function(3, Ys, Cs, init_C=C, epsilon=0.1, max_iter=1)
+    for given, words in (
+        (dict(fixed_structure=True), "init_C"),
+        (dict(loss_fun="other"), "Unknown `loss_fun"),
+        (dict(stop_criterion="other"), "Unknown `stop_criterion"),
+        (dict(init_C=C[:2]), "init_C has shape (2, 3)"),
+        (dict(p=torch.ones(2)), "p has shape (2,)"),
+        (dict(lambdas=[1.0]), "lambdas has shape (1,)"),
+        (dict(ps=[torch.ones(8)]), "ps must be a list"),
+        (dict(ps=[torch.ones(8), torch.ones(5)]), "ps[1] has shape (5,)"),
+        (dict(Cs=[Cs[0], Cs[1][:2]]), "Cs[1] has shape (2, 6)"),
+    ):
+        refused([words], function, 3, **{"Ys": Ys, "Cs": Cs, **given})
+    with pytest.raises(NotImplementedError, match="PPA"):
+        function(3, Ys, Cs, solver="PPA")

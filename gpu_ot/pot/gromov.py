@@ -12,12 +12,15 @@ from .. import errors
 from .answer import log_weight
 from .arrays import number, take
 from .forwarding import forward
+from .gromov_barycenters import entropic_fused_gromov_barycenters, entropic_gromov_barycenters
 from .partial import available_mass
 from .refusals import elsewhere, print_error, warn_unless_converged
 
 __all__ = [
+    "entropic_fused_gromov_barycenters",
     "entropic_fused_gromov_wasserstein",
     "entropic_fused_gromov_wasserstein2",
+    "entropic_gromov_barycenters",
     "entropic_gromov_wasserstein",
     "entropic_gromov_wasserstein2",
     "entropic_partial_gromov_wasserstein",
