@@ -16,7 +16,7 @@ from ..costs import SqEuclidean
 from ..problem import float_type
 from ..solver.status import Status
 from .arrays import number, take
-from .refusals import elsewhere, print_error
+from .refusals import Elsewhere, elsewhere, print_error
 from .refusals import warn as tell
 
 #: Tolerance of the plans of a turn: POT's is 1e-4, at every tenth iteration.
@@ -77,7 +77,7 @@ def entropic_fused_gromov_barycenters(
     posed = _posed(N, Cs, Ys, ps, p, lambdas, loss_fun, epsilon, number(alpha, "alpha"), stop_criterion, kwargs)
     for name, fixed, z in (("C", fixed_structure, init_C), ("Y", fixed_features, init_Y)):
         if fixed and z is None:
-            raise errors.ProblemError(f"If {name} is fixed it must be provided in init_{name}.")
+            raise Elsewhere(f"If {name} is fixed it must be provided in init_{name}.")  # POT has an error of its own for it
     assert posed.Ys is not None
     d = posed.Ys.shape[-1]
     C = posed.drawn(random_state, False) if init_C is None else posed.own("init_C", init_C, (posed.N, posed.N))
