@@ -169,12 +169,13 @@ def low_rank(
         if found < 1:
             raise errors.ProblemError(f"{name} must be at least 1, found {found}.")
     batch = problem.a.shape[:-1]
+    count = batch.numel()
     with torch.no_grad():
         folded = problem.cost.fold()
         assert folded is not None
         mass = problem.a.detach().sum(-1, keepdim=True)
-        w = tuple((z.detach() / mass).reshape(-1, z.shape[-1]) for z in (problem.a, problem.b))
-        features = (z.expand(*batch, *z.shape[-2:]).reshape(-1, *z.shape[-2:]).to(w[0]) for z in folded[2:])
+        w = tuple((z.detach() / mass).reshape(count, z.shape[-1]) for z in (problem.a, problem.b))
+        features = (z.expand(*batch, *z.shape[-2:]).reshape(count, *z.shape[-2:]).to(w[0]) for z in folded[2:])
         (u, spread_u), (v, spread_v) = (_standard(z, weights) for z, weights in zip(features, w, strict=True))
         scale = spread_u * spread_v
         descent = Descent(u, v, w, eps / scale, math.log(least), inner_iter)  # type: ignore[arg-type]
@@ -186,11 +187,11 @@ def low_rank(
     plan = LowRankPlan(Q, R, end.factors.g.view(*batch, rank) * mass)
     # A multiplier of the marginals, by which the value grows with a weight, is -(1 + step eps) / step times what the projection took off.
     unit = -(scale * (1 + end.step * descent.eps) / end.step).unsqueeze(-1)
-    multipliers = tuple((unit * z).view(*batch, -1) for z in end.factors.levels)
+    multipliers = tuple((unit * z).view(*batch, z.shape[-1]) for z in end.factors.levels)
     sharp, value = _values(problem, plan, eps * end.entropy.view(batch) * mass.squeeze(-1), multipliers)
     dtype = problem.given_dtype
     plan = LowRankPlan(*(z.to(dtype) for z in (plan.Q, plan.R, plan.g)))
-    slopes = torch.stack(end.slopes).view(-1, *batch) if end.slopes else unit.new_zeros(0, *batch)
+    slopes = torch.stack(end.slopes).view(len(end.slopes), *batch) if end.slopes else unit.new_zeros(0, *batch)
     return LowRank(value.to(dtype), sharp.to(dtype), plan, status, end.converged.view(batch), len(slopes), slopes)
 
 
@@ -271,10 +272,10 @@ def _again(start: LowRank, descent: Descent, problem: Problem, rank: int) -> Fac
     for name, z, size in (("start.plan.Q", plan.Q, problem.shape[-2]), ("start.plan.R", plan.R, problem.shape[-1])):
         if z.shape != (*batch, size, rank):
             raise errors.wrong_shape(name, z.shape, f"{errors.shape((*batch, size, rank))}: a result of the same sizes and rank")
-    log_g = (plan.g / plan.g.sum(-1, keepdim=True)).to(w[0]).reshape(-1, rank).log()
+    log_g = (plan.g / plan.g.sum(-1, keepdim=True)).to(w[0]).reshape(batch.numel(), rank).log()
     z = []
     for factor in (plan.Q, plan.R):
-        factor = factor.to(log_g).reshape(-1, *factor.shape[-2:])
+        factor = factor.to(log_g).reshape(batch.numel(), *factor.shape[-2:])
         rows = factor.sum(-1, keepdim=True)
         logs = (factor / torch.where(rows > 0, rows, 1.0)).log().clamp(min=LEAST)
         z.append(torch.where(rows > 0, logs, log_g.unsqueeze(-2)))

@@ -187,6 +187,22 @@ def test_the_plan_is_used_without_being_formed():
         plan.sum(2)
 
 
+def test_few_and_no_points():
+    """One point, one atom with mass, no problems in the batch, halves, and a point far away."""
+    x, y = rand(1, 2), rand(9, 2, seed=1)
+    close(low_rank(SqEuclidean(x, y), 1).value, SqEuclidean(x, y).dense().mean(), rtol=1e-12)
+    a = torch.zeros(9, dtype=x.dtype)
+    a[4] = 1
+    found = low_rank(SqEuclidean(y, y + 1), 3, a)
+    close(found.sharp_cost, SqEuclidean(y[4:5], y + 1).dense().mean(), rtol=1e-9)
+    assert low_rank(SqEuclidean(rand(0, 8, 2), rand(0, 7, 2)), 3).value.shape == (0,)
+    half = low_rank(SqEuclidean(y.half(), y.half() + 1), 3)
+    assert half.converged and half.value.dtype == half.plan.dtype == torch.float16
+    far = torch.cat((y, y[:1] + 1e7))
+    found = low_rank(SqEuclidean(far, y), 3)
+    assert found.value.isfinite() and off(found.plan, torch.full((10,), 0.1), torch.full((9,), 1 / 9)) < 1e-7
+
+
 def test_points_in_one_place_and_equal_calls():
     x, y = torch.ones(6, 2), torch.zeros(5, 2)
     found = low_rank(SqEuclidean(x, y), 3)

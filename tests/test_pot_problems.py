@@ -186,7 +186,7 @@ def sources(n=20, seed=0, least=(0, 0)):
 @pytest.mark.parametrize("least", [(0, 0), (3, 1)])
 def test_shares_of_classes_are_pots(kind, least):
     Xs, Ys, Xt = sources(least=least)
-    options = dict(reg=0.1, numItermax=5000, stopThr=1e-10, log=True)
+    options = dict(reg=0.1, numItermax=5000, stopThr=1e-10, log=True, warn=False)
     arrays = [z.numpy() for z in Xs], [y.numpy().astype(float) for y in Ys], Xt.numpy()
     theirs, pots = ot.bregman.jcpot_barycenter(arrays[0], [y.copy() for y in arrays[1]], arrays[2], **options)
     ours, log = gpu_ot.pot.bregman.jcpot_barycenter(*(arrays if kind == "numpy" else (Xs, Ys, Xt)), **options)

@@ -22,9 +22,7 @@ from .refusals import print_error
 from .refusals import warn as tell
 
 SETTLED = Status("converged", "The weights have stopped moving.")
-MOVING = Status(
-    "max_iter", "The weights still move, by the last entry of `errors`. Raise max_iter, raise eps, or loosen tol: numItermax, reg, stopThr."
-)
+MOVING = Status("max_iter", "The weights still move, by the last entry of `errors`. Raise numItermax, raise reg, or loosen stopThr.")
 
 
 @in_full_precision
