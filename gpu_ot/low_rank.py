@@ -137,7 +137,7 @@ def low_rank(
     inner_iter: int = FIRST,
 ) -> LowRank:
     """A coupling of nonnegative rank at most r with small cost, P = Q diag(1/g) R^T: both clouds are cut into r soft clusters, and cluster
-    k of the one is coupled with cluster k of the other. Time and memory are O((n + m) (r + d)).
+    k of the one is coupled with cluster k of the other. Memory is O((n + m) (r + d)), and the time of a step r times that.
 
     Minimises <C, P> + eps (KL(Q | a⊗1/r) + KL(R | b⊗1/r) + KL(g | 1/r)) over Q, R >= 0 with rows a and b and common columns g.
 
@@ -152,9 +152,9 @@ def low_rank(
     tol        the descent ends when its slope along the constraints is below `tol` in units of the clouds' spread.
     inner_iter Newton iterations of a projection on the marginals, at most; ten are usual.
 
-    The problem is not convex: a start leads to a stationary point. The marginals are right to 1e-9 wherever it ends. Derivatives of `value`
-    in points and weights are those of the objective at a fixed coupling (envelope), exact at convergence: set eps > 0 and `tol` as small as
-    they should be exact. Everything of n or m rows is computed in float64.
+    The problem is not convex: a start leads to a stationary point. The marginals are right to 1e-9 wherever it ends, or the status is
+    *inexact*. Derivatives of `value` in points and weights are those of the objective at a fixed coupling (envelope), exact at convergence:
+    set eps > 0 and `tol` as small as they should be exact. Everything of n or m rows is computed in float64.
 
     Not converging is a status. Raises ProblemError for input that has no answer.
     Scetbon, Cuturi and Peyré 2021, arXiv:2103.04737; Scetbon and Cuturi 2022, arXiv:2205.12365 (starts).

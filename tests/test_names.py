@@ -55,7 +55,9 @@ def test_without_pot_its_names_say_what_to_install(monkeypatch):
     assert "sinkhorn" in names() and "emd" not in names()
 
 
-@pytest.mark.parametrize("path", ["emd", "da", "bregman.empirical_sinkhorn_nystroem", "unbalanced.mm_unbalanced", "no_such", "bregman.no_such"])
+@pytest.mark.parametrize(
+    "path", ["emd", "da", "bregman.empirical_sinkhorn_nystroem", "unbalanced.mm_unbalanced", "no_such", "bregman.no_such"]
+)
 def test_the_top_level_names_the_way_out(path):
     *modules, name = path.split(".")
     namespace = getattr(gpu_ot, modules[0]) if modules else gpu_ot
