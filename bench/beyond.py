@@ -9,10 +9,12 @@
     gw        entropic Gromov-Wasserstein, n = --gw-size, in float64 between arrays; fused: with features
     points_gw the same of n = 10,000 points in float32, whose distances are never formed, with the memory it takes
     graphs    64 pairs of graphs with 50 nodes at once, against POT's one after the other
+    low_rank  couplings of rank 20, n = 2000 (against POT and OTT-JAX) and 100,000 (alone), to a slope of 0.01
     assign    4096 samples and 3000 prototypes in float32, against the three lines of SwAV
 
 Contestants take turns, each timed after an untimed call of its own; medians. `difference` is what our result and
-POT's differ by. Rows go to DIR/beyond.json, where those of groups that were not run stay.
+POT's differ by. `points`, `gw` and `low_rank` have OTT-JAX beside them in an environment that has it. Rows go to
+DIR/beyond.json, where those of groups that were not run stay.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ott_problems
 import torch
 from machine import growth_mib, write
 from small import Rows, apart
@@ -111,8 +114,12 @@ def points(rows: Rows, given: argparse.Namespace) -> None:
         "gpu_ot": lambda: gpu_ot.pot.bregman.free_support_sinkhorn_barycenter(*arguments, **options),
         "POT": lambda: ot.bregman.free_support_sinkhorn_barycenter(*arguments, **options),
     }
+    calls |= ott_problems.calls(ott_problems.free_barycenter, clouds, arguments[2], 0.1, 10)
     times, found = in_turns(calls, given.repeats)
-    rows.add(times, case="10 clouds", n=n, bars={"POT": 5.0}, notes={"gpu_ot": {"difference": apart(found["gpu_ot"], found["POT"])}})
+    notes = {"gpu_ot": {"difference": apart(found["gpu_ot"], found["POT"])}}
+    if "OTT-JAX" in found:
+        notes["OTT-JAX"] = {"difference": apart(found["OTT-JAX"][0], found["POT"])}
+    rows.add(times, case="10 clouds", n=n, bars={"POT": 5.0}, notes=notes)
 
 
 def spaces(n: int, batch: tuple[int, ...] = (), seed: int = 0) -> list[np.ndarray]:
@@ -133,6 +140,7 @@ def gw(rows: Rows, given: argparse.Namespace) -> None:
             "gpu_ot": lambda n=name, m=more, o=options: getattr(gpu_ot.pot.gromov, n)(*m, C1, C2, log=True, **o),
             "POT": lambda n=name, m=more, o=options: getattr(ot.gromov, n)(*m, C1, C2, log=True, **o),
         }
+        calls |= {} if more else ott_problems.calls(ott_problems.gromov, C1, C2, options["epsilon"], options["max_iter"])
         times, found = in_turns(calls, min(given.repeats, 3))
         (ours, log), (theirs, their_log) = found["gpu_ot"], found["POT"]
         notes = {
@@ -144,6 +152,10 @@ def gw(rows: Rows, given: argparse.Namespace) -> None:
             },
             "POT": {"value": float(theirs), "checks": len(their_log["err"])},
         }
+        if "OTT-JAX" in found:
+            (P,) = found["OTT-JAX"]
+            pairs = P.sum(1) @ C1**2 @ P.sum(1) + P.sum(0) @ C2**2 @ P.sum(0) - 2 * ((C1 @ P @ C2) * P).sum()
+            notes["OTT-JAX"] = {"value": float(pairs), "marginal_error": float(abs(P.sum(1) - 1 / n).sum() + abs(P.sum(0) - 1 / n).sum())}
         rows.add(times, case=f"{case}, at most {options['max_iter']} outer", n=n, bars={"POT": 5.0}, notes=notes)
 
 
@@ -176,6 +188,34 @@ def graphs(rows: Rows, given: argparse.Namespace) -> None:
     rows.add(times, case="batch", B=B, n=n, bars={"POT": 10.0}, notes={"gpu_ot": {"difference": apart(found["gpu_ot"], found["POT"])}})
 
 
+def low_rank(rows: Rows, given: argparse.Namespace) -> None:
+    few, many = (60, 300) if given.quick else (2000, 100_000)
+    rng = np.random.default_rng(0)
+    for n in (few, many):
+        x, y = rng.normal(size=(n, 3)), rng.normal(size=(n, 3)) * [0.5, 1, 2] + 1
+        t, u = torch.from_numpy(x), torch.from_numpy(y)
+        calls: dict[str, Call] = {"gpu_ot": lambda t=t, u=u: gpu_ot.low_rank(gpu_ot.SqEuclidean(t, u), 20, tol=1e-2)}
+        if n == few:
+            calls["POT"] = lambda x=x, y=y: ot.lowrank_sinkhorn(x, y, rank=20, warn=False)
+            calls |= ott_problems.calls(ott_problems.low_rank, x, y, 20)
+        times, found = in_turns(calls, min(given.repeats, 2) if n == few else 1)
+        plan = found["gpu_ot"].plan
+        factors = {"gpu_ot": [z.numpy() for z in (plan.Q, plan.R, plan.g)], **{name: z for name, z in found.items() if name != "gpu_ot"}}
+        notes = {name: of_factors(x, y, *z) for name, z in factors.items()}
+        notes["gpu_ot"]["iterations"] = found["gpu_ot"].n_iter
+        if n == few:
+            M = np.square(x[:, None] - y[None]).sum(-1)
+            notes["gpu_ot"] |= {"exact": float(ot.emd2([], [], M, numItermax=10**7)), "product": float(M.mean())}
+        rows.add(times, case="rank 20", n=n, notes=notes)
+
+
+def of_factors(x: np.ndarray, y: np.ndarray, Q: Any, R: Any, g: Any) -> dict[str, Any]:
+    """<C, P> and the L1 error of the marginals of P = Q diag(1/g) R^T."""
+    rows, columns = Q @ (R.sum(0) / g), R @ (Q.sum(0) / g)
+    value = rows @ np.square(x).sum(1) + columns @ np.square(y).sum(1) - 2 * ((x.T @ Q) / g * (y.T @ R)).sum()
+    return {"value": float(value), "marginal_error": float(abs(rows - 1 / len(x)).sum() + abs(columns - 1 / len(y)).sum())}
+
+
 def assign(rows: Rows, given: argparse.Namespace) -> None:
     n, K = (256, 100) if given.quick else (4096, 3000)
     generator = torch.Generator().manual_seed(0)
@@ -195,7 +235,7 @@ def assign(rows: Rows, given: argparse.Namespace) -> None:
     rows.add(times, case=f"K = {K}", n=n, notes={"gpu_ot": {"difference": difference}})
 
 
-GROUPS = {each.__name__: each for each in (partial, images, volume, points, gw, points_gw, graphs, assign)}
+GROUPS = {each.__name__: each for each in (partial, images, volume, points, gw, points_gw, graphs, low_rank, assign)}
 
 
 def main() -> None:

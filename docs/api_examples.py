@@ -268,6 +268,25 @@ C, M = torch.rand(12, 12), torch.rand(12, 12)
 found = gromov(C + C.T, C + C.T, eps=0.05, features=M, alpha=0.7)
 print(found.status, found.n_iter, found.value, found.distortion)
 
+# %% low_rank
+import torch
+from gpu_ot import SqEuclidean, low_rank
+
+x, y = torch.randn(5000, 3), 2 * torch.randn(4000, 3) + 1
+found = low_rank(SqEuclidean(x, y), rank=10, tol=1e-2)  # linear in the number of points
+print(found.status, found.sharp_cost)  # an upper bound of the optimal cost
+sent = 5000 * (found.plan @ y)  # where each x goes, (5000, 3)
+
+# %% LowRank
+import torch
+from gpu_ot import SqEuclidean, low_rank
+
+x, y = torch.rand(200, 2, requires_grad=True), torch.rand(300, 2)
+found = low_rank(SqEuclidean(x, y), rank=5, eps=0.05, tol=1e-4)
+found.value.backward()  # x.grad
+clusters = found.plan.Q.argmax(-1)  # of each x, (200,); cluster k of x goes to cluster k of y
+again = low_rank(SqEuclidean(x.detach() + 0.01, y), rank=5, eps=0.05, start=found)
+
 # %% assign
 import torch
 from gpu_ot import assign

@@ -13,6 +13,7 @@ from .initial import gaussian_potentials, sorted_potentials
 from .losses.divergence import Divergence, SelfTerm, divergence, self_term
 from .losses.samples import SamplesLoss
 from .losses.sinkhorn import SinkhornLoss
+from .low_rank import LowRank, low_rank
 from .penalties import KL, TV
 from .pot.batch import (
     bregman_log_projection_batch,
@@ -76,6 +77,7 @@ __all__ = [
     "Grid",
     "Gromov",
     "Lazy",
+    "LowRank",
     "Matrix",
     "NotConverged",
     "OTResult",
@@ -109,6 +111,7 @@ __all__ = [
     "gromov",
     "loss_linear_batch",
     "loss_linear_samples_batch",
+    "low_rank",
     "patch",
     "pot",
     "screenkhorn",

@@ -17,10 +17,10 @@ from gpu_ot.pot.forwarding import forward
 from gpu_ot.pot.patching import REPLACED
 
 M = torch.rand(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-SUBMODULES = ["bregman", "unbalanced", "batch", "solvers", "partial", "gromov"]
+SUBMODULES = ["bregman", "unbalanced", "batch", "solvers", "partial", "gromov", "lowrank"]
 OURS = [(home, name) for home, (_, names) in REPLACED.items() for name in names]
 OURS += [("ot", name) for name in ("sinkhorn", "sinkhorn2", "sinkhorn_unbalanced", "sinkhorn_unbalanced2", "solve", "solve_batch")]
-OURS += [("ot", "barycenter"), ("ot", "barycenter_unbalanced")]
+OURS += [("ot", "barycenter"), ("ot", "barycenter_unbalanced"), ("ot", "lowrank_sinkhorn")]
 OURS += [("ot", "dist"), ("ot.batch", "dist_batch"), ("ot.batch", "loss_linear_batch"), ("ot.batch", "loss_linear_samples_batch")]
 
 
@@ -38,7 +38,7 @@ def test_the_drop_in_has_every_name(home):
 
 def test_its_modules_and_classes_are_pots():
     assert gpu_ot.pot.emd is ot.emd and gpu_ot.pot.da is ot.da and gpu_ot.pot.plot.__name__ == "ot.plot"  # not imported by POT itself
-    assert gpu_ot.pot.bregman.unmix is ot.bregman.unmix and gpu_ot.pot.__version__ == ot.__version__
+    assert gpu_ot.pot.unbalanced.mm_unbalanced is ot.unbalanced.mm_unbalanced and gpu_ot.pot.__version__ == ot.__version__
     for module, name in ((gpu_ot.pot, "ot.no_such"), (gpu_ot.pot.bregman, "ot.bregman.no_such")):
         with pytest.raises(AttributeError, match=f"POT has no {name}"):
             module.no_such  # noqa: B018
@@ -55,7 +55,9 @@ def test_without_pot_its_names_say_what_to_install(monkeypatch):
     assert "sinkhorn" in names() and "emd" not in names()
 
 
-@pytest.mark.parametrize("path", ["emd", "da", "bregman.unmix", "unbalanced.mm_unbalanced", "no_such", "bregman.no_such"])
+@pytest.mark.parametrize(
+    "path", ["emd", "da", "bregman.empirical_sinkhorn_nystroem", "unbalanced.mm_unbalanced", "no_such", "bregman.no_such"]
+)
 def test_the_top_level_names_the_way_out(path):
     *modules, name = path.split(".")
     namespace = getattr(gpu_ot, modules[0]) if modules else gpu_ot

@@ -2,10 +2,11 @@
 
 # ruff: noqa: F401
 
-from . import batch, bregman, gromov, partial, solvers, unbalanced
+from . import batch, bregman, gromov, lowrank, partial, solvers, unbalanced
 from .batch import dist_batch, solve_batch, solve_sample_batch
 from .bregman import barycenter, sinkhorn, sinkhorn2
 from .forwarding import forward
+from .lowrank import lowrank_sinkhorn
 from .solvers import dist, solve, solve_sample
 from .unbalanced import barycenter_unbalanced, sinkhorn_unbalanced, sinkhorn_unbalanced2
 

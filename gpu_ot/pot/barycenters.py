@@ -28,11 +28,13 @@ def barycenter(
     method     "sinkhorn", "sinkhorn_stabilized" or "sinkhorn_log": one solver for all.
     numItermax, stopThr   stop when the standard deviation of the marginals, summed over the points, is below `stopThr`.
 
-    Returns the barycentre (n,), and with `log=True` err, niter, `status`, `converged`, `n_iter`, `errors`. Differentiable in A, M and
-    weights, through the iterations. Benamou et al. 2015, arXiv:1412.5154.
+    Returns the barycentre (n,), and with `log=True` err, niter, `status`, `converged`, `n_iter`, `errors`, and for the stabilized method
+    logu and logv (n, k) of the plans diag(u) exp(-M / reg) diag(v). Differentiable in A, M and weights, through the iterations.
+    Benamou et al. 2015, arXiv:1412.5154.
     """
-    known_method(method, ("sinkhorn", "sinkhorn_stabilized", "sinkhorn_log"))
-    return _run(A, M, reg, weights, numItermax, stopThr, verbose, log, warn)
+    name = known_method(method, ("sinkhorn", "sinkhorn_stabilized", "sinkhorn_log"))
+    keys = ("logu", "logv") if name == "sinkhorn_stabilized" else None
+    return _run(A, M, reg, weights, numItermax, stopThr, verbose, log, warn, keys=keys)
 
 
 def barycenter_sinkhorn(A, M, reg, weights=None, numItermax=1000, stopThr=1e-4, verbose=False, log=False, warn=True):
@@ -42,7 +44,7 @@ def barycenter_sinkhorn(A, M, reg, weights=None, numItermax=1000, stopThr=1e-4, 
 
 def barycenter_stabilized(A, M, reg, tau=1e10, weights=None, numItermax=1000, stopThr=1e-4, verbose=False, log=False, warn=True):
     """POT's `ot.bregman.barycenter_stabilized`; `tau` is accepted and not needed. Arguments and results as `barycenter`."""
-    return _run(A, M, reg, weights, numItermax, stopThr, verbose, log, warn)
+    return _run(A, M, reg, weights, numItermax, stopThr, verbose, log, warn, keys=("logu", "logv"))
 
 
 def barycenter_debiased(
@@ -62,19 +64,21 @@ def barycenter_unbalanced(
     """Entropic barycentre of histograms of any mass: `ot.unbalanced.barycenter_unbalanced`. Arguments and results as `barycenter`.
 
     reg_m   the price of the marginals, in units of M. Chizat et al. 2018, arXiv:1607.05816.
+
+    `log` holds logu and logv (n, k), too.
     """
     known_method(method, ("sinkhorn", "sinkhorn_stabilized", "sinkhorn_reg_scaling"))
-    return _run(A, M, reg, weights, numItermax, stopThr, verbose, log, True, reg_m)
+    return _run(A, M, reg, weights, numItermax, stopThr, verbose, log, True, reg_m, keys=("logu", "logv"))
 
 
 def barycenter_unbalanced_sinkhorn(A, M, reg, reg_m, weights=None, numItermax=1000, stopThr=1e-6, verbose=False, log=False):
     """POT's `ot.unbalanced.barycenter_unbalanced_sinkhorn`. Arguments and results as `barycenter_unbalanced`."""
-    return _run(A, M, reg, weights, numItermax, stopThr, verbose, log, True, reg_m)
+    return _run(A, M, reg, weights, numItermax, stopThr, verbose, log, True, reg_m, keys=("logu", "logv"))
 
 
 def barycenter_unbalanced_stabilized(A, M, reg, reg_m, weights=None, tau=1e3, numItermax=1000, stopThr=1e-6, verbose=False, log=False):
     """POT's `ot.unbalanced.barycenter_unbalanced_stabilized`; `tau` is accepted and not needed. As `barycenter_unbalanced`."""
-    return _run(A, M, reg, weights, numItermax, stopThr, verbose, log, True, reg_m)
+    return _run(A, M, reg, weights, numItermax, stopThr, verbose, log, True, reg_m, keys=("logu", "logv"))
 
 
 def convolutional_barycenter2d(
@@ -83,19 +87,20 @@ def convolutional_barycenter2d(
     """Entropic barycentre of images A (k, width, height) on the unit square: `ot.bregman.convolutional_barycenter2d`.
 
     The squared distances of a grid are a sum over its axes, so a sweep is a product with a small kernel along each. Where such a product
-    would underflow, it is taken in the log domain. Arguments and results as `barycenter`; the result is (width, height).
+    would underflow, it is taken in the log domain. Arguments and results as `barycenter`; the result is (width, height),
+    and for the method "sinkhorn" `log` holds U and V (k, width, height) of the plans diag(U) K diag(V).
     Solomon et al. 2015, doi:10.1145/2766963.
     """
-    known_method(method, ("sinkhorn", "sinkhorn_log"))
-    return _run(A, None, reg, weights, numItermax, stopThr, verbose, log, warn)
+    keys = ("U", "V") if known_method(method, ("sinkhorn", "sinkhorn_log")) == "sinkhorn" else None
+    return _run(A, None, reg, weights, numItermax, stopThr, verbose, log, warn, keys=keys)
 
 
 def convolutional_barycenter2d_debiased(
     A, reg, weights=None, method="sinkhorn", numItermax=10000, stopThr=1e-3, verbose=False, log=False, warn=True, **kwargs
 ):  # fmt: skip
     """The barycentre of Sinkhorn divergences: `ot.bregman.convolutional_barycenter2d_debiased`, as `convolutional_barycenter2d`."""
-    known_method(method, ("sinkhorn", "sinkhorn_log"))
-    return _run(A, None, reg, weights, numItermax, stopThr, verbose, log, warn, debiased=True)
+    keys = ("U", "V") if known_method(method, ("sinkhorn", "sinkhorn_log")) == "sinkhorn" else None
+    return _run(A, None, reg, weights, numItermax, stopThr, verbose, log, warn, debiased=True, keys=keys)
 
 
 def free_support_sinkhorn_barycenter(
@@ -133,7 +138,7 @@ def free_support_sinkhorn_barycenter(
 
 def _run(
     A: Any, M: Any, reg: Any, weights: Any, max_iter: int, tol: float, verbose: bool, log: bool, warn: bool, reg_m: Any = None,
-    debiased: bool = False,
+    debiased: bool = False, keys: tuple[str, str] | None = None,
 ) -> Any:  # fmt: skip
     images = M is None
     (tA, tM, w), back = take(A=A, M=M, weights=weights)
@@ -167,6 +172,15 @@ def _run(
         return result
     errors_ = [back(e) for e in found.errors]
     report = {"status": found.status, "converged": back(found.converged), "n_iter": max(found.n_iter - 1, 0), "errors": errors_}
+    if keys is not None:
+        # The plans are a_i / m exp((f_i + g_j - C_ij) / eps), and where marginals are relaxed a_i / m is a part of C.
+        log_u, log_v = found.f / eps, found.g / eps
+        if reg_m is None:
+            # The debiasing scaling d solves d K d = beta in POT's measure, and m d is ours.
+            scale = 0.0 if debiased else math.log(cost.shape[-1])
+            log_u, log_v = log_u + log_weight(a) - scale, log_v - math.log(cost.shape[-1]) + scale
+        for key, z in zip(keys, (log_u, log_v), strict=True):
+            report[key] = back((z.exp().view(tA.shape) if images else z.mT).to(dtype))
     return result, {"err": errors_, "niter": max(found.n_iter - 1, 0), **report}
 
 

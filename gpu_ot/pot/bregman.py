@@ -16,6 +16,7 @@ from .barycenters import (
 )
 from .empirical import empirical_sinkhorn, empirical_sinkhorn2, empirical_sinkhorn_divergence
 from .forwarding import forward
+from .mixtures import jcpot_barycenter, unmix
 from .refusals import known_method
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "empirical_sinkhorn_divergence",
     "free_support_sinkhorn_barycenter",
     "greenkhorn",
+    "jcpot_barycenter",
     "screenkhorn",
     "sinkhorn",
     "sinkhorn2",
@@ -37,6 +39,7 @@ __all__ = [
     "sinkhorn_knopp",
     "sinkhorn_log",
     "sinkhorn_stabilized",
+    "unmix",
 ]
 
 

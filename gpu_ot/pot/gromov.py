@@ -12,17 +12,23 @@ from .. import errors
 from .answer import log_weight
 from .arrays import number, take
 from .forwarding import forward
+from .gromov_barycenters import entropic_fused_gromov_barycenters, entropic_gromov_barycenters
 from .partial import available_mass
 from .refusals import elsewhere, print_error, warn_unless_converged
 
 __all__ = [
+    "entropic_fused_gromov_barycenters",
     "entropic_fused_gromov_wasserstein",
     "entropic_fused_gromov_wasserstein2",
+    "entropic_gromov_barycenters",
     "entropic_gromov_wasserstein",
     "entropic_gromov_wasserstein2",
     "entropic_partial_gromov_wasserstein",
     "entropic_partial_gromov_wasserstein2",
 ]
+
+#: Added to matrices under "kl_loss", whose logarithm POT takes of their zeros, too: diagonals of distances have them.
+ABOVE_ZERO = 1e-18
 
 #: POT's default tolerance of the plan is 1e-9; no more is asked of the costs that it moves.
 LEAST_TOL = 1e-10
@@ -106,6 +112,7 @@ def _run_partial(
     if loss_fun not in ("square_loss", "kl_loss"):
         raise errors.ProblemError(f"Unknown `loss_fun='{loss_fun}'`. Use one of: 'square_loss', 'kl_loss'.")
     (x, y, a, b, start), back = take(C1=C1, C2=C2, p=p, q=q, G0=G0)
+    x, y = (z + ABOVE_ZERO if loss_fun == "kl_loss" else z for z in (x, y))
     a, b = (z.new_full(z.shape[:1], 1 / len(z)) if w is None else w for z, w in ((x, a), (y, b)))
     mass = available_mass(a, b, None if m is None else number(m, "m"))
     eps = number(reg)
@@ -139,6 +146,7 @@ def _run(
         raise elsewhere('solver = "PPA"', 'ot.gromov.entropic_gromov_wasserstein(..., solver="PPA")')
     fused = M is not None
     (tM, x, y, a, b, start), back = take(M=M, C1=C1, C2=C2, p=p, q=q, G0=G0)
+    x, y = (z + ABOVE_ZERO if loss_fun == "kl_loss" else z for z in (x, y))
     alpha = number(alpha, "alpha")
 
     def line(n_iter: int, change: Tensor) -> None:

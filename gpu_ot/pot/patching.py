@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import arrays, batch, bregman, gromov, partial, solvers, unbalanced
+from . import arrays, batch, bregman, gromov, lowrank, partial, solvers, unbalanced
 from .refusals import Elsewhere
 
 #: POT's module -> ours and the names replaced. `ot.dist` stays: it is no solver, and the rest of POT depends on it.
@@ -21,6 +21,7 @@ REPLACED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "ot.unbalanced": (unbalanced, tuple(unbalanced.__all__)),
     "ot.gromov": (gromov, tuple(gromov.__all__)),
     "ot.partial": (partial, tuple(partial.__all__)),
+    "ot.lowrank": (lowrank, tuple(lowrank.__all__)),
     "ot.solvers": (solvers, ("solve", "solve_sample")),
     "ot.batch": (batch, ("solve_batch", "solve_sample_batch", "bregman_log_projection_batch", "bregman_projection_batch")),
 }
