@@ -35,8 +35,23 @@ FLOORS = (
     ("solver", "gradients"),
     ("solution", "distributed", "at_once"),
     ("solve",),
-    ("initial", "lerobot", "pot", "losses", "plots", "patch", "cli", "demo", "warm", "info")
-    + ("assign", "barycenter", "gromov", "soft", "low_rank"),
+    (
+        "initial",
+        "lerobot",
+        "pot",
+        "losses",
+        "plots",
+        "patch",
+        "cli",
+        "demo",
+        "warm",
+        "info",
+        "assign",
+        "barycenter",
+        "gromov",
+        "soft",
+        "low_rank",
+    ),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TOP = len(FLOORS) - 1
