@@ -24,8 +24,8 @@ from .machine import compiled
 TILE, CELL, WINDOW, BETA = 8, 4, 8, 1 / 3
 #: Largest tilt, e-folds a node: points then move by at most 4 nodes, and stay within their window.
 STEEPEST = 12.0
-#: Tiles whose values are below exp(-FAINT) of the largest are left out of a sum. Within a tile values differ by up to exp(100).
-FAINT = 160.0
+#: The middle of a window.
+MIDDLE = (WINDOW - 1) / 2
 
 
 class Cloud(NamedTuple):
@@ -86,7 +86,7 @@ def _splines(q, w):
 def deposit(low, high, cloud, h, sign, stage):
     """Adds exp(h_j) sign_j of the points of the cells low..high to the stage. h (n,), as the points are sorted; -inf is none."""
     buffer, wx, wy, wz = np.empty(WINDOW**3), np.empty(4), np.empty(4), np.empty(4)
-    start, grow, top = np.empty(3, np.int64), np.empty((3, WINDOW)), np.empty(3)
+    start, grow = np.empty(3, np.int64), np.empty((3, WINDOW))
     for t in range(low, high):
         first, last = cloud.starts[t], cloud.starts[t + 1]
         c, s = cloud.centres[t], cloud.tilts[t]
@@ -123,40 +123,46 @@ def deposit(low, high, cloud, h, sign, stage):
                     buffer[at + 1] += exy * z1
                     buffer[at + 2] += exy * z2
                     buffer[at + 3] += exy * z3
-        _add_window(buffer, start, s, c, level + constant, grow, top, stage)
+        _add_window(buffer, start, s, c, level + constant, grow, stage)
 
 
 @compiled
-def _add_window(buffer, start, s, c, level, grow, top, stage):
+def _powers(s, out):
+    """out[k] = exp(s (k - MIDDLE)), k = 0 ... WINDOW - 1. At most exp(42), so products of three overflow nowhere."""
+    half = math.exp(0.5 * s)
+    low, high = 1 / half, half
+    for k in range(WINDOW // 2):
+        out[WINDOW // 2 + k] = high
+        out[WINDOW // 2 - 1 - k] = low
+        high *= half * half
+        low /= half * half
+
+
+@compiled
+def _add_window(buffer, start, s, c, level, grow, stage):
     """Adds a window, times exp(s (k - c) + level), to the tiles that it meets."""
-    first0, first1, first2 = start[0] // TILE, start[1] // TILE, start[2] // TILE
-    for t0 in range(first0, (start[0] + WINDOW - 1) // TILE + 1):
+    for axis in range(3):
+        level += s[axis] * (start[axis] + MIDDLE - c[axis])
+        _powers(s[axis], grow[axis])
+    for t0 in range(start[0] // TILE, (start[0] + WINDOW - 1) // TILE + 1):
         a0, b0 = max(start[0], t0 * TILE), min(start[0] + WINDOW, t0 * TILE + TILE)
-        for t1 in range(first1, (start[1] + WINDOW - 1) // TILE + 1):
+        for t1 in range(start[1] // TILE, (start[1] + WINDOW - 1) // TILE + 1):
             a1, b1 = max(start[1], t1 * TILE), min(start[1] + WINDOW, t1 * TILE + TILE)
-            for t2 in range(first2, (start[2] + WINDOW - 1) // TILE + 1):
+            for t2 in range(start[2] // TILE, (start[2] + WINDOW - 1) // TILE + 1):
                 a2, b2 = max(start[2], t2 * TILE), min(start[2] + WINDOW, t2 * TILE + TILE)
                 slot = stage.slot_of[t0, t1, t2]
                 if slot < 0:
                     continue
-                whole = level
-                for axis in range(3):
-                    a = a0 if axis == 0 else a1 if axis == 1 else a2
-                    b = b0 if axis == 0 else b1 if axis == 1 else b2
-                    most = max(s[axis] * (a - c[axis]), s[axis] * (b - 1 - c[axis]))
-                    for k in range(a, b):
-                        grow[axis, k - start[axis]] = math.exp(s[axis] * (k - c[axis]) - most)
-                    whole += most
                 values = stage.values[slot]
                 scale = 1.0
                 if stage.logs[slot] == -np.inf:
                     values[:] = 0.0
-                    stage.logs[slot] = whole
-                elif whole > stage.logs[slot]:
-                    values *= math.exp(stage.logs[slot] - whole)
-                    stage.logs[slot] = whole
+                    stage.logs[slot] = level
+                elif level > stage.logs[slot]:
+                    values *= math.exp(stage.logs[slot] - level)
+                    stage.logs[slot] = level
                 else:
-                    scale = math.exp(whole - stage.logs[slot])
+                    scale = math.exp(level - stage.logs[slot])
                 for k0 in range(a0, b0):
                     g0 = scale * grow[0, k0 - start[0]]
                     for k1 in range(a1, b1):
@@ -165,80 +171,6 @@ def _add_window(buffer, start, s, c, level, grow, top, stage):
                         target = ((k0 - t0 * TILE) * TILE + k1 - t1 * TILE) * TILE - t2 * TILE
                         for k2 in range(a2, b2):
                             values[target + k2] += g01 * grow[2, k2 - start[2]] * buffer[source + k2]
-
-
-@compiled
-def normalise(low, high, stage):
-    """Values of the slots low..high that are at most 1."""
-    for slot in range(low, high):
-        if stage.logs[slot] > -np.inf:
-            _store(stage.values[slot], stage.logs[slot], stage, slot)
-
-
-@compiled
-def _store(values, level, stage, slot):
-    """values exp(level) in a slot."""
-    most = 0.0
-    for z in range(TILE**3):
-        most = max(most, abs(values[z]))
-    stage.logs[slot] = -np.inf
-    if most > 0.0:
-        stage.logs[slot] = level + math.log(most)
-        target, scale = stage.values[slot], 1.0 / most
-        for z in range(TILE**3):
-            target[z] = values[z] * scale
-
-
-@compiled
-def convolve(low, high, axis, blocks, tops, before, after):
-    """The product along an axis, for the slots low..high of `after`. blocks (2 T - 1, TILE, TILE), [tile distance, from, to], of largest
-    entry 1 and tops (2 T - 1,) the logarithms taken off them."""
-    T, acc = before.slot_of.shape[axis], np.empty(TILE**3)
-    for slot in range(low, high):
-        t0, t1, t2 = after.slots[slot]
-        own = t0 if axis == 0 else t1 if axis == 1 else t2
-        top = -np.inf
-        for t in range(T):
-            source = before.slot_of[t, t1, t2] if axis == 0 else before.slot_of[t0, t, t2] if axis == 1 else before.slot_of[t0, t1, t]
-            if source >= 0:
-                z = before.logs[source] + tops[own - t + T - 1]
-                top = z if z > top else top
-        after.logs[slot] = -np.inf
-        if top == -np.inf:
-            continue
-        acc[:] = 0.0
-        for t in range(T):
-            source = before.slot_of[t, t1, t2] if axis == 0 else before.slot_of[t0, t, t2] if axis == 1 else before.slot_of[t0, t1, t]
-            if source < 0:
-                continue
-            z = before.logs[source] + tops[own - t + T - 1] - top
-            if z < -FAINT:
-                continue
-            _add_product(axis, math.exp(z), blocks[own - t + T - 1], before.values[source], acc)
-        _store(acc, top, after, slot)
-
-
-@compiled
-def _add_product(axis, factor, block, values, acc):
-    if axis == 0:
-        for q in range(8):
-            for r in range(8):
-                c = factor * block[q, r]
-                for z in range(64):
-                    acc[r * 64 + z] += c * values[q * 64 + z]
-    elif axis == 1:
-        for q in range(8):
-            for r in range(8):
-                c = factor * block[q, r]
-                for i in range(8):
-                    for z in range(8):
-                        acc[i * 64 + r * 8 + z] += c * values[i * 64 + q * 8 + z]
-    else:
-        for i in range(64):
-            for q in range(8):
-                c = factor * values[i * 8 + q]
-                for r in range(8):
-                    acc[i * 8 + r] += c * block[q, r]
 
 
 @compiled
@@ -310,40 +242,36 @@ def gather(low, high, cloud, stage, ratio, learn, logs, sign):
 @compiled
 def _take_window(buffer, start, s, c, shrink, stage):
     """Fills a window with the stage times exp(-s (k - c) - level), and returns the level, -inf for nothing."""
-    level = -np.inf
-    ends = np.empty((3, 2), np.int64)
-    for pass_ in range(2):
-        if pass_ == 1:
-            if level == -np.inf:
-                return level
-            buffer[:] = 0.0
-        for t0 in range(start[0] // TILE, (start[0] + WINDOW - 1) // TILE + 1):
-            ends[0, 0], ends[0, 1] = max(start[0], t0 * TILE), min(start[0] + WINDOW, t0 * TILE + TILE)
-            for t1 in range(start[1] // TILE, (start[1] + WINDOW - 1) // TILE + 1):
-                ends[1, 0], ends[1, 1] = max(start[1], t1 * TILE), min(start[1] + WINDOW, t1 * TILE + TILE)
-                for t2 in range(start[2] // TILE, (start[2] + WINDOW - 1) // TILE + 1):
-                    ends[2, 0], ends[2, 1] = max(start[2], t2 * TILE), min(start[2] + WINDOW, t2 * TILE + TILE)
-                    slot = stage.slot_of[t0, t1, t2]
-                    if slot < 0 or stage.logs[slot] == -np.inf:
-                        continue
-                    whole = stage.logs[slot]
-                    for axis in range(3):
-                        a, b = ends[axis]
-                        most = max(-s[axis] * (a - c[axis]), -s[axis] * (b - 1 - c[axis]))
-                        whole += most
-                        if pass_ == 1:
-                            for k in range(a, b):
-                                shrink[axis, k - start[axis]] = math.exp(-s[axis] * (k - c[axis]) - most)
-                    if pass_ == 0:
-                        level = whole if whole > level else level
-                        continue
-                    scale, values = math.exp(whole - level), stage.values[slot]
-                    for k0 in range(ends[0, 0], ends[0, 1]):
-                        g0 = scale * shrink[0, k0 - start[0]]
-                        for k1 in range(ends[1, 0], ends[1, 1]):
-                            g01 = g0 * shrink[1, k1 - start[1]]
-                            target = ((k0 - start[0]) * WINDOW + k1 - start[1]) * WINDOW - start[2]
-                            source = ((k0 - t0 * TILE) * TILE + k1 - t1 * TILE) * TILE - t2 * TILE
-                            for k2 in range(ends[2, 0], ends[2, 1]):
-                                buffer[target + k2] = g01 * shrink[2, k2 - start[2]] * values[source + k2]
-    return level
+    level, shift = -np.inf, 0.0
+    for t0 in range(start[0] // TILE, (start[0] + WINDOW - 1) // TILE + 1):
+        for t1 in range(start[1] // TILE, (start[1] + WINDOW - 1) // TILE + 1):
+            for t2 in range(start[2] // TILE, (start[2] + WINDOW - 1) // TILE + 1):
+                slot = stage.slot_of[t0, t1, t2]
+                if slot >= 0:
+                    level = max(level, stage.logs[slot])
+    if level == -np.inf:
+        return level
+    for axis in range(3):
+        shift -= s[axis] * (start[axis] + MIDDLE - c[axis])
+        _powers(-s[axis], shrink[axis])
+    for t0 in range(start[0] // TILE, (start[0] + WINDOW - 1) // TILE + 1):
+        a0, b0 = max(start[0], t0 * TILE), min(start[0] + WINDOW, t0 * TILE + TILE)
+        for t1 in range(start[1] // TILE, (start[1] + WINDOW - 1) // TILE + 1):
+            a1, b1 = max(start[1], t1 * TILE), min(start[1] + WINDOW, t1 * TILE + TILE)
+            for t2 in range(start[2] // TILE, (start[2] + WINDOW - 1) // TILE + 1):
+                a2, b2 = max(start[2], t2 * TILE), min(start[2] + WINDOW, t2 * TILE + TILE)
+                slot = stage.slot_of[t0, t1, t2]
+                scale = math.exp(stage.logs[slot] - level) if slot >= 0 else 0.0
+                values = stage.values[max(slot, 0)]
+                for k0 in range(a0, b0):
+                    g0 = scale * shrink[0, k0 - start[0]]
+                    for k1 in range(a1, b1):
+                        g01 = g0 * shrink[1, k1 - start[1]]
+                        target = ((k0 - start[0]) * WINDOW + k1 - start[1]) * WINDOW - start[2]
+                        source = ((k0 - t0 * TILE) * TILE + k1 - t1 * TILE) * TILE - t2 * TILE
+                        if scale == 0.0:  # whose values may be those of an earlier sweep, or none
+                            buffer[target + a2 : target + b2] = 0.0
+                            continue
+                        for k2 in range(a2, b2):
+                            buffer[target + k2] = g01 * shrink[2, k2 - start[2]] * values[source + k2]
+    return level + shift

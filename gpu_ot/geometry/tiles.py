@@ -59,7 +59,7 @@ class Level:
         self.blocks = [_blocks(int(T), variance) for T in self.shape]
 
     def sums(self, h: np.ndarray, v: np.ndarray | None, turned: bool, learn: bool) -> tuple[np.ndarray, np.ndarray]:
-        from ..compiled import mesh
+        from ..compiled import mesh, product
 
         source, target, stages = self.routes[turned]
         first, last = stages[0], stages[-1]
@@ -71,10 +71,10 @@ class Level:
         for colour in range(3):  # of planes of tiles, whose windows do not meet
             planes = [each for each in _planes(source) if each[2] % 3 == colour]
             each([(low, high) for low, high, _ in planes], mesh.deposit, source, h, sign, first)
-        each(shares(len(first.slots)), mesh.normalise, first)
+        each(shares(len(first.slots)), product.normalise, first)
         for axis in range(3):
             after = stages[axis + 1]
-            each(shares(len(after.slots)), mesh.convolve, axis, *self.blocks[axis], stages[axis], after)
+            each(shares(len(after.slots)), product.convolve, axis, *self.blocks[axis], stages[axis], after)
         logs, sign = np.empty(len(target.order)), np.empty(len(target.order))
         each(shares(len(target.cells)), mesh.gather, target, last, self.ratio, learn, logs, sign)
         found, signs = np.empty_like(logs), np.empty_like(sign)
