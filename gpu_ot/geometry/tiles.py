@@ -90,8 +90,8 @@ class Level:
         held = np.flatnonzero(np.diff(counts))
         starts = np.append(counts[held], len(points))
         places = np.stack(np.unravel_index(held, cells), -1).astype(np.int64)
-        points = np.ascontiguousarray(points[order])
-        centres = np.add.reduceat(points, starts[:-1], 0) / np.diff(starts)[:, None]
+        points = np.ascontiguousarray(points[order].T)
+        centres = np.ascontiguousarray((np.add.reduceat(points, starts[:-1], 1) / np.diff(starts)).T)
         return mesh.Cloud(points, order, starts, places, centres, np.zeros_like(centres))
 
     def _near(self, cloud: Any, flat: np.ndarray) -> np.ndarray:
