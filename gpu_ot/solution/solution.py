@@ -163,10 +163,13 @@ class Solution:
     def measure(self, samples: int = SAMPLES, seed: int = 0) -> Measured:
         """The marginal errors by exact sums at a random sample of points, O(samples (n + m)), whatever the backend.
 
-        Points are drawn by their weight; the same seed draws the same. Raises ProblemError for a batch.
+        Points are drawn by their weight; the same seed draws the same. Of a batch the largest errors of all its problems. Raises
+        ProblemError for a batch of matrices, which are there to be summed.
         """
-        if len(self.shape) > 2:
-            raise ProblemError(f"marginals are measured of one problem at a time, and these are {errors.shape(self.shape[:-2])} of them.")
+        if self.problem.cost.shape[:-2] and self.problem.cost.sides is None:
+            raise ProblemError(
+                f"marginals are measured at points, and {self.problem.cost.describe()} has none: sum `plan` over its rows and its columns."
+            )
         return measure(self.problem, self.f, self.g, samples, seed)
 
     @property
