@@ -63,6 +63,7 @@ class Monitor:
         self.kept: tuple[Tensor, Tensor] | None = None  # (f, g), whose error is the last of `errors`
         self.done: Tensor | None = None
         self.near = False  # whether the end was found near, see `end_is_near`
+        self.approximate = approximate
         self.progress = _Progress(endless=criterion.threshold == -math.inf)
         if approximate:
             self.progress.patience, self.progress.near = STALL_CHECKS_APPROXIMATE, math.inf
