@@ -219,6 +219,23 @@ def declared(done, backend, grad):
     return 1 + resolved + strides + unrolled + (6 if grad == "implicit" else 0) + (4 if backend == "dense" else 0)
 
 
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize("penalty", [KL(), KL(0.5)], ids=str)
+def test_multiscale(seen, on_the_cpu, batch, penalty):
+    """Tiles, their list and the kernel on the device: as on the CPU, with a read for each sweep's list."""
+    with on_the_cpu():
+        _, numbers = solved("cpu", "softmin", "auto", "envelope", batch, penalty, SqEuclidean)
+    done, found = solved("cuda:1", "multiscale", "auto", "envelope", batch, penalty, SqEuclidean)
+    near(found, numbers, rtol=2e-4, atol=2e-5)
+    assert done.transport().is_cuda and done.sharp_cost.is_cuda and "pairs_kernel" in {name for name, _ in seen.compiled}
+
+
+def test_auto_takes_few_pairs_on_a_gpu(seen):
+    x, y = (torch.rand(40_000, 3, device="cuda") for _ in range(2))
+    assert 'auto takes "multiscale"' in gpu_ot.explain(Problem(SqEuclidean(x, y), 1e-5))
+    assert 'auto takes "triton"' in gpu_ot.explain(Problem(SqEuclidean(x, y), 1e-2))
+
+
 def test_two_devices_in_turns(seen):
     """What is kept from one solve to the next is kept for its device."""
     found = []
@@ -337,7 +354,7 @@ def test_without_triton(seen, monkeypatch, device):
         with pytest.raises(gpu_ot.BackendError, match="not installed"):
             gpu_ot.solve(problem, backend=backend)
     launched = len(seen.compiled)
-    for backend in ("auto", "dense", "chunked"):
+    for backend in ("auto", "dense", "chunked", "multiscale"):
         assert gpu_ot.solve(problem, backend=backend, tol=1e-4).f.device == x.device
     assert len(seen.compiled) == launched and "not installed" in gpu_ot.explain(problem)
     products._run_on.cache_clear()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import compiled, errors
 from ..problem import Problem
+from .coordinates import AXES, coordinates
 from .protocol import Geometry
 from .several import bind_each
 from .swept import Swept
@@ -29,22 +30,27 @@ ERROR, COARSEST, FINEST = 5e-3, 1.7, 6.0
 #: Seconds that a sweep takes for a point and for a tile, about, on 2 cores; and up to which step a mesh is finer than it need be while
 #: its tiles take no more than half as long as the points: mass that travels far needs it.
 POINT_S, TILE_S, AMPLE = 40e-9, 17e-6, 3.5
-#: Features at most; and points that a thread is worth waking for.
-AXES, LEAST = 3, 2**14
+#: Points that a thread is worth waking for.
+LEAST = 2**14
 
 
 def refuse(problem: Problem) -> str | None:
     """Why this problem cannot be taken by way of a mesh, or None."""
-    cost = problem.cost
     if problem.a.device.type != "cpu":
         return f"its tensors are on {problem.a.device}, and this is machine code of the CPU"
+    return refuse_cost(problem) or compiled.refused()
+
+
+def refuse_cost(problem: Problem) -> str | None:
+    """Why the cost has no coordinates of few axes, or None."""
+    cost = problem.cost
     if not cost.folds:
-        return f"the cost is {cost.describe()}, and a mesh takes Gaussian kernels alone"
+        return f"the cost is {cost.describe()}, which is no squared distance: its kernel is not Gaussian"
     if cost.shape[:-2] and cost.sides is None:
         return f"it is a batch of costs, and {cost.describe()} does not say where the points of each are"
     if (d := features(problem)) > AXES:
-        return f"its points have {d} features, and a mesh has at most {AXES} axes"
-    return compiled.refused()
+        return f"its points have {d} features, and this is for at most {AXES}"
+    return None
 
 
 def features(problem: Problem) -> int:
@@ -74,7 +80,7 @@ class Mesh(Swept):
 
     def __init__(self, problem: Problem, per: float) -> None:
         super().__init__(problem)
-        self.per, self.pair = per, Pair.of(problem, per)
+        self.per, self.pair = per, Pair(problem, per)
         self.pair.level(problem.eps)
 
     def finer(self, factor: float) -> Mesh | None:
@@ -100,24 +106,12 @@ class Mesh(Swept):
 class Pair:
     """The two clouds in coordinates in which mass stays near, and their meshes at the last values of eps."""
 
-    def __init__(self, alpha: np.ndarray, beta: np.ndarray, u: np.ndarray, v: np.ndarray, a: np.ndarray, b: np.ndarray, per: float) -> None:
-        p, q = np.average(u, 0, a), np.average(v, 0, b)
-        A = _common(_covariance(u - p, a), _covariance(v - q, b))
-        x, y = (u - p) @ A, (v - q) @ np.linalg.inv(A)  # A is symmetric
-        # <u, v> = <x, y> + <p, v> + <q, u> - <p, q>
-        self.shifts = alpha - u @ q + p @ q - (x * x).sum(-1) / 2, beta - v @ p - (y * y).sum(-1) / 2
-        self.points = _padded(x), _padded(y)
+    def __init__(self, problem: Problem, per: float) -> None:
+        shifts, points = coordinates(problem)
+        self.shifts, self.points = tuple(map(array, shifts)), tuple(map(array, points))
         ends = [np.stack((lines.min(1), lines.max(1))) for lines in (np.ascontiguousarray(z.T) for z in self.points)]
         self.box = np.minimum(ends[0][0], ends[1][0]), np.maximum(ends[0][1], ends[1][1])
         self.per, self.kept = per, {}
-
-    @classmethod
-    def of(cls, problem: Problem, per: float) -> Pair:
-        """Of a cost that folds, in float64: |x|^2 of float32 points is then exact."""
-        wide = problem.cost.to(torch.float64).fold()
-        assert wide is not None
-        alpha, beta, u, v = (z.detach().numpy() for z in wide)
-        return cls(alpha, beta, u, v, problem.a.detach().numpy(), problem.b.detach().numpy(), per)
 
     def updated(self, g: Tensor, log_w: Tensor | None, eps: float, damping: float, turned: bool) -> Tensor:
         """softmin(g + eps log w) / damping at the rows, or, turned, at the columns. The tilts are found anew."""
@@ -157,32 +151,6 @@ class Pair:
 
 def array(z: Tensor) -> np.ndarray:
     return z.detach().resolve_neg().contiguous().numpy()
-
-
-def _covariance(z: np.ndarray, w: np.ndarray) -> np.ndarray:
-    return (z * (w / w.sum())[:, None]).T @ z
-
-
-def _common(S: np.ndarray, R: np.ndarray) -> np.ndarray:
-    """The symmetric A with A S A = A^-1 R A^-1: A^2 moves a Gaussian of covariance S onto one of R. Stretches by a factor of 4 at most."""
-    d = len(S)
-    size = (np.trace(S) + np.trace(R)) / d
-    if not size > 0:
-        return np.eye(d)
-    ridge = 1e-6 * size * np.eye(d)
-    root, back = _power(S + ridge, 0.5), _power(S + ridge, -0.5)
-    M = back @ _power(root @ (R + ridge) @ root, 0.5) @ back
-    return _power((M + M.T) / 2, 0.5, 4.0)
-
-
-def _power(S: np.ndarray, p: float, limit: float = math.inf) -> np.ndarray:
-    w, V = np.linalg.eigh((S + S.T) / 2)
-    return (V * np.clip(np.maximum(w, 1e-300) ** p, 1 / limit, limit)) @ V.T
-
-
-def _padded(z: np.ndarray) -> np.ndarray:
-    """Points with three coordinates: those that are missing are 0."""
-    return np.ascontiguousarray(np.concatenate((z, np.zeros((len(z), AXES - z.shape[1]))), 1))
 
 
 def bind(problem: Problem, tol: float | None = None) -> Geometry:

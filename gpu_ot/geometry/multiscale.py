@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import compiled
 from ..errors import BackendError
 from ..problem import Problem
 from . import mesh
+from .pairs import Pairs
 from .protocol import Geometry
 from .several import bind_each
 from .swept import Swept
@@ -24,13 +26,22 @@ from .tiles import each, shares
 
 #: The part of a sum that may be left out, where no tolerance says how much, and the part of the tolerance that it is.
 PART, SHARE = 1e-13, 0.05
-#: Deviations of the kernel that count, both sides together, and the part of the pairs up to which it pays to look for them.
-REACH, FEW = 14.0, 0.2
+#: Deviations of the kernel that count, both sides together, and the part of the pairs up to which it pays to look for them: by machine
+#: code; on a GPU, not timed but counted, since a pair of tiles takes 2.5 times the instructions of a streamed one; by torch on a CPU, where
+#: it takes ten times as long as in blocks.
+REACH, FEW, FEW_GPU, FEW_TORCH = 14.0, 0.2, 0.1, 0.02
 
 
 def refuse(problem: Problem) -> str | None:
     """Why this problem cannot be taken from the pairs that matter, or None."""
-    return mesh.refuse(problem)
+    if problem.a.device.type == "mps":
+        return "its tensors are on an Apple GPU, which has no float64"
+    return mesh.refuse_cost(problem)
+
+
+def by_torch(problem: Problem) -> bool:
+    """Whether tiles are taken by torch or by Triton's kernel: on a GPU, and where there is no machine code."""
+    return problem.a.device.type != "cpu" or compiled.refused() is not None
 
 
 def bind(problem: Problem, tol: float | None = None) -> Geometry:
@@ -39,7 +50,10 @@ def bind(problem: Problem, tol: float | None = None) -> Geometry:
 
 
 def _bind(problem: Problem, tol: float | None) -> Geometry:
-    pairs = Multiscale(problem, PART if tol is None else max(SHARE * tol, PART))
+    part = PART if tol is None else max(SHARE * tol, PART)
+    if by_torch(problem):
+        return Pairs(problem, part)
+    pairs = Multiscale(problem, part)
     if tol is not None:
         with contextlib.suppress(BackendError):
             return _Coarse(problem, mesh.per_of(problem, tol), pairs)
@@ -53,10 +67,17 @@ def share(problem: Problem) -> float:
     return float(((REACH + 2 * leaf) / extent.clamp(min=1e-300)).clamp(max=1.0).prod())
 
 
+def pays(problem: Problem) -> bool:
+    """Whether so few pairs are left that finding them takes less time than all of them would."""
+    few = FEW if not by_torch(problem) else FEW_TORCH if problem.a.device.type == "cpu" else FEW_GPU
+    return share(problem) < few
+
+
 def memory(problem: Problem) -> int:
     """Bytes of both clouds with what is kept beside them."""
     *batch, n, m = problem.shape
-    return math.prod(batch) * 400 * (n + m)
+    by_tiles = 300 * 2**20 if by_torch(problem) else 0  # temporaries of the torch form
+    return math.prod(batch) * 400 * (n + m) + by_tiles
 
 
 class _Coarse(mesh.Mesh):
@@ -80,7 +101,7 @@ class Multiscale(Swept):
 
     def __init__(self, problem: Problem, part: float) -> None:
         super().__init__(problem)
-        self.part, self.pair = part, mesh.Pair.of(problem, mesh.COARSEST)
+        self.part, self.pair = part, mesh.Pair(problem, mesh.COARSEST)
         self.shared: dict[str, Any] = {"omitted": 0.0, "pairs": 0, "eps": math.nan}
 
     @property
@@ -139,7 +160,8 @@ def _tree(points: np.ndarray) -> Any:
 
     low, high = points.min(0), points.max(0)
     keys = np.empty(len(points), np.int64)
-    sparse.hilbert(points, low, (2**sparse.BITS - 1) / max(float((high - low).max()), 1e-300), keys)
+    axes = np.flatnonzero(high > low) if (high > low).any() else np.zeros(1, np.int64)
+    sparse.hilbert(points, axes, low, (2**sparse.BITS - 1) / max(float((high - low).max()), 1e-300), keys)
     order = np.argsort(keys, kind="stable")
     points = np.ascontiguousarray(points[order].T)
     sizes = [-(-len(order) // sparse.LEAF)]
