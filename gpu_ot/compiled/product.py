@@ -82,15 +82,22 @@ def convolve(low, high, axis, blocks, tops, before, after):
                 z = before.logs[sources[t]] + tops[own - t + T - 1] - top
                 if z < -FAINT:
                     continue
-                factor = math.exp(z)
-                if factor > least:
-                    _add_product(axis, factor, blocks[own - t + T - 1], before.values[sources[t]], acc)
+                factor, block = math.exp(z), blocks[own - t + T - 1]
+                first, last, near = 0, TILE, 0 if t > own else TILE - 1
+                if away > 1:  # of whose nodes the far ones get nothing to speak of
+                    while first < last and factor * block[near, first] <= least:
+                        first += 1
+                    while first < last and factor * block[near, last - 1] <= least:
+                        last -= 1
+                if first < last:
+                    _add_product(axis, factor, block, before.values[sources[t]], acc, first, last)
         _store(acc, top, after, slot)
 
 
 @compiled
-def _add_product(axis, factor, block, values, acc):
-    """acc += factor times the product along an axis: entries stay in a register for the eight terms of a sum."""
+def _add_product(axis, factor, block, values, acc, first, last):
+    """acc += factor times the product along an axis, at its nodes first..last: entries stay in a register for the eight terms of a sum.
+    (Along the third axis, whose nodes are a vector, at all of them.)"""
     if axis == 2:
         for i in range(64):
             at = 8 * i
@@ -102,7 +109,7 @@ def _add_product(axis, factor, block, values, acc):
                     + v4 * block[4, r] + v5 * block[5, r] + v6 * block[6, r] + v7 * block[7, r]
                 )  # fmt: skip
         return
-    for r in range(8):
+    for r in range(first, last):
         c0, c1, c2, c3 = factor * block[0, r], factor * block[1, r], factor * block[2, r], factor * block[3, r]
         c4, c5, c6, c7 = factor * block[4, r], factor * block[5, r], factor * block[6, r], factor * block[7, r]
         if axis == 0:

@@ -91,6 +91,10 @@ class Mesh(Swept):
             return Mesh(self.problem, min(max(per, 1.25 * self.per), FINEST))
         return None
 
+    @property
+    def offsets(self) -> tuple[Tensor, Tensor]:
+        return self.pair.offsets
+
     def updated(self, g: Tensor, log_w: Tensor | None, eps: float, damping: float) -> Tensor:
         return self.pair.updated(g, log_w, eps, damping, self._turned)
 
@@ -107,8 +111,8 @@ class Pair:
     """The two clouds in coordinates in which mass stays near, and their meshes at the last values of eps."""
 
     def __init__(self, problem: Problem, per: float) -> None:
-        shifts, points = coordinates(problem)
-        self.shifts, self.points = tuple(map(array, shifts)), tuple(map(array, points))
+        self.offsets, points = coordinates(problem)
+        self.shifts, self.points = tuple(map(array, self.offsets)), tuple(map(array, points))
         ends = [np.stack((lines.min(1), lines.max(1))) for lines in (np.ascontiguousarray(z.T) for z in self.points)]
         self.box = np.minimum(ends[0][0], ends[1][0]), np.maximum(ends[0][1], ends[1][1])
         self.per, self.kept = per, {}

@@ -112,6 +112,10 @@ class Multiscale(Swept):
     def pairs(self) -> int:
         return self.shared["pairs"]
 
+    @property
+    def offsets(self) -> tuple[Tensor, Tensor]:
+        return self.pair.offsets
+
     def updated(self, g: Tensor, log_w: Tensor | None, eps: float, damping: float) -> Tensor:
         from ..compiled import levels
 

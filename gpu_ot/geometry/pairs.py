@@ -41,6 +41,10 @@ class Pairs(Swept):
     def pairs(self) -> int:
         return self.shared["pairs"]
 
+    @property
+    def offsets(self) -> tuple[Tensor, Tensor]:
+        return self.shifts
+
     def updated(self, g: Tensor, log_w: Tensor | None, eps: float, damping: float) -> Tensor:
         (own, other), (rows, columns) = self._sides(eps)
         L = (g.detach() - other) / eps

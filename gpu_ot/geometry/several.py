@@ -61,6 +61,10 @@ class Several(Geometry):
         known = [z for z in finer if z is not None]
         return Several(self.inputs, known, self.batch) if len(known) == len(finer) else None
 
+    def initial_rows(self) -> Tensor | None:
+        found = [z for each in self.each if (z := each.initial_rows()) is not None]
+        return torch.stack(found).unflatten(0, self.batch) if len(found) == len(self.each) else None
+
     def softmin(self, h: Tensor, eps: float) -> Tensor:
         return self._stacked(lambda geometry, h: geometry.softmin(h, eps), (h, 1))
 

@@ -30,6 +30,15 @@ class Swept(Geometry):
         other.inputs, other._turned = (beta, alpha, v, u), not self._turned
         return other
 
+    @property
+    @abstractmethod
+    def offsets(self) -> tuple[Tensor, Tensor]:
+        """What C has beside half a squared distance, in coordinates that move one cloud's mean and covariance onto the other's."""
+
+    def initial_rows(self) -> Tensor:
+        """The potentials of that linear map."""
+        return self.offsets[self._turned]
+
     @abstractmethod
     def updated(self, g: Tensor, log_w: Tensor | None, eps: float, damping: float) -> Tensor:
         """softmin(g + eps log w) / damping: (m,) -> (n,)."""
