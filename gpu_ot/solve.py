@@ -176,7 +176,7 @@ def find(
 
     order       which marginal is exact, "rows" or "columns"; "symmetric" where both sides are one measure, see `Symmetric`.
     criterion   when to stop; Marginal() when left out.
-    start       row potentials, for order="columns" those of the columns; when left out 0 or, with accelerate="auto", what the backend proposes.
+    start       row potentials, for order="columns" those of the columns; when left out 0, or what the backend proposes.
     after       plain iterations before acceleration sets in.
     leap        see `gpu_ot.solver.annealing.blocks`.
 

@@ -1,6 +1,8 @@
 """Clouds in one to three dimensions by way of a mesh, and from the pairs that matter: against the sums over all pairs."""
 
 import math
+import threading
+import time
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import gpu_ot
 from gpu_ot import KL, TV, Cosine, Dot, Euclidean, Problem, SamplesLoss, SqEuclidean, compiled, solve
-from gpu_ot.geometry import mesh, multiscale, select
+from gpu_ot.geometry import mesh, multiscale, select, tiles
 from gpu_ot.geometry.chunked import Chunked
 from gpu_ot.geometry.protocol import Geometry, weigh
 from gpu_ot.geometry.select import bind
@@ -395,6 +397,27 @@ def test_samples_loss_multiscale():
     assert S.item() == pytest.approx(truth.item(), rel=1e-3)
     for mine, theirs in zip(torch.autograd.grad(S, ours), torch.autograd.grad(truth, right), strict=True):
         assert float((mine - theirs).norm() / theirs.norm()) <= 1e-2
+
+
+def test_helpers_that_come_late_are_sent_away(monkeypatch):
+    """A helper that has taken a part and lost its core: after a few of these the caller works alone, and every part is done once."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(tiles._Hands, "late", 0.0)
+    monkeypatch.setattr(tiles._Hands, "alone", 0)
+    caller, done, helpers = threading.get_ident(), [], []
+
+    def work(low, high):
+        if threading.get_ident() != caller:
+            helpers.append(low)
+            time.sleep(0.02)
+        else:
+            time.sleep(1e-4)
+        done.append((low, high))
+
+    for _ in range(40):
+        tiles.each(tiles.shares(64), work)
+    assert len(done) == 40 * 16 and sorted(set(done)) == tiles.shares(64)
+    assert tiles._Hands.alone > 0 and 5 <= len(helpers) <= 20
 
 
 def test_mesh_sums_do_not_change_with_threads(monkeypatch):

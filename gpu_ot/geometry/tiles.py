@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -19,6 +20,8 @@ from .. import errors
 MOST_TILES, MOST_PLACES = 2**18, 2**21
 #: Tiles or cells that a thread is worth waking for.
 FEWEST = 32
+#: After so many waits for others that are too long, the caller works alone for so many calls, some hundred sweeps.
+LATENESS, REST = 5, 2000
 
 
 class _Route(NamedTuple):
@@ -160,14 +163,35 @@ def shares(count: int, least: int = 1) -> list[tuple[int, int]]:
     return list(pairwise([count * k // parts for k in range(parts + 1)])) if parts else []
 
 
+class _Hands:
+    """How often others were late, and for how many calls the caller still works alone."""
+
+    late, alone = 0.0, 0
+
+    @classmethod
+    def judge(cls, worked: float, waited: float) -> None:
+        cls.late = cls.late + 1.0 if waited > 0.5 * worked + 2e-4 else max(0.0, cls.late - 0.2)
+        if cls.late > LATENESS:
+            cls.late, cls.alone = 0.0, REST
+
+
 def each(ranges: list[tuple[int, int]], work: Callable[..., None], *arguments: Any) -> None:
-    """work(low, high, *arguments) of each range, on all cores: whoever calls takes part."""
+    """work(low, high, *arguments) of each range, on all cores: whoever calls takes part. Where cores are busy with something else, helpers
+    come late, and the caller is faster alone: it then is, for a while."""
     threads = min(torch.get_num_threads(), len(ranges))
-    parts = iter(ranges)
+    parts, alone = iter(ranges), threads <= 1 or _Hands.alone > 0
+    if alone:
+        _Hands.alone = max(0, _Hands.alone - (threads > 1))
+        _take(parts, work, arguments)
+        return
     others = [_pool(os.getpid(), threads - 1).submit(_take, parts, work, arguments) for _ in range(threads - 1)]
+    begun = time.perf_counter()
     _take(parts, work, arguments)
+    done = time.perf_counter()
     for other in others:
-        other.result()
+        if not other.cancel():  # who has not begun need not
+            other.result()
+    _Hands.judge(done - begun, time.perf_counter() - done)
 
 
 def _take(parts: Iterator[tuple[int, int]], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
