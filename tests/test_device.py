@@ -226,6 +226,11 @@ def test_multiscale(seen, on_the_cpu, batch, penalty):
     with on_the_cpu():
         _, numbers = solved("cpu", "softmin", "auto", "envelope", batch, penalty, SqEuclidean)
     done, found = solved("cuda:1", "multiscale", "auto", "envelope", batch, penalty, SqEuclidean)
+    if penalty.balanced:  # it begins elsewhere, and (f + c, g - c) is the same plan
+        for z in (numbers, found):
+            _, f, g, _ = z
+            c = f.mean(-1, keepdim=True)
+            z[1:3] = f - c, g + c
     near(found, numbers, rtol=2e-4, atol=2e-5)
     assert done.transport().is_cuda and done.sharp_cost.is_cuda and "pairs_kernel" in {name for name, _ in seen.compiled}
 
