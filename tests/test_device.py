@@ -23,6 +23,7 @@ from gpu_ot import KL, Cosine, Problem, SqEuclidean
 from gpu_ot.geometry import keops, products
 from gpu_ot.lerobot import OTLossConfig, compute_ot_loss_for_policy
 from gpu_ot.lerobot.attach import CoTraining
+from gpu_ot.losses.measures import backend_for
 from gpu_ot.vectors import to_host
 from problems import generator, pairwise, rand
 
@@ -239,6 +240,8 @@ def test_auto_takes_few_pairs_on_a_gpu(seen):
     x, y = (torch.rand(40_000, 3, device="cuda") for _ in range(2))
     assert 'auto takes "multiscale"' in gpu_ot.explain(Problem(SqEuclidean(x, y), 1e-5))
     assert 'auto takes "triton"' in gpu_ot.explain(Problem(SqEuclidean(x, y), 1e-2))
+    assert backend_for("multiscale", Problem(SqEuclidean(x, y), 1e-5)) == "multiscale"
+    assert backend_for("multiscale", Problem(SqEuclidean(x, y), 1e-2)) == "triton"
 
 
 def test_two_devices_in_turns(seen):

@@ -14,6 +14,7 @@ from ..communicator import ALONE
 from ..costs import Euclidean, SqEuclidean
 from ..distributed.costs import Sharded
 from ..errors import ProblemError
+from ..geometry import multiscale
 from ..geometry.select import BACKENDS
 from ..penalties import KL
 from ..problem import Problem
@@ -93,7 +94,9 @@ def backend_for(name: str, problem: Problem) -> str:
     if name not in ("tensorized", "online", "multiscale"):
         return name
     if name == "multiscale" and problem.cost.ranks is ALONE and BACKENDS[name].refuse(problem) is None:
-        return name
+        # By tiles it is no faster than all pairs, unless few of them are left.
+        if not multiscale.by_torch(problem) or multiscale.pays(problem):
+            return name
     problem = problem.cost.ranks.largest(problem)
     streaming = ("triton", "keops") if problem.a.is_cuda else ()
     serving = [one for one in (*streaming, "chunked") if BACKENDS[one].refuse(problem) is None]
