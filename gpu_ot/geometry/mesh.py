@@ -112,7 +112,7 @@ class Pair:
 
     def __init__(self, problem: Problem, per: float) -> None:
         self.offsets, points = coordinates(problem)
-        self.shifts, self.points = tuple(map(array, self.offsets)), tuple(map(array, points))
+        self.shifts, self.points = (array(self.offsets[0]), array(self.offsets[1])), (array(points[0]), array(points[1]))
         ends = [np.stack((lines.min(1), lines.max(1))) for lines in (np.ascontiguousarray(z.T) for z in self.points)]
         self.box = np.minimum(ends[0][0], ends[1][0]), np.maximum(ends[0][1], ends[1][1])
         self.per, self.kept = per, {}
@@ -124,8 +124,8 @@ class Pair:
         level, (own, other) = self.level(eps), self.shifts[::-1] if turned else self.shifts
         source, target = level.clouds[not turned], level.clouds[turned]
         h, logs, out = np.empty(len(other)), np.empty(len(own)), torch.empty(len(own), dtype=torch.float64)
-        log_w = np.empty(0) if log_w is None else array(log_w)
-        each(shares(len(h), LEAST), levels.load, array(g), log_w, other, source.order, eps, h)
+        weights = np.empty(0) if log_w is None else array(log_w)
+        each(shares(len(h), LEAST), levels.load, array(g), weights, other, source.order, eps, h)
         level.sums(h, np.ones_like(h), turned, True, logs, np.empty_like(logs))
         logs += level.constant
         each(shares(len(logs), LEAST), levels.store, logs, own, target.order, eps, damping, out.numpy())

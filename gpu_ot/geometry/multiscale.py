@@ -124,8 +124,8 @@ class Multiscale(Swept):
                 return self.pair.updated(g, log_w, eps, damping, self._turned)
         (own, other), (rows, columns) = self._sides(eps)
         L, out = np.empty(len(other)), torch.empty(len(own), dtype=torch.float64)
-        log_w = np.empty(0) if log_w is None else mesh.array(log_w)
-        each(shares(len(L), mesh.LEAST), levels.load, mesh.array(g), log_w, other, columns.order, eps, L)
+        log_weights = np.empty(0) if log_w is None else mesh.array(log_w)
+        each(shares(len(L), mesh.LEAST), levels.load, mesh.array(g), log_weights, other, columns.order, eps, L)
         logs, _ = self._sums(rows, columns, L, np.empty((0, len(L))))
         each(shares(len(logs), mesh.LEAST), levels.store, logs, own, rows.order, eps, damping, out.numpy())
         return out
@@ -143,8 +143,8 @@ class Multiscale(Swept):
         """The shifts and the trees of this side and the other."""
         if self.shared["eps"] != eps:
             self.shared.update(eps=eps, trees=tuple(_tree(z / math.sqrt(eps)) for z in self.pair.points))
-        shifts, trees = self.pair.shifts, self.shared["trees"]
-        return (shifts[::-1], trees[::-1]) if self._turned else (shifts, trees)
+        (alpha, beta), (rows, columns) = self.pair.shifts, self.shared["trees"]
+        return ((beta, alpha), (columns, rows)) if self._turned else ((alpha, beta), (rows, columns))
 
     def _sums(self, rows: Any, columns: Any, L: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log sum_j exp(L_j - |x_i - y_j|^2 / 2) (n,), and the means of v (c, m) with these weights (n, c), as points are sorted."""

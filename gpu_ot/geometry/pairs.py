@@ -74,4 +74,5 @@ class Pairs(Swept):
             each = zip(self.points, self.orders, strict=True)
             self.shared.update(eps=eps, tiles=tuple(tilepairs.tiled(z / math.sqrt(eps), order) for z, order in each))
         rows, columns = self.shared["tiles"]
-        return (self.shifts[::-1], (columns, rows)) if self._turned else (self.shifts, (rows, columns))
+        alpha, beta = self.shifts
+        return ((beta, alpha), (columns, rows)) if self._turned else ((alpha, beta), (rows, columns))
