@@ -93,10 +93,9 @@ def backend_for(name: str, problem: Problem) -> str:
     """Our name for geomloss's: the first backend of that kind that serves the problem. A stored matrix is not streamed."""
     if name not in ("tensorized", "online", "multiscale"):
         return name
-    if name == "multiscale" and problem.cost.ranks is ALONE and BACKENDS[name].refuse(problem) is None:
-        # By tiles it is no faster than all pairs, unless few of them are left.
-        if not multiscale.by_torch(problem) or multiscale.pays(problem):
-            return name
+    serves = name == "multiscale" and problem.cost.ranks is ALONE and BACKENDS[name].refuse(problem) is None
+    if serves and (not multiscale.by_torch(problem) or multiscale.pays(problem)):  # tiles are no faster, unless few pairs are left
+        return name
     problem = problem.cost.ranks.largest(problem)
     streaming = ("triton", "keops") if problem.a.is_cuda else ()
     serving = [one for one in (*streaming, "chunked") if BACKENDS[one].refuse(problem) is None]
