@@ -1,10 +1,12 @@
 """A million points in three dimensions on a CPU: the mesh and the multiscale backend, and GeomLoss' multiscale beside them.
 
     python bench/million.py [--out DIR] [--largest 1000000] [--peer-seconds 600]
+    python bench/million.py --draw bench/results
 
 Weights are uniform, eps = 2 blur^2 of |x - y|^2, points in the unit box. Errors are mean |marginal / weight - 1| by exact sums at 256
 points of each side, the same for all. GeomLoss runs as its users run it (scaling .5, float32), each size in a process of its own, within
-`peer-seconds` in all. What either compiles is compiled before anything is timed.
+`peer-seconds` in all. What either compiles is compiled before anything is timed. `--draw` makes the picture of how time grows from the rows
+that are there, and runs nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +99,59 @@ def apart(arguments: list[str], seconds: float | None = None) -> dict[str, Any]:
     return json.loads(lines[-1]) if done.returncode == 0 and lines else dict(status="failed", said=done.stderr[-300:])
 
 
+#: What a line of the picture is: its name, which rows are on it, and its colour and marker.
+LINES: list[tuple[str, Callable[[dict[str, Any]], bool], str, str]] = [
+    ("mesh, blur .05 to 1e-3", lambda row: row["solver"] == "mesh" and row["tol"] == 1e-3, "#0072B2", "o"),
+    ("mesh, blur = spacing to 1e-2", lambda row: row["solver"] == "mesh" and row["tol"] == 1e-2, "#56B4E9", "s"),
+    ("multiscale, blur .05 to 1e-3", lambda row: row["solver"] == "multiscale" and row["tol"] == 1e-3, "#CC79A7", "D"),
+    ("chunked, blur .05 to 1e-3", lambda row: row["solver"] == "chunked", "#000000", "^"),
+    ("GeomLoss multiscale, blur .05", lambda row: row["solver"] == "GeomLoss multiscale", "#009E73", "v"),
+]
+
+
+def growth(rows: list[dict[str, Any]]) -> Any:
+    """Core-seconds against n on cubes, logarithmic both ways, and how fast each line grows from its first point to its last."""
+    from charts import DPI, STYLE, WIDTH, matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 4.0), dpi=DPI, layout="constrained")
+        ax = figure.subplots()
+        for name, chosen, colour, marker in LINES:
+            timed = [row for row in rows if row["clouds"] == "cube" and "cpu_s" in row and chosen({"tol": None} | row)]
+            points = sorted((row["n"], row["cpu_s"]) for row in timed)
+            if not points:
+                continue
+            (first, fast), (last, slow) = points[0], points[-1]
+            power = f": n^{math.log(slow / fast) / math.log(last / first):.2f}" if last > first else ""
+            ax.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.6, markersize=5, label=name + power)
+        sizes, start = (10_000, 1_000_000), 0.25
+        ax.plot(sizes, [start * (n / sizes[0]) ** 1.15 for n in sizes], color="#777777", linestyle=":", label="n^1.15")
+        ax.set(xscale="log", yscale="log", xlabel="n = m [points]", ylabel="time of one core [s]", title="Uniform points in the unit cube")
+        ax.legend(fontsize=7.5)
+    return figure
+
+
+def draw(folder: Path) -> str:
+    """The picture beside million.json; what to do where that is missing."""
+    path = folder / "million.json"
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist: run bench/million.py --out {folder} first, or name the folder that has it.")
+    growth(json.loads(path.read_text())["rows"]).savefig(folder / "million-growth.png")
+    return f"wrote {folder / 'million-growth.png'}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a folder for million.json")
     parser.add_argument("--largest", type=int, default=SIZES[-1])
     parser.add_argument("--peer-seconds", type=float, default=600.0)
     parser.add_argument("--case", nargs="+", help="one row, as JSON: kind n blur tol backend")
+    parser.add_argument("--draw", type=Path, help="a folder that has million.json: draw how time grows, and run nothing")
     options = parser.parse_args()
+    if options.draw:
+        print(draw(options.draw))
+        return 0
     if options.case:
         kind, n, blur, tol, backend = options.case
         if backend == "GeomLoss multiscale":
@@ -142,6 +191,8 @@ def main() -> int:
             write(options.out, "million", rows)
         if left < 1:
             break
+    if options.out:
+        print(draw(options.out))
     return 0
 
 

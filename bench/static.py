@@ -23,7 +23,7 @@ import tempfile
 os.environ.pop("TRITON_INTERPRET", None)  # nothing compiles in the interpreter
 
 import triton
-from gpu_ot.kernels import absorb, absorbed, apply, check, dual, resident, scaling, softmin, step, tiles, tuning
+from gpu_ot.kernels import absorb, absorbed, apply, check, dual, pairs, resident, scaling, softmin, step, tiles, tuning
 from gpu_ot.kernels import streamed as streamed_kernels
 from gpu_ot.kernels.launches import FUSED
 from gpu_ot.kernels.scaling import both_kernel
@@ -277,11 +277,17 @@ def vector_kernels() -> list[tuple[str, object, dict, dict, int]]:
     rows.append(("join", softmin.join_kernel, joined | dict(eps="fp32"), dict(UPDATE=2, SPLITS=64, BLOCK=128), 4))
     wide = of("*fp64", "k h alpha beta factor") | of("*i32", "rows_used columns_used") | dict(eps="fp64")
     rows.append(("exponents", apply.exponents_kernel, wide, dict(BLOCK=1024), 8))
-    pairs = of("*fp32", "C g_high g_low f_high f_low K") | of("*fp64", "f_out") | of("fp32", "scale dropped")
-    rows += [(f"absorb{' at f' * given}", absorb.absorb_kernel, pairs, dict(GIVEN=given, BLOCK=absorb.BLOCK), 4) for given in (False, True)]
+    absorbing = of("*fp32", "C g_high g_low f_high f_low K") | of("*fp64", "f_out") | of("fp32", "scale dropped")
+    rows += [
+        (f"absorb{' at f' * given}", absorb.absorb_kernel, absorbing, dict(GIVEN=given, BLOCK=absorb.BLOCK), 4) for given in (False, True)
+    ]
     valued = of("*fp64", "a b f g s D grad k h w grad_a grad_b") | of("fp64", "eps tau_a tau_b")
     rows.append(("dual", dual.dual_kernel, valued, dict(ROWS=1, COLUMNS=2, BLOCK=512), 8))
     rows.append(("pull", dual.pull_kernel, valued, dict(ROWS=1, COLUMNS=2, BLOCK=512), 8))
+    listed = of("*fp64", "x_centres y_centres tops logs") | of("*i64", "starts tiles") | of("i32", "columns")
+    for weighed in (False, True):
+        constants = dict(WEIGHED=weighed, BLOCK=pairs.BLOCK, WIDTH=pairs.WIDTH)
+        rows.append((f"pairs{' of v' * weighed}", pairs.pairs_kernel, listed, constants, pairs.WARPS))
     points = of("*fp64", "x top") | of("*fp16", "data") | of("i32", "d batch_stride row_stride stride columns width")
     for q in (0, 10):
         rows.append((f"points {q}", tiles.split_kernel, points, dict(Q=q, ROWS=32, COLUMNS=64), 4))

@@ -60,9 +60,9 @@ smartquotes = False  # what is quoted is code
 
 #: The order of the gallery: what tempts first, what explains last.
 ORDER = (
-    "colour_transfer", "flow_matching", "gradient_flow", "every_pixel", "domain_adaptation", "unbalanced_outliers", "partial_matching",
-    "barycentres", "gromov_wasserstein", "low_rank", "ground_cost", "learn_eps", "training_loop", "soft_quantiles", "convergence",
-    "cotraining",
+    "colour_transfer", "flow_matching", "gradient_flow", "every_pixel", "motorcycle", "domain_adaptation", "unbalanced_outliers",
+    "partial_matching", "barycentres", "gromov_wasserstein", "low_rank", "ground_cost", "learn_eps", "training_loop", "soft_quantiles",
+    "convergence", "cotraining",
 )  # fmt: skip
 
 

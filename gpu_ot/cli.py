@@ -71,7 +71,12 @@ def _describe_demo(parser: argparse.ArgumentParser) -> None:
         "and a table of POT and gpu_ot on the same problem. Needs no network."
     )
     parser.add_argument("--device", default="cpu", help="where gpu_ot runs: cpu, cuda, cuda:1; POT runs in numpy")
-    parser.add_argument("--pixels", type=int, default=800, help="pixels sampled from each photograph; memory and time grow as its square")
+    parser.add_argument(
+        "--pixels",
+        type=int,
+        default=800,
+        help="pixels sampled from each photograph for the table and the picture of the plan; memory and time grow as its square",
+    )
     parser.add_argument("--reg", type=float, default=5e-3, help="entropic regularisation, in squared RGB distance (black to white is 3)")
     parser.add_argument("--out", default="out/demo.png", help="the PNG to write")
     parser.set_defaults(run=_demo)

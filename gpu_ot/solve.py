@@ -120,7 +120,8 @@ def solve(
         if start is not None:
             ranks.agree(start=rows)
         solution = find(
-            problem, backend=backend, precision=precision, grad=grad, criterion=Marginal(tol, norm), start=Start(rows, problem.a),
+            problem, backend=backend, precision=precision, grad=grad, criterion=Marginal(tol, norm),
+            start=None if start is None else Start(rows, problem.a),
             max_iter=max_iter, check_every=check_every, accelerate=accelerate if start is None or accelerate != "auto" else "mixing",
             schedule=schedule, on_check=on_check, keep=keep,
         )  # fmt: skip
@@ -175,7 +176,7 @@ def find(
 
     order       which marginal is exact, "rows" or "columns"; "symmetric" where both sides are one measure, see `Symmetric`.
     criterion   when to stop; Marginal() when left out.
-    start       row potentials, for order="columns" those of the columns.
+    start       row potentials, for order="columns" those of the columns; when left out 0, or what the backend proposes.
     after       plain iterations before acceleration sets in.
     leap        see `gpu_ot.solver.annealing.blocks`.
 
@@ -201,6 +202,7 @@ def find(
         )
     accelerate = "none" if unrolled or after >= max_iter else accelerate
     posed, rule = problem.T if order == "columns" else problem, criterion or Marginal()
+    unstarted = start is None
     start = start or Start(torch.zeros_like(posed.a), posed.a)
     every = check_every or (1 if accelerate != "none" and problem.a.device.type == "cpu" else 10)
 
@@ -209,6 +211,8 @@ def find(
         run: dict[str, Any] = dict(check_every=every, on_check=on_check, keep=keep, leap=leap)
         auto = accelerate == "auto" and schedule is None and order != "symmetric" and not geometry.single_launch
         step = _step(problem, order, accelerate, after)
+        if auto and unstarted and problem.balanced and (rows := geometry.initial_rows()) is not None:
+            at = at._replace(f=rows)
         with torch.no_grad():
             own_rule = rule.stricter() if geometry.approximate else rule
             outcome = sinkhorn(geometry, step, own_rule, at, max_iter=max_iter, schedule=schedule, auto=auto, **run)

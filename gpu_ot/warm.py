@@ -13,6 +13,7 @@ import gpu_ot
 
 from . import compiled
 from .errors import BackendError
+from .vectors import PIECE
 
 TYPES = ("float64", "float32")
 
@@ -49,6 +50,7 @@ def everything(dtype: str) -> None:
     gpu_ot.solve_batch(M[None], 0.1, w, w)
     gpu_ot.sinkhorn2(w, w, M.requires_grad_(), 0.1).backward()
     gpu_ot.solve(gpu_ot.Problem(gpu_ot.SqEuclidean(x, y), 0.01))
+    many = torch.rand(PIECE + 1, 2, generator=generator).to(x.dtype)  # whose vectors are taken by compiled functions
     for backend in ("mesh", "multiscale"):
-        gpu_ot.solve(gpu_ot.Problem(gpu_ot.SqEuclidean(x[0], y[0]), 0.01), backend=backend)
+        gpu_ot.solve(gpu_ot.Problem(gpu_ot.SqEuclidean(many, 0.5 * many), 0.01), backend=backend, tol=1e-3).transport()
     gpu_ot.SamplesLoss()(x[0].requires_grad_(), y[0]).backward()

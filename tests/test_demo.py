@@ -76,6 +76,19 @@ def test_map_on_the_sample_is_the_barycentric_map_of_the_plan():
     torch.testing.assert_close(demo.extend(x, y, solution.g / REG, REG), ours, rtol=0, atol=1e-8)
 
 
+def test_all_pixels_take_part_where_the_mesh_serves(shown):
+    """The printed line says so. A map between all pixels brings back the mean colour of the other photograph; a sample's cannot, quite."""
+    if gpu_ot.compiled.refused():
+        pytest.skip("needs numba")
+    assert "all 273280 pixels of each photograph" in shown[1] and "marginals off by" in shown[1]
+    china, flower = (photo[::4, ::4].contiguous() for photo in demo.photographs())
+    painted = demo.every_pixel(china, flower, REG, torch.device("cpu"))
+    for mine, other in zip(painted, (flower, china), strict=True):
+        assert mine.shape == other.shape
+        torch.testing.assert_close(mine.mean((0, 1)), other.mean((0, 1)), rtol=0, atol=demo.EVERY_PIXEL_TOL)
+    assert demo.every_pixel(china, flower, 1e-8, torch.device("cpu")) is None
+
+
 def test_table_says_what_pot_warned_about(monkeypatch):
     """At a reg this small exp(-C / reg) is 0 for most pairs; ours says how it ended in every case."""
     _, _, C = clouds(40)

@@ -23,6 +23,7 @@ from gpu_ot import KL, Cosine, Problem, SqEuclidean
 from gpu_ot.geometry import keops, products
 from gpu_ot.lerobot import OTLossConfig, compute_ot_loss_for_policy
 from gpu_ot.lerobot.attach import CoTraining
+from gpu_ot.losses.measures import backend_for
 from gpu_ot.vectors import to_host
 from problems import generator, pairwise, rand
 
@@ -219,6 +220,30 @@ def declared(done, backend, grad):
     return 1 + resolved + strides + unrolled + (6 if grad == "implicit" else 0) + (4 if backend == "dense" else 0)
 
 
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize("penalty", [KL(), KL(0.5)], ids=str)
+def test_multiscale(seen, on_the_cpu, batch, penalty):
+    """Tiles, their list and the kernel on the device: as on the CPU, with a read for each sweep's list."""
+    with on_the_cpu():
+        _, numbers = solved("cpu", "softmin", "auto", "envelope", batch, penalty, SqEuclidean)
+    done, found = solved("cuda:1", "multiscale", "auto", "envelope", batch, penalty, SqEuclidean)
+    if penalty.balanced:  # it begins elsewhere, and (f + c, g - c) is the same plan
+        for z in (numbers, found):
+            _, f, g, _ = z
+            c = f.mean(-1, keepdim=True)
+            z[1:3] = f - c, g + c
+    near(found, numbers, rtol=2e-4, atol=2e-5)
+    assert done.transport().is_cuda and done.sharp_cost.is_cuda and "pairs_kernel" in {name for name, _ in seen.compiled}
+
+
+def test_auto_takes_few_pairs_on_a_gpu(seen):
+    x, y = (torch.rand(40_000, 3, device="cuda") for _ in range(2))
+    assert 'auto takes "multiscale"' in gpu_ot.explain(Problem(SqEuclidean(x, y), 1e-5))
+    assert 'auto takes "triton"' in gpu_ot.explain(Problem(SqEuclidean(x, y), 1e-2))
+    assert backend_for("multiscale", Problem(SqEuclidean(x, y), 1e-5)) == "multiscale"
+    assert backend_for("multiscale", Problem(SqEuclidean(x, y), 1e-2)) == "triton"
+
+
 def test_two_devices_in_turns(seen):
     """What is kept from one solve to the next is kept for its device."""
     found = []
@@ -337,7 +362,7 @@ def test_without_triton(seen, monkeypatch, device):
         with pytest.raises(gpu_ot.BackendError, match="not installed"):
             gpu_ot.solve(problem, backend=backend)
     launched = len(seen.compiled)
-    for backend in ("auto", "dense", "chunked"):
+    for backend in ("auto", "dense", "chunked", "multiscale"):
         assert gpu_ot.solve(problem, backend=backend, tol=1e-4).f.device == x.device
     assert len(seen.compiled) == launched and "not installed" in gpu_ot.explain(problem)
     products._run_on.cache_clear()

@@ -139,3 +139,31 @@ def test_refusals_name_the_argument(arguments, said):
 def test_another_cost_is_no_grid():
     with pytest.raises(gpu_ot.BackendError, match=r"gpu_ot\.Grid"):
         solve(Problem(torch.rand(3, 3), 0.1), backend="grid")
+
+
+@pytest.mark.parametrize("shape, p, batch", [((40,), 1.5, ()), ((9, 7), 2.0, (2,)), ((5, 6, 4), 1.0, ())])
+def test_the_sharp_cost_is_a_sum_over_axes(monkeypatch, shape, p, batch):
+    """As of the stored matrix, with derivatives in the weights and the spacing; and no pair is ever formed."""
+    a, b = bumps(2, shape) if batch else bumps(1, shape)[0], bumps(1, shape, seed=1)[0]
+
+    def run(dense, grad, asked):
+        grid = Grid(shape, spacing=asked[0], p=p, periodic=(True, *[False] * (len(shape) - 1)))
+        s = solve(
+            Problem(Matrix(grid.dense()) if dense else grid, 0.02, *asked[1:]), tol=1e-10, grad=grad, backend="softmin" if dense else "grid"
+        )
+        return s.sharp_cost
+
+    spacing = torch.full((len(shape),), 0.13, dtype=torch.float64)
+    truth = [run(True, "implicit", right := leaves(spacing, a, b))]
+    truth += torch.autograd.grad(truth[0].sum(), right)
+    monkeypatch.setattr(Grid, "strips", None)
+    torch.testing.assert_close(run(False, "envelope", (spacing, a, b)), truth[0].detach(), rtol=1e-9, atol=1e-12)
+    found = [run(False, "implicit", asked := leaves(spacing, a, b))]
+    found += torch.autograd.grad(found[0].sum(), asked)
+    for mine, right, w in zip(found, truth, (None, None, a, b), strict=True):
+        if w is not None:  # a constant in a gradient in weights means nothing
+            mine, right = (
+                torch.where(w > 0, z - torch.where(w > 0, z, 0.0).sum(-1, keepdim=True) / (w > 0).sum(-1, keepdim=True), 0.0)
+                for z in (mine, right)
+            )
+        torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-8)

@@ -1,17 +1,27 @@
 """Clouds in one to three dimensions by way of a mesh, and from the pairs that matter: against the sums over all pairs."""
 
 import math
+import threading
+import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gpu_ot
 from gpu_ot import KL, TV, Cosine, Dot, Euclidean, Problem, SamplesLoss, SqEuclidean, compiled, solve
-from gpu_ot.geometry import mesh, multiscale, select
+from gpu_ot.geometry import mesh, multiscale, select, tiles
 from gpu_ot.geometry.chunked import Chunked
-from gpu_ot.geometry.protocol import weigh
+from gpu_ot.geometry.protocol import Geometry, weigh
 from gpu_ot.geometry.select import bind
 from gpu_ot.solution.measured import measure
+from gpu_ot.solver import fused
+from gpu_ot.solver.acceleration import Anderson
+from gpu_ot.solver.criterion import Marginal
+from gpu_ot.solver.loop import sinkhorn
+from gpu_ot.solver.step import Alternating, Start
+from gpu_ot.vectors import PIECE
 from problems import INF, leaves, pairwise, rand, randn, weights
 
 pytestmark = pytest.mark.skipif(bool(compiled.refused()), reason="needs numba")
@@ -57,6 +67,12 @@ def shape_of(f, a):
 
 def exact(problem):
     return Chunked(problem.cost)
+
+
+class OfNoPoints(SqEuclidean):
+    """A cost that keeps its sides to itself."""
+
+    sides = None
 
 
 # The pairs that matter: exact to a part of each sum, whatever the points and potentials.
@@ -241,6 +257,83 @@ def test_a_cost_of_three_features_that_folds_will_do():
         assert ours.converged and float(ours.value) == pytest.approx(float(truth.value), abs=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_batches_are_solved_one_by_one(backend, shared):
+    """Values, marginals, gradients and maps of each problem, of clouds of its own or of weights of its own."""
+    x, y = sphere_and_torus(300, 260)
+    clouds = (x, y) if shared else (torch.stack((x, 0.9 * x, x)), torch.stack((y, y, y + 0.05)))
+    a = torch.stack([weights(300, empty=7, seed=k) for k in range(3)])
+
+    def run(backend, tol):
+        asked = leaves(*clouds, a)
+        s = solve(Problem(SqEuclidean(*asked[:2]), 0.01, asked[2]), backend=backend, tol=tol)
+        return s, s.value, *torch.autograd.grad(s.value.sum(), asked), s.transport().detach()[..., 7:, :], s.sharp_cost
+
+    (s, value, *others), (_, right, *truths) = run(backend, 2e-4), run("dense", 1e-8)
+    assert s.converged.all() and s.converged.shape == (3,) and s.measure().bound <= 2e-4
+    torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-6)
+    for mine, truth, live in zip(others, truths, (True, True, a > 0, True, True), strict=True):
+        mine, truth = mine.detach(), truth.detach()
+        if live is not True:  # a constant in the gradient of a weight means nothing
+            mine, truth = (torch.where(live, z - z.sum(-1, keepdim=True) / live.sum(-1, keepdim=True), 0.0) for z in (mine, truth))
+        assert float((mine - truth).norm() / truth.norm()) <= 2e-3
+
+
+@pytest.mark.parametrize("penalty", [KL(), KL(0.1)])
+def test_long_vectors_are_taken_off_torch_and_nothing_changes(monkeypatch, penalty):
+    """The same iterations by compiled vectors and by torch's, in the mesh's own update and in the protocol's."""
+    problem = pose("surfaces", 2500, 2600, penalties=(penalty, penalty))
+    ours = solve(problem, backend="mesh", tol=1e-4)
+    monkeypatch.setattr(fused, "on_one_core", lambda *z: False)
+    monkeypatch.setattr(mesh.Mesh, "iterate", Geometry.iterate)
+    theirs = solve(problem, backend="mesh", tol=1e-4)
+    assert ours.n_iter == theirs.n_iter
+    torch.testing.assert_close(ours.errors, theirs.errors, rtol=1e-5, atol=1e-11)
+    torch.testing.assert_close(ours.f, theirs.f, rtol=1e-8, atol=1e-10)
+
+
+#: Operations that touch no number.
+VIEWS = ("alias", "detach", "empty", "expand", "lift_fresh", "reshape", "unbind", "view")
+
+
+def test_no_iteration_wakes_torchs_threads(monkeypatch):
+    """Between two sweeps there is no operation of torch on a long vector, which would be shared out to all cores."""
+    problem = pose("surfaces", 4000, 4100)
+    geometry, seen = mesh.Mesh(problem, 2.0), []
+
+    class Long(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            size = max((z.numel() for z in tree_leaves((args, out)) if isinstance(z, torch.Tensor)), default=0)
+            if size > PIECE and func.overloadpacket.__name__ not in (
+                "detach",
+                "empty",
+                "view",
+                "expand",
+                "reshape",
+                "alias",
+                "unbind",
+                "lift_fresh",
+            ):
+                seen.append(func.overloadpacket.__name__)
+            return out
+
+    def run(k):
+        step = Alternating(problem, problem.eps, Anderson(gauge=True))
+        sinkhorn(geometry, step, Marginal(1e-9), Start(torch.zeros_like(problem.a), problem.a), max_iter=k, check_every=1)
+
+    counts = []
+    with torch.no_grad():
+        run(1)  # logarithms of the weights are taken once
+        for k in (5, 15):
+            seen.clear()
+            with Long():
+                run(k)
+            counts.append(sorted(seen))
+    assert counts[0] == counts[1]
+
+
 # Which backend is taken, and what is refused.
 
 
@@ -248,9 +341,9 @@ def test_a_cost_of_three_features_that_folds_will_do():
 @pytest.mark.parametrize(
     "cost, said",
     [
-        (Euclidean(rand(9, 3), rand(8, 3)), "Gaussian kernels alone"),
+        (Euclidean(rand(9, 3), rand(8, 3)), "no squared distance"),
         (Cosine(rand(9, 4), rand(8, 4)), "4 features"),
-        (SqEuclidean(rand(2, 9, 3), rand(2, 8, 3)), "a batch"),
+        (OfNoPoints(rand(2, 9, 3), rand(2, 8, 3)), "where the points"),
         (torch.rand(4, 4), "a matrix"),
     ],
     ids=lambda z: z if isinstance(z, str) else "",
@@ -290,8 +383,10 @@ def test_measured_errors_are_those_of_all_points():
     assert sampled.columns == pytest.approx(everything.columns, rel=0.3) and sampled.bound >= everything.error
     turned = solve(problem.T, backend="dense", tol=1e-2).measure()
     assert turned.T.rows == turned.columns
-    with pytest.raises(gpu_ot.ProblemError, match="one problem at a time"):
-        solve(Problem(rand(2, 5, 5), 0.1), backend="softmin").measure()
+    batch = solve(Problem(rand(2, 5, 6), 0.1), backend="softmin", tol=1e-2)
+    assert batch.measure().columns == pytest.approx(float(batch.errors[-1].max()), rel=1e-6)
+    with pytest.raises(gpu_ot.ProblemError, match="sum `plan`"):
+        solve(Problem(OfNoPoints(rand(2, 9, 3), rand(2, 8, 3)), 0.1), backend="softmin").measure()
 
 
 def test_samples_loss_multiscale():
@@ -302,6 +397,27 @@ def test_samples_loss_multiscale():
     assert S.item() == pytest.approx(truth.item(), rel=1e-3)
     for mine, theirs in zip(torch.autograd.grad(S, ours), torch.autograd.grad(truth, right), strict=True):
         assert float((mine - theirs).norm() / theirs.norm()) <= 1e-2
+
+
+def test_helpers_that_come_late_are_sent_away(monkeypatch):
+    """A helper that has taken a part and lost its core: after a few of these the caller works alone, and every part is done once."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(tiles._Hands, "late", 0.0)
+    monkeypatch.setattr(tiles._Hands, "alone", 0)
+    caller, done, helpers = threading.get_ident(), [], []
+
+    def work(low, high):
+        if threading.get_ident() != caller:
+            helpers.append(low)
+            time.sleep(0.02)
+        else:
+            time.sleep(1e-4)
+        done.append((low, high))
+
+    for _ in range(40):
+        tiles.each(tiles.shares(64), work)
+    assert len(done) == 40 * 16 and sorted(set(done)) == tiles.shares(64)
+    assert tiles._Hands.alone > 0 and 5 <= len(helpers) <= 20
 
 
 def test_mesh_sums_do_not_change_with_threads(monkeypatch):

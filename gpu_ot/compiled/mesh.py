@@ -18,20 +18,21 @@ from typing import NamedTuple
 import numpy as np
 
 from .exponential import exp64, log64
-from .machine import compiled
+from .machine import compiled, extreme
 
 #: Nodes along an axis of a tile and of a cell, whose points share a tilt; those that a cell's points reach; the variance of a B-spline.
 TILE, CELL, WINDOW, BETA = 8, 4, 8, 1 / 3
 #: Largest tilt, e-folds a node: points then move by at most 4 nodes, and stay within their window.
 STEEPEST = 12.0
-#: Tiles whose values are below exp(-FAINT) of the largest are left out of a sum. Within a tile values differ by up to exp(100).
-FAINT = 160.0
+#: The middle of a window; points whose exponentials and weights are taken together, by vector instructions; and the nodes of a line of the
+#: buffer for a window along the third axis: two whole tiles.
+MIDDLE, BATCH, LINE = (WINDOW - 1) / 2, 64, 2 * TILE
 
 
 class Cloud(NamedTuple):
     """Points sorted by cell. Coordinates are in nodes; `tilts` are those of the last gather."""
 
-    points: np.ndarray  # (n, 3)
+    points: np.ndarray  # (3, n)
     order: np.ndarray  # (n,), where each stood
     starts: np.ndarray  # (c + 1,), the first point of each cell that holds some
     cells: np.ndarray  # (c, 3)
@@ -73,172 +74,138 @@ def _window_start(cell, shift):
 
 
 @compiled
-def _splines(q, w):
-    """The four weights of a cubic B-spline, q in [0, 1) behind the second node."""
-    p = 1.0 - q
-    w[0] = p * p * p / 6.0
-    w[3] = q * q * q / 6.0
-    w[1] = (4.0 - 6.0 * q * q + 3.0 * q * q * q) / 6.0
-    w[2] = 1.0 - w[0] - w[1] - w[3]
+def _place(cloud, first, last, moved, start, W, at):
+    """The weights of cubic B-splines, W (12, BATCH) of which each axis has four, and the first node `at` (BATCH,) in the window, for the
+    points first..last moved by `moved`."""
+    size = last - first
+    at[:size] = 0
+    for axis in range(3):
+        y, shift = cloud.points[axis], moved[axis] - start[axis]
+        offset = start[2] % TILE if axis == 2 else 0
+        w0, w1, w2, w3 = W[4 * axis], W[4 * axis + 1], W[4 * axis + 2], W[4 * axis + 3]
+        for j in range(size):
+            z = y[first + j] + shift
+            k = min(int(z), WINDOW - 3)
+            q = z - k
+            p = 1.0 - q
+            w0[j] = p * p * p / 6.0
+            w3[j] = q * q * q / 6.0
+            w1[j] = (4.0 - 6.0 * q * q + 3.0 * q * q * q) / 6.0
+            w2[j] = 1.0 - w0[j] - w1[j] - w3[j]
+            at[j] = at[j] * (WINDOW if axis < 2 else LINE) + k - 1 + offset
+
+
+@compiled
+def _exponents(cloud, h, first, last, s, c, out):
+    """h_j - <s, y_j - c>."""
+    y0, y1, y2 = cloud.points[0], cloud.points[1], cloud.points[2]
+    s0, s1, s2 = s[0], s[1], s[2]
+    rest = s0 * c[0] + s1 * c[1] + s2 * c[2]
+    for j in range(last - first):
+        out[j] = h[first + j] + (rest - s0 * y0[first + j] - s1 * y1[first + j] - s2 * y2[first + j])
+
+
+@extreme
+def _largest(z, size):
+    top = -np.inf
+    for j in range(size):
+        top = z[j] if z[j] > top else top
+    return top
 
 
 @compiled
 def deposit(low, high, cloud, h, sign, stage):
     """Adds exp(h_j) sign_j of the points of the cells low..high to the stage. h (n,), as the points are sorted; -inf is none."""
-    buffer, wx, wy, wz = np.empty(WINDOW**3), np.empty(4), np.empty(4), np.empty(4)
-    start, grow, top = np.empty(3, np.int64), np.empty((3, WINDOW)), np.empty(3)
+    buffer, W, at, e = np.empty(WINDOW * WINDOW * LINE), np.empty((12, BATCH)), np.empty(BATCH, np.int64), np.empty(BATCH)
+    start, grow, moved = np.empty(3, np.int64), np.empty((3, LINE)), np.empty(3)
     for t in range(low, high):
-        first, last = cloud.starts[t], cloud.starts[t + 1]
+        begin, end = cloud.starts[t], cloud.starts[t + 1]
         c, s = cloud.centres[t], cloud.tilts[t]
         level = -np.inf
-        for j in range(first, last):
-            y = cloud.points[j]
-            z = h[j] - (s[0] * (y[0] - c[0]) + s[1] * (y[1] - c[1]) + s[2] * (y[2] - c[2]))
-            level = z if z > level else level
+        for first in range(begin, end, BATCH):
+            last = min(end, first + BATCH)
+            _exponents(cloud, h, first, last, s, c, e)
+            level = max(level, _largest(e, last - first))
         if level == -np.inf:
             continue
         constant = 0.0
         for axis in range(3):
-            start[axis] = _window_start(cloud.cells[t, axis], -s[axis] * BETA)
+            moved[axis] = -s[axis] * BETA
+            start[axis] = _window_start(cloud.cells[t, axis], moved[axis])
             constant += 0.5 * s[axis] * s[axis] * BETA
         buffer[:] = 0.0
-        for j in range(first, last):
-            y = cloud.points[j]
-            z = h[j] - (s[0] * (y[0] - c[0]) + s[1] * (y[1] - c[1]) + s[2] * (y[2] - c[2])) - level
-            if z < -700.0:
-                continue
-            e = exp64(z) * sign[j]
-            q0, q1, q2 = y[0] - s[0] * BETA - start[0], y[1] - s[1] * BETA - start[1], y[2] - s[2] * BETA - start[2]
-            i0, i1, i2 = min(int(q0), WINDOW - 3), min(int(q1), WINDOW - 3), min(int(q2), WINDOW - 3)
-            _splines(q0 - i0, wx)
-            _splines(q1 - i1, wy)
-            _splines(q2 - i2, wz)
-            z0, z1, z2, z3 = wz[0], wz[1], wz[2], wz[3]
-            for i in range(4):
-                ex = e * wx[i]
-                for k in range(4):
-                    exy = ex * wy[k]
-                    at = ((i0 - 1 + i) * WINDOW + i1 - 1 + k) * WINDOW + i2 - 1
-                    buffer[at] += exy * z0
-                    buffer[at + 1] += exy * z1
-                    buffer[at + 2] += exy * z2
-                    buffer[at + 3] += exy * z3
-        _add_window(buffer, start, s, c, level + constant, grow, top, stage)
+        for first in range(begin, end, BATCH):
+            last = min(end, first + BATCH)
+            if end - begin > BATCH:  # otherwise they are there still
+                _exponents(cloud, h, first, last, s, c, e)
+            for j in range(last - first):
+                z = e[j] - level
+                e[j] = exp64(z) * sign[first + j] if z > -700.0 else 0.0
+            _place(cloud, first, last, moved, start, W, at)
+            for j in range(last - first):
+                z0, z1, z2, z3 = W[8, j], W[9, j], W[10, j], W[11, j]
+                for i in range(4):
+                    ex = e[j] * W[i, j]
+                    for k in range(4):
+                        exy = ex * W[4 + k, j]
+                        row = at[j] + (i * WINDOW + k) * LINE
+                        buffer[row] += exy * z0
+                        buffer[row + 1] += exy * z1
+                        buffer[row + 2] += exy * z2
+                        buffer[row + 3] += exy * z3
+        _add_window(buffer, start, s, c, level + constant, grow, stage)
 
 
 @compiled
-def _add_window(buffer, start, s, c, level, grow, top, stage):
+def _powers(s, start, out):
+    """exp(s (k - middle)) of the nodes of a window, and along the third axis of whole tiles, 0 outside of it. At most exp(42), so products
+    of three overflow nowhere."""
+    out[2] = 0.0
+    for axis in range(3):
+        first = start[2] % TILE if axis == 2 else 0
+        half = math.exp(0.5 * s[axis])
+        low, high = 1 / half, half
+        for k in range(WINDOW // 2):
+            out[axis, first + WINDOW // 2 + k] = high
+            out[axis, first + WINDOW // 2 - 1 - k] = low
+            high *= half * half
+            low /= half * half
+
+
+@compiled
+def _add_window(buffer, start, s, c, level, grow, stage):
     """Adds a window, times exp(s (k - c) + level), to the tiles that it meets."""
-    first0, first1, first2 = start[0] // TILE, start[1] // TILE, start[2] // TILE
-    for t0 in range(first0, (start[0] + WINDOW - 1) // TILE + 1):
+    for axis in range(3):
+        level += s[axis] * (start[axis] + MIDDLE - c[axis])
+    _powers(s, start, grow)
+    for t0 in range(start[0] // TILE, (start[0] + WINDOW - 1) // TILE + 1):
         a0, b0 = max(start[0], t0 * TILE), min(start[0] + WINDOW, t0 * TILE + TILE)
-        for t1 in range(first1, (start[1] + WINDOW - 1) // TILE + 1):
+        for t1 in range(start[1] // TILE, (start[1] + WINDOW - 1) // TILE + 1):
             a1, b1 = max(start[1], t1 * TILE), min(start[1] + WINDOW, t1 * TILE + TILE)
-            for t2 in range(first2, (start[2] + WINDOW - 1) // TILE + 1):
-                a2, b2 = max(start[2], t2 * TILE), min(start[2] + WINDOW, t2 * TILE + TILE)
+            for t2 in range(start[2] // TILE, (start[2] + WINDOW - 1) // TILE + 1):
+                part = (t2 - start[2] // TILE) * TILE
                 slot = stage.slot_of[t0, t1, t2]
                 if slot < 0:
                     continue
-                whole = level
-                for axis in range(3):
-                    a = a0 if axis == 0 else a1 if axis == 1 else a2
-                    b = b0 if axis == 0 else b1 if axis == 1 else b2
-                    most = max(s[axis] * (a - c[axis]), s[axis] * (b - 1 - c[axis]))
-                    for k in range(a, b):
-                        grow[axis, k - start[axis]] = math.exp(s[axis] * (k - c[axis]) - most)
-                    whole += most
                 values = stage.values[slot]
                 scale = 1.0
                 if stage.logs[slot] == -np.inf:
                     values[:] = 0.0
-                    stage.logs[slot] = whole
-                elif whole > stage.logs[slot]:
-                    values *= math.exp(stage.logs[slot] - whole)
-                    stage.logs[slot] = whole
+                    stage.logs[slot] = level
+                elif level > stage.logs[slot]:
+                    values *= math.exp(stage.logs[slot] - level)
+                    stage.logs[slot] = level
                 else:
-                    scale = math.exp(whole - stage.logs[slot])
+                    scale = math.exp(level - stage.logs[slot])
+                g2 = grow[2, part : part + TILE]
                 for k0 in range(a0, b0):
                     g0 = scale * grow[0, k0 - start[0]]
                     for k1 in range(a1, b1):
                         g01 = g0 * grow[1, k1 - start[1]]
-                        source = ((k0 - start[0]) * WINDOW + k1 - start[1]) * WINDOW - start[2]
-                        target = ((k0 - t0 * TILE) * TILE + k1 - t1 * TILE) * TILE - t2 * TILE
-                        for k2 in range(a2, b2):
-                            values[target + k2] += g01 * grow[2, k2 - start[2]] * buffer[source + k2]
-
-
-@compiled
-def normalise(low, high, stage):
-    """Values of the slots low..high that are at most 1."""
-    for slot in range(low, high):
-        if stage.logs[slot] > -np.inf:
-            _store(stage.values[slot], stage.logs[slot], stage, slot)
-
-
-@compiled
-def _store(values, level, stage, slot):
-    """values exp(level) in a slot."""
-    most = 0.0
-    for z in range(TILE**3):
-        most = max(most, abs(values[z]))
-    stage.logs[slot] = -np.inf
-    if most > 0.0:
-        stage.logs[slot] = level + math.log(most)
-        target, scale = stage.values[slot], 1.0 / most
-        for z in range(TILE**3):
-            target[z] = values[z] * scale
-
-
-@compiled
-def convolve(low, high, axis, blocks, tops, before, after):
-    """The product along an axis, for the slots low..high of `after`. blocks (2 T - 1, TILE, TILE), [tile distance, from, to], of largest
-    entry 1 and tops (2 T - 1,) the logarithms taken off them."""
-    T, acc = before.slot_of.shape[axis], np.empty(TILE**3)
-    for slot in range(low, high):
-        t0, t1, t2 = after.slots[slot]
-        own = t0 if axis == 0 else t1 if axis == 1 else t2
-        top = -np.inf
-        for t in range(T):
-            source = before.slot_of[t, t1, t2] if axis == 0 else before.slot_of[t0, t, t2] if axis == 1 else before.slot_of[t0, t1, t]
-            if source >= 0:
-                z = before.logs[source] + tops[own - t + T - 1]
-                top = z if z > top else top
-        after.logs[slot] = -np.inf
-        if top == -np.inf:
-            continue
-        acc[:] = 0.0
-        for t in range(T):
-            source = before.slot_of[t, t1, t2] if axis == 0 else before.slot_of[t0, t, t2] if axis == 1 else before.slot_of[t0, t1, t]
-            if source < 0:
-                continue
-            z = before.logs[source] + tops[own - t + T - 1] - top
-            if z < -FAINT:
-                continue
-            _add_product(axis, math.exp(z), blocks[own - t + T - 1], before.values[source], acc)
-        _store(acc, top, after, slot)
-
-
-@compiled
-def _add_product(axis, factor, block, values, acc):
-    if axis == 0:
-        for q in range(8):
-            for r in range(8):
-                c = factor * block[q, r]
-                for z in range(64):
-                    acc[r * 64 + z] += c * values[q * 64 + z]
-    elif axis == 1:
-        for q in range(8):
-            for r in range(8):
-                c = factor * block[q, r]
-                for i in range(8):
-                    for z in range(8):
-                        acc[i * 64 + r * 8 + z] += c * values[i * 64 + q * 8 + z]
-    else:
-        for i in range(64):
-            for q in range(8):
-                c = factor * values[i * 8 + q]
-                for r in range(8):
-                    acc[i * 8 + r] += c * block[q, r]
+                        source = ((k0 - start[0]) * WINDOW + k1 - start[1]) * LINE + part
+                        target = ((k0 - t0 * TILE) * TILE + k1 - t1 * TILE) * TILE
+                        for k in range(TILE):
+                            values[target + k] += g01 * g2[k] * buffer[source + k]
 
 
 @compiled
@@ -270,8 +237,10 @@ def gather(low, high, cloud, stage, ratio, learn, logs, sign):
     ratio   of the variances of the Gaussians on the stage and of those that are wanted: what is smoother is less steep.
     learn   take the tilts from the stage.
     """
-    buffer, wx, wy, wz = np.empty(WINDOW**3), np.empty(4), np.empty(4), np.empty(4)
-    start, shrink, s = np.empty(3, np.int64), np.empty((3, WINDOW)), np.empty(3)
+    buffer, W, at, total = np.empty(WINDOW * WINDOW * LINE), np.empty((12, BATCH)), np.empty(BATCH, np.int64), np.empty(BATCH)
+    start, shrink, s = np.empty(3, np.int64), np.empty((3, LINE)), np.empty(3)
+    moved, turned = np.empty(3), np.empty(3)
+    x0, x1, x2 = cloud.points[0], cloud.points[1], cloud.points[2]
     for t in range(low, high):
         c = cloud.centres[t]
         if learn:
@@ -281,69 +250,68 @@ def gather(low, high, cloud, stage, ratio, learn, logs, sign):
         constant = 0.0
         for axis in range(3):
             s[axis] = -ratio * cloud.tilts[t, axis]
-            start[axis] = _window_start(cloud.cells[t, axis], s[axis] * BETA)
-            constant += 0.5 * s[axis] * s[axis] * BETA
-        level = _take_window(buffer, start, s, c, shrink, stage)
-        for i in range(cloud.starts[t], cloud.starts[t + 1]):
-            if level == -np.inf:
-                logs[i], sign[i] = -np.inf, 0.0
-                continue
-            x = cloud.points[i]
-            q0, q1, q2 = x[0] + s[0] * BETA - start[0], x[1] + s[1] * BETA - start[1], x[2] + s[2] * BETA - start[2]
-            i0, i1, i2 = min(int(q0), WINDOW - 3), min(int(q1), WINDOW - 3), min(int(q2), WINDOW - 3)
-            _splines(q0 - i0, wx)
-            _splines(q1 - i1, wy)
-            _splines(q2 - i2, wz)
-            z0, z1, z2, z3 = wz[0], wz[1], wz[2], wz[3]
-            total = 0.0
-            for i_ in range(4):
-                part = 0.0
-                for k in range(4):
-                    at = ((i0 - 1 + i_) * WINDOW + i1 - 1 + k) * WINDOW + i2 - 1
-                    part += wy[k] * (z0 * buffer[at] + z1 * buffer[at + 1] + z2 * buffer[at + 2] + z3 * buffer[at + 3])
-                total += wx[i_] * part
-            rise = s[0] * (x[0] - c[0]) + s[1] * (x[1] - c[1]) + s[2] * (x[2] - c[2])
-            logs[i] = level + constant + rise + log64(abs(total))
-            sign[i] = 1.0 if total > 0.0 else -1.0 if total < 0.0 else 0.0
+            moved[axis] = s[axis] * BETA
+            start[axis] = _window_start(cloud.cells[t, axis], moved[axis])
+            constant += s[axis] * (0.5 * moved[axis] - c[axis])
+        level = _take_window(buffer, start, s, c, shrink, turned, stage) + constant
+        begin, end = cloud.starts[t], cloud.starts[t + 1]
+        if level == -np.inf:
+            logs[begin:end], sign[begin:end] = -np.inf, 0.0
+            continue
+        for first in range(begin, end, BATCH):
+            last = min(end, first + BATCH)
+            _place(cloud, first, last, moved, start, W, at)
+            for j in range(last - first):
+                z0, z1, z2, z3 = W[8, j], W[9, j], W[10, j], W[11, j]
+                sums = 0.0
+                for i in range(4):
+                    part = 0.0
+                    for k in range(4):
+                        row = at[j] + (i * WINDOW + k) * LINE
+                        part += W[4 + k, j] * (z0 * buffer[row] + z1 * buffer[row + 1] + z2 * buffer[row + 2] + z3 * buffer[row + 3])
+                    sums += W[i, j] * part
+                total[j] = sums
+            for j in range(last - first):
+                i = first + j
+                logs[i] = level + (s[0] * x0[i] + s[1] * x1[i] + s[2] * x2[i]) + log64(abs(total[j]))
+                sign[i] = 1.0 if total[j] > 0.0 else -1.0 if total[j] < 0.0 else 0.0
 
 
 @compiled
-def _take_window(buffer, start, s, c, shrink, stage):
+def _take_window(buffer, start, s, c, shrink, moved, stage):
     """Fills a window with the stage times exp(-s (k - c) - level), and returns the level, -inf for nothing."""
-    level = -np.inf
-    ends = np.empty((3, 2), np.int64)
-    for pass_ in range(2):
-        if pass_ == 1:
-            if level == -np.inf:
-                return level
-            buffer[:] = 0.0
-        for t0 in range(start[0] // TILE, (start[0] + WINDOW - 1) // TILE + 1):
-            ends[0, 0], ends[0, 1] = max(start[0], t0 * TILE), min(start[0] + WINDOW, t0 * TILE + TILE)
-            for t1 in range(start[1] // TILE, (start[1] + WINDOW - 1) // TILE + 1):
-                ends[1, 0], ends[1, 1] = max(start[1], t1 * TILE), min(start[1] + WINDOW, t1 * TILE + TILE)
-                for t2 in range(start[2] // TILE, (start[2] + WINDOW - 1) // TILE + 1):
-                    ends[2, 0], ends[2, 1] = max(start[2], t2 * TILE), min(start[2] + WINDOW, t2 * TILE + TILE)
-                    slot = stage.slot_of[t0, t1, t2]
-                    if slot < 0 or stage.logs[slot] == -np.inf:
-                        continue
-                    whole = stage.logs[slot]
-                    for axis in range(3):
-                        a, b = ends[axis]
-                        most = max(-s[axis] * (a - c[axis]), -s[axis] * (b - 1 - c[axis]))
-                        whole += most
-                        if pass_ == 1:
-                            for k in range(a, b):
-                                shrink[axis, k - start[axis]] = math.exp(-s[axis] * (k - c[axis]) - most)
-                    if pass_ == 0:
-                        level = whole if whole > level else level
-                        continue
-                    scale, values = math.exp(whole - level), stage.values[slot]
-                    for k0 in range(ends[0, 0], ends[0, 1]):
-                        g0 = scale * shrink[0, k0 - start[0]]
-                        for k1 in range(ends[1, 0], ends[1, 1]):
-                            g01 = g0 * shrink[1, k1 - start[1]]
-                            target = ((k0 - start[0]) * WINDOW + k1 - start[1]) * WINDOW - start[2]
-                            source = ((k0 - t0 * TILE) * TILE + k1 - t1 * TILE) * TILE - t2 * TILE
-                            for k2 in range(ends[2, 0], ends[2, 1]):
-                                buffer[target + k2] = g01 * shrink[2, k2 - start[2]] * values[source + k2]
-    return level
+    level, shift = -np.inf, 0.0
+    for t0 in range(start[0] // TILE, (start[0] + WINDOW - 1) // TILE + 1):
+        for t1 in range(start[1] // TILE, (start[1] + WINDOW - 1) // TILE + 1):
+            for t2 in range(start[2] // TILE, (start[2] + WINDOW - 1) // TILE + 1):
+                slot = stage.slot_of[t0, t1, t2]
+                if slot >= 0:
+                    level = max(level, stage.logs[slot])
+    if level == -np.inf:
+        return level
+    for axis in range(3):
+        moved[axis] = -s[axis]
+        shift -= s[axis] * (start[axis] + MIDDLE - c[axis])
+    _powers(moved, start, shrink)
+    for t0 in range(start[0] // TILE, (start[0] + WINDOW - 1) // TILE + 1):
+        a0, b0 = max(start[0], t0 * TILE), min(start[0] + WINDOW, t0 * TILE + TILE)
+        for t1 in range(start[1] // TILE, (start[1] + WINDOW - 1) // TILE + 1):
+            a1, b1 = max(start[1], t1 * TILE), min(start[1] + WINDOW, t1 * TILE + TILE)
+            for t2 in range(start[2] // TILE, (start[2] + WINDOW - 1) // TILE + 1):
+                part = (t2 - start[2] // TILE) * TILE
+                slot = stage.slot_of[t0, t1, t2]
+                scale = math.exp(stage.logs[slot] - level) if slot >= 0 else 0.0
+                values, g2 = stage.values[max(slot, 0)], shrink[2, part : part + TILE]
+                for k0 in range(a0, b0):
+                    g0 = scale * shrink[0, k0 - start[0]]
+                    for k1 in range(a1, b1):
+                        g01 = g0 * shrink[1, k1 - start[1]]
+                        target = ((k0 - start[0]) * WINDOW + k1 - start[1]) * LINE + part
+                        source = ((k0 - t0 * TILE) * TILE + k1 - t1 * TILE) * TILE
+                        if scale == 0.0:  # whose values may be those of an earlier sweep, or none
+                            for k in range(TILE):
+                                buffer[target + k] = 0.0
+                        else:
+                            for k in range(TILE):
+                                buffer[target + k] = g01 * g2[k] * values[source + k]
+    return level + shift

@@ -33,35 +33,37 @@ class Tree(NamedTuple):
 
 
 @compiled
-def hilbert(points, low, scale, keys):
-    """The places of points (n, 3) on a Hilbert curve. Skilling 2004, doi:10.1063/1.1751381."""
-    z = np.empty(3, np.int64)
+def hilbert(points, axes, low, scale, keys):
+    """The places of points (n, 3) on a Hilbert curve along some axes: a plane has a curve of its own, which stays closer together.
+    Skilling 2004, doi:10.1063/1.1751381."""
+    d = len(axes)
+    z = np.empty(d, np.int64)
     for i in range(len(points)):
-        for axis in range(3):
-            z[axis] = min(int((points[i, axis] - low[axis]) * scale), (1 << BITS) - 1)
+        for k in range(d):
+            z[k] = min(int((points[i, axes[k]] - low[axes[k]]) * scale), (1 << BITS) - 1)
         q = 1 << (BITS - 1)
         while q > 1:
             p = q - 1
-            for axis in range(3):
-                if z[axis] & q:
+            for k in range(d):
+                if z[k] & q:
                     z[0] ^= p
                 else:
-                    t = (z[0] ^ z[axis]) & p
+                    t = (z[0] ^ z[k]) & p
                     z[0] ^= t
-                    z[axis] ^= t
+                    z[k] ^= t
             q >>= 1
-        z[1] ^= z[0]
-        z[2] ^= z[1]
+        for k in range(1, d):
+            z[k] ^= z[k - 1]
         t = 0
         q = 1 << (BITS - 1)
         while q > 1:
-            if z[2] & q:
+            if z[d - 1] & q:
                 t ^= q - 1
             q >>= 1
         key = 0
         for bit in range(BITS - 1, -1, -1):
-            for axis in range(3):
-                key = (key << 1) | (((z[axis] ^ t) >> bit) & 1)
+            for k in range(d):
+                key = (key << 1) | (((z[k] ^ t) >> bit) & 1)
         keys[i] = key
 
 

@@ -74,6 +74,11 @@ class OnGrid(Geometry):
                 P[..., rows, :] = ((k[..., rows].unsqueeze(-1) + h.unsqueeze(-2) - C) / eps).exp()
         return P
 
+    def plan_cost(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
+        """A sum over the axes, each of three products."""
+        sums = [self._sums((h / eps, None), eps, weighted=axis)[0] for axis in range(len(self.costs))]
+        return torch.stack([(logs + k / eps).exp().sum(-1) for logs in sums]).sum(0)
+
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
         """C along an axis is (spacing steps)^p, so its derivative in the spacing is p C / spacing."""
         if not needed(self.inputs)[0]:

@@ -11,7 +11,6 @@ as a linear change of coordinates allows: where it stays near, the mesh is exact
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 
 import numpy as np
@@ -20,31 +19,38 @@ from torch import Tensor
 
 from .. import compiled, errors
 from ..problem import Problem
-from .chunked import Chunked
-from .protocol import Geometry, pull_folded
-from .tiles import Level
+from .coordinates import AXES, coordinates
+from .protocol import Geometry
+from .several import bind_each
+from .swept import Swept
+from .tiles import Level, each, shares
 
 #: Nodes a standard deviation: what the error of the marginals is about for 1, and between which limits.
 ERROR, COARSEST, FINEST = 5e-3, 1.7, 6.0
 #: Seconds that a sweep takes for a point and for a tile, about, on 2 cores; and up to which step a mesh is finer than it need be while
 #: its tiles take no more than half as long as the points: mass that travels far needs it.
 POINT_S, TILE_S, AMPLE = 40e-9, 17e-6, 3.5
-#: Features at most.
-AXES = 3
+#: Points that a thread is worth waking for.
+LEAST = 2**14
 
 
 def refuse(problem: Problem) -> str | None:
     """Why this problem cannot be taken by way of a mesh, or None."""
-    cost = problem.cost
     if problem.a.device.type != "cpu":
         return f"its tensors are on {problem.a.device}, and this is machine code of the CPU"
+    return refuse_cost(problem) or compiled.refused()
+
+
+def refuse_cost(problem: Problem) -> str | None:
+    """Why the cost has no coordinates of few axes, or None."""
+    cost = problem.cost
     if not cost.folds:
-        return f"the cost is {cost.describe()}, and a mesh takes Gaussian kernels alone"
-    if len(problem.shape) > 2:
-        return "it is a batch, and a mesh serves one problem: solve them one after the other"
+        return f"the cost is {cost.describe()}, which is no squared distance: its kernel is not Gaussian"
+    if cost.shape[:-2] and cost.sides is None:
+        return f"it is a batch of costs, and {cost.describe()} does not say where the points of each are"
     if (d := features(problem)) > AXES:
-        return f"its points have {d} features, and a mesh has at most {AXES} axes"
-    return compiled.refused()
+        return f"its points have {d} features, and this is for at most {AXES}"
+    return None
 
 
 def features(problem: Problem) -> int:
@@ -63,29 +69,19 @@ def per_of(problem: Problem, tol: float) -> float:
     return per
 
 
-class Mesh(Geometry):
+class Mesh(Swept):
     """`softmin` and `apply` by way of a mesh, as exact as its step allows.
 
     The tilts of the cells (see `compiled.mesh`) are those of the last `softmin` that was gathered there, so a result depends on the last
     one, within the error of the mesh.
     """
 
-    dtype = torch.float64
     approximate = True
 
     def __init__(self, problem: Problem, per: float) -> None:
-        folded = problem.cost.fold()
-        assert folded is not None
-        self.inputs = tuple(folded)
-        self.problem, self.per, self.pair = problem, per, Pair.of(problem, per)
+        super().__init__(problem)
+        self.per, self.pair = per, Pair(problem, per)
         self.pair.level(problem.eps)
-        self._turned = False
-
-    @property
-    def T(self) -> Mesh:
-        other, (alpha, beta, u, v) = copy.copy(self), self.inputs
-        other.inputs, other._turned = (beta, alpha, v, u), not self._turned
-        return other
 
     def finer(self, factor: float) -> Mesh | None:
         per = self.per * factor**0.25
@@ -95,115 +91,95 @@ class Mesh(Geometry):
             return Mesh(self.problem, min(max(per, 1.25 * self.per), FINEST))
         return None
 
-    def softmin(self, h: Tensor, eps: float) -> Tensor:
-        if h.ndim > 1:
-            return torch.stack([self.softmin(each, eps) for each in h])
-        logs, _ = self.pair.sums(h.detach().numpy(), None, eps, self._turned, learn=True)
-        return -eps * torch.from_numpy(logs)
+    @property
+    def offsets(self) -> tuple[Tensor, Tensor]:
+        return self.pair.offsets
+
+    def updated(self, g: Tensor, log_w: Tensor | None, eps: float, damping: float) -> Tensor:
+        return self.pair.updated(g, log_w, eps, damping, self._turned)
 
     def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
         columns = [self._product(k, h, eps, v[..., c]) for c in range(v.shape[-1])]
         return torch.stack(columns, -1) if columns else h.new_zeros(*k.shape, 0)
 
     def _product(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
-        logs, sign = self.pair.sums(h.detach().numpy(), v.detach().to(h).numpy(), eps, self._turned, learn=False)
-        return torch.from_numpy(sign) * (torch.from_numpy(logs) + k / eps).exp()
-
-    def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
-        """Exact, whatever the mesh."""
-        cost = self.problem.cost.T if self._turned else self.problem.cost
-        return Chunked(cost).plan(k, h, eps)
-
-    def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
-        def products(right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-            on_rows = None if right is None else self.apply(k, h, eps, right.mT).mT
-            return on_rows, None if left is None else self.T.apply(h, k, eps, left.mT).mT
-
-        return pull_folded(self.inputs, w, products)
+        logs, sign = self.pair.sums(h, v.to(h), eps, self._turned)
+        return sign * (logs + k / eps).exp()
 
 
 class Pair:
     """The two clouds in coordinates in which mass stays near, and their meshes at the last values of eps."""
 
-    def __init__(self, alpha: np.ndarray, beta: np.ndarray, u: np.ndarray, v: np.ndarray, a: np.ndarray, b: np.ndarray, per: float) -> None:
-        p, q = np.average(u, 0, a), np.average(v, 0, b)
-        A = _common(_covariance(u - p, a), _covariance(v - q, b))
-        x, y = (u - p) @ A, (v - q) @ np.linalg.inv(A)  # A is symmetric
-        # <u, v> = <x, y> + <p, v> + <q, u> - <p, q>
-        self.shifts = alpha - u @ q + p @ q - (x * x).sum(-1) / 2, beta - v @ p - (y * y).sum(-1) / 2
-        self.points = _padded(x), _padded(y)
+    def __init__(self, problem: Problem, per: float) -> None:
+        self.offsets, points = coordinates(problem)
+        self.shifts, self.points = (array(self.offsets[0]), array(self.offsets[1])), (array(points[0]), array(points[1]))
+        ends = [np.stack((lines.min(1), lines.max(1))) for lines in (np.ascontiguousarray(z.T) for z in self.points)]
+        self.box = np.minimum(ends[0][0], ends[1][0]), np.maximum(ends[0][1], ends[1][1])
         self.per, self.kept = per, {}
 
-    @classmethod
-    def of(cls, problem: Problem, per: float) -> Pair:
-        """Of a cost that folds, in float64: |x|^2 of float32 points is then exact."""
-        wide = problem.cost.to(torch.float64).fold()
-        assert wide is not None
-        alpha, beta, u, v = (z.detach().numpy() for z in wide)
-        return cls(alpha, beta, u, v, problem.a.detach().numpy(), problem.b.detach().numpy(), per)
+    def updated(self, g: Tensor, log_w: Tensor | None, eps: float, damping: float, turned: bool) -> Tensor:
+        """softmin(g + eps log w) / damping at the rows, or, turned, at the columns. The tilts are found anew."""
+        from ..compiled import levels
 
-    def sums(self, h: np.ndarray, v: np.ndarray | None, eps: float, turned: bool, *, learn: bool) -> tuple[np.ndarray, np.ndarray]:
+        level, (own, other) = self.level(eps), self.shifts[::-1] if turned else self.shifts
+        source, target = level.clouds[not turned], level.clouds[turned]
+        h, logs, out = np.empty(len(other)), np.empty(len(own)), torch.empty(len(own), dtype=torch.float64)
+        weights = np.empty(0) if log_w is None else array(log_w)
+        each(shares(len(h), LEAST), levels.load, array(g), weights, other, source.order, eps, h)
+        level.sums(h, np.ones_like(h), turned, True, logs, np.empty_like(logs))
+        logs += level.constant
+        each(shares(len(logs), LEAST), levels.store, logs, own, target.order, eps, damping, out.numpy())
+        return out
+
+    def sums(self, h: Tensor, v: Tensor, eps: float, turned: bool) -> tuple[Tensor, Tensor]:
         """log |sum_j exp((h_j - C_ij) / eps) v_j| and its sign, at the rows, or, turned, at the columns."""
-        own, other = self.shifts[::-1] if turned else self.shifts
-        logs, sign = self.level(eps).sums((h - other) / eps, v, turned, learn)
-        return logs - own / eps, sign
+        level, (own, other) = self.level(eps), self.shifts[::-1] if turned else self.shifts
+        source, target = level.clouds[not turned], level.clouds[turned]
+        sign = array(v)[source.order]
+        # An atom whose factor is 0 is absent, and nothing bounds its exponent.
+        L = np.where(sign == 0, -np.inf, ((array(h) - other) / eps)[source.order])
+        found = np.empty((2, len(own)))
+        level.sums(L, sign, turned, False, *found)
+        out = np.empty_like(found)
+        out[:, target.order] = found
+        return torch.from_numpy(out[0] + level.constant - own / eps), torch.from_numpy(out[1])
 
     def level(self, eps: float) -> Level:
         level = self.kept.get(eps)
         if level is None:
             last = next(reversed(self.kept.values()), None)
-            level = Level(self.points, math.sqrt(eps) / self.per, self.per, last)
+            level = Level(self.points, self.box, math.sqrt(eps) / self.per, self.per, last)
             self.kept = {**dict(list(self.kept.items())[-1:]), eps: level}
         return level
 
 
-def _covariance(z: np.ndarray, w: np.ndarray) -> np.ndarray:
-    return (z * (w / w.sum())[:, None]).T @ z
+def array(z: Tensor) -> np.ndarray:
+    return z.detach().resolve_neg().contiguous().numpy()
 
 
-def _common(S: np.ndarray, R: np.ndarray) -> np.ndarray:
-    """The symmetric A with A S A = A^-1 R A^-1: A^2 moves a Gaussian of covariance S onto one of R. Stretches by a factor of 4 at most."""
-    d = len(S)
-    size = (np.trace(S) + np.trace(R)) / d
-    if not size > 0:
-        return np.eye(d)
-    ridge = 1e-6 * size * np.eye(d)
-    root, back = _power(S + ridge, 0.5), _power(S + ridge, -0.5)
-    M = back @ _power(root @ (R + ridge) @ root, 0.5) @ back
-    return _power((M + M.T) / 2, 0.5, 4.0)
-
-
-def _power(S: np.ndarray, p: float, limit: float = math.inf) -> np.ndarray:
-    w, V = np.linalg.eigh((S + S.T) / 2)
-    return (V * np.clip(np.maximum(w, 1e-300) ** p, 1 / limit, limit)) @ V.T
-
-
-def _padded(z: np.ndarray) -> np.ndarray:
-    """Points with three coordinates: those that are missing are 0."""
-    return np.ascontiguousarray(np.concatenate((z, np.zeros((len(z), AXES - z.shape[1]))), 1))
-
-
-def bind(problem: Problem, tol: float | None = None) -> Mesh:
+def bind(problem: Problem, tol: float | None = None) -> Geometry:
     """The problem on a mesh that is as fine as a marginal error of `tol` needs; as fine as there is, without.
 
     Raises BackendError where eps is too small beside the extent of the clouds.
     """
-    return Mesh(problem, FINEST if tol is None else per_of(problem, tol))
+    per = FINEST if tol is None else per_of(problem, tol)
+    return bind_each(problem, lambda one: Mesh(one, per))
 
 
 def memory(problem: Problem) -> int:
     """Bytes of both clouds with what is kept beside them, and of the mesh at eps."""
-    n, m = problem.shape[-2:]
-    return 200 * (n + m) + 2 * 8 * 512 * math.ceil(tiles(extents(problem), COARSEST))
+    *batch, n, m = problem.shape
+    return math.prod(batch) * (200 * (n + m) + 2 * 8 * 512 * math.ceil(tiles(extents(problem), COARSEST)))
 
 
 def extents(problem: Problem) -> Tensor:
-    """(d,): the sides of the box of both clouds, in standard deviations of the kernel."""
+    """(d,): the sides of the box of both clouds, in standard deviations of the kernel; the largest of a batch."""
     folded = problem.cost.fold()
     assert folded is not None
     with torch.no_grad():
         sides = [torch.stack(z.aminmax(dim=-2)).double() for z in (folded.u, folded.v)]
-        return (torch.maximum(sides[0][1], sides[1][1]) - torch.minimum(sides[0][0], sides[1][0])) / math.sqrt(problem.eps)
+        size = torch.maximum(sides[0][1], sides[1][1]) - torch.minimum(sides[0][0], sides[1][0])
+        return size.reshape(-1, size.shape[-1]).amax(0).cpu() / math.sqrt(problem.eps)
 
 
 def tiles(extent: Tensor, per: float) -> float:

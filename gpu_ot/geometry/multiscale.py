@@ -7,7 +7,6 @@ sweep anew: see `compiled.sparse`. The way there, at larger eps and before the f
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from typing import Any
 
@@ -15,26 +14,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import compiled
 from ..errors import BackendError
 from ..problem import Problem
-from . import mesh, tiles
-from .chunked import Chunked
-from .protocol import Geometry, pull_folded
+from . import mesh
+from .pairs import Pairs
+from .protocol import Geometry
+from .several import bind_each
+from .swept import Swept
+from .tiles import each, shares
 
 #: The part of a sum that may be left out, where no tolerance says how much, and the part of the tolerance that it is.
 PART, SHARE = 1e-13, 0.05
-#: Deviations of the kernel that count, both sides together, and the part of the pairs up to which it pays to look for them.
-REACH, FEW = 14.0, 0.2
+#: Deviations of the kernel that count, both sides together, and the part of the pairs up to which it pays to look for them: by machine
+#: code; on a GPU, not timed but counted, since a pair of tiles takes 2.5 times the instructions of a streamed one; by torch on a CPU, where
+#: it takes ten times as long as in blocks.
+REACH, FEW, FEW_GPU, FEW_TORCH = 14.0, 0.2, 0.1, 0.02
 
 
 def refuse(problem: Problem) -> str | None:
     """Why this problem cannot be taken from the pairs that matter, or None."""
-    return mesh.refuse(problem)
+    if problem.a.device.type == "mps":
+        return "its tensors are on an Apple GPU, which has no float64"
+    return mesh.refuse_cost(problem)
+
+
+def by_torch(problem: Problem) -> bool:
+    """Whether tiles are taken by torch or by Triton's kernel: on a GPU, and where there is no machine code."""
+    return problem.a.device.type != "cpu" or compiled.refused() is not None
 
 
 def bind(problem: Problem, tol: float | None = None) -> Geometry:
     """The problem on a mesh, whose `exact` are the pairs that matter; these from the beginning, where a mesh at eps would be too large."""
-    pairs = Multiscale(problem, PART if tol is None else max(SHARE * tol, PART))
+    return bind_each(problem, lambda one: _bind(one, tol))
+
+
+def _bind(problem: Problem, tol: float | None) -> Geometry:
+    part = PART if tol is None else max(SHARE * tol, PART)
+    if by_torch(problem):
+        return Pairs(problem, part)
+    pairs = Multiscale(problem, part)
     if tol is not None:
         with contextlib.suppress(BackendError):
             return _Coarse(problem, mesh.per_of(problem, tol), pairs)
@@ -48,10 +67,17 @@ def share(problem: Problem) -> float:
     return float(((REACH + 2 * leaf) / extent.clamp(min=1e-300)).clamp(max=1.0).prod())
 
 
+def pays(problem: Problem) -> bool:
+    """Whether so few pairs are left that finding them takes less time than all of them would."""
+    few = FEW if not by_torch(problem) else FEW_TORCH if problem.a.device.type == "cpu" else FEW_GPU
+    return share(problem) < few
+
+
 def memory(problem: Problem) -> int:
     """Bytes of both clouds with what is kept beside them."""
-    n, m = problem.shape[-2:]
-    return 400 * (n + m)
+    *batch, n, m = problem.shape
+    by_tiles = 300 * 2**20 if by_torch(problem) else 0  # temporaries of the torch form
+    return math.prod(batch) * 400 * (n + m) + by_tiles
 
 
 class _Coarse(mesh.Mesh):
@@ -66,23 +92,17 @@ class _Coarse(mesh.Mesh):
         return self.pairs
 
 
-class Multiscale(Geometry):
+class Multiscale(Swept):
     """`softmin` and `apply` with at most `part` of any sum left out.
 
     omitted   the part of a sum that was left out at most, in the last sweep.
     pairs     pairs of points taken in the last sweep, of n m.
     """
 
-    dtype = torch.float64
-
     def __init__(self, problem: Problem, part: float) -> None:
-        folded = problem.cost.fold()
-        assert folded is not None
-        self.inputs = tuple(folded)
-        self.problem, self.part = problem, part
-        self.pair = mesh.Pair.of(problem, mesh.COARSEST)
+        super().__init__(problem)
+        self.part, self.pair = part, mesh.Pair(problem, mesh.COARSEST)
         self.shared: dict[str, Any] = {"omitted": 0.0, "pairs": 0, "eps": math.nan}
-        self._turned = False
 
     @property
     def omitted(self) -> float:
@@ -93,60 +113,50 @@ class Multiscale(Geometry):
         return self.shared["pairs"]
 
     @property
-    def T(self) -> Multiscale:
-        other, (alpha, beta, u, v) = copy.copy(self), self.inputs
-        other.inputs, other._turned = (beta, alpha, v, u), not self._turned
-        return other
+    def offsets(self) -> tuple[Tensor, Tensor]:
+        return self.pair.offsets
 
-    def softmin(self, h: Tensor, eps: float) -> Tensor:
-        if h.ndim > 1:
-            return torch.stack([self.softmin(each, eps) for each in h])
-        if eps > self.problem.eps and (logs := self._by_mesh(h, eps)) is not None:
-            return -eps * logs
-        logs, _ = self._sums(h, None, eps)
-        return -eps * torch.from_numpy(logs)
+    def updated(self, g: Tensor, log_w: Tensor | None, eps: float, damping: float) -> Tensor:
+        from ..compiled import levels
+
+        if eps > self.problem.eps:  # on the way to the target
+            with contextlib.suppress(BackendError):
+                return self.pair.updated(g, log_w, eps, damping, self._turned)
+        (own, other), (rows, columns) = self._sides(eps)
+        L, out = np.empty(len(other)), torch.empty(len(own), dtype=torch.float64)
+        log_weights = np.empty(0) if log_w is None else mesh.array(log_w)
+        each(shares(len(L), mesh.LEAST), levels.load, mesh.array(g), log_weights, other, columns.order, eps, L)
+        logs, _ = self._sums(rows, columns, L, np.empty((0, len(L))))
+        each(shares(len(logs), mesh.LEAST), levels.store, logs, own, rows.order, eps, damping, out.numpy())
+        return out
 
     def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
-        logs, means = self._sums(h, v, eps)
-        mass = (torch.from_numpy(logs) + k / eps).exp()
-        return torch.where(mass > 0, mass, 0.0).unsqueeze(-1) * torch.from_numpy(means)
+        (own, other), (rows, columns) = self._sides(eps)
+        L = ((mesh.array(h) - other) / eps)[columns.order]
+        logs, means = self._sums(rows, columns, L, np.ascontiguousarray(mesh.array(v.to(h))[columns.order].T))
+        sums, found = torch.empty(len(own), dtype=torch.float64), torch.empty(len(own), v.shape[-1], dtype=torch.float64)
+        sums.numpy()[rows.order], found.numpy()[rows.order] = logs, means
+        mass = (sums + (k - torch.from_numpy(own)) / eps).exp()
+        return torch.where(mass > 0, mass, 0.0).unsqueeze(-1) * found
 
-    def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
-        """Every pair."""
-        return Chunked(self.problem.cost.T if self._turned else self.problem.cost).plan(k, h, eps)
-
-    def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
-        def products(right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-            on_rows = None if right is None else self.apply(k, h, eps, right.mT).mT
-            return on_rows, None if left is None else self.T.apply(h, k, eps, left.mT).mT
-
-        return pull_folded(self.inputs, w, products)
-
-    def _by_mesh(self, h: Tensor, eps: float) -> Tensor | None:
-        try:
-            return torch.from_numpy(self.pair.sums(h.detach().numpy(), None, eps, self._turned, learn=True)[0])
-        except BackendError:
-            return None
-
-    def _sums(self, h: Tensor, v: Tensor | None, eps: float) -> tuple[np.ndarray, np.ndarray]:
-        """log sum_j exp((h_j - C_ij) / eps) (n,), and the means of v (n, c) with these weights."""
-        from ..compiled import sparse
-
-        own, other = self.pair.shifts[::-1] if self._turned else self.pair.shifts
+    def _sides(self, eps: float) -> tuple[tuple[np.ndarray, np.ndarray], tuple[Any, Any]]:
+        """The shifts and the trees of this side and the other."""
         if self.shared["eps"] != eps:
             self.shared.update(eps=eps, trees=tuple(_tree(z / math.sqrt(eps)) for z in self.pair.points))
-        rows, columns = self.shared["trees"][::-1] if self._turned else self.shared["trees"]
-        L = ((h.detach().numpy() - other) / eps)[columns.order]
-        factors = np.empty((0, len(L))) if v is None else np.ascontiguousarray(v.detach().to(h).numpy()[columns.order].T)
+        (alpha, beta), (rows, columns) = self.pair.shifts, self.shared["trees"]
+        return ((beta, alpha), (columns, rows)) if self._turned else ((alpha, beta), (rows, columns))
+
+    def _sums(self, rows: Any, columns: Any, L: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """log sum_j exp(L_j - |x_i - y_j|^2 / 2) (n,), and the means of v (c, m) with these weights (n, c), as points are sorted."""
+        from ..compiled import sparse
+
         weights = np.empty(int(columns.offsets[-1]))
         sparse.totals(columns, L, weights)
         n, leaves = len(rows.order), int(rows.offsets[1])
-        logs, products, missed, pairs = np.empty(n), np.empty((n, len(factors))), np.empty(leaves), np.empty(leaves, np.int64)
-        tiles.each(tiles.shares(leaves), sparse.softmin_sums, rows, columns, L, weights, factors, self.part, logs, products, missed, pairs)
+        logs, means, missed, pairs = np.empty(n), np.empty((n, len(v))), np.empty(leaves), np.empty(leaves, np.int64)
+        each(shares(leaves), sparse.softmin_sums, rows, columns, L, weights, v, self.part, logs, means, missed, pairs)
         self.shared.update(omitted=float(missed.max()), pairs=int(pairs.sum()))
-        found, means = np.empty_like(logs), np.empty_like(products)
-        found[rows.order], means[rows.order] = logs, products
-        return found - own / eps, means
+        return logs, means
 
 
 def _tree(points: np.ndarray) -> Any:
@@ -154,7 +164,8 @@ def _tree(points: np.ndarray) -> Any:
 
     low, high = points.min(0), points.max(0)
     keys = np.empty(len(points), np.int64)
-    sparse.hilbert(points, low, (2**sparse.BITS - 1) / max(float((high - low).max()), 1e-300), keys)
+    axes = np.flatnonzero(high > low) if (high > low).any() else np.zeros(1, np.int64)
+    sparse.hilbert(points, axes, low, (2**sparse.BITS - 1) / max(float((high - low).max()), 1e-300), keys)
     order = np.argsort(keys, kind="stable")
     points = np.ascontiguousarray(points[order].T)
     sizes = [-(-len(order) // sparse.LEAF)]

@@ -82,6 +82,14 @@ class Geometry(ABC):
         Where some of them require a gradient, it may be 0 for the others.
         """
 
+    def initial_rows(self) -> Tensor | None:
+        """Row potentials (*batch, n) from which balanced iterations begin, where the backend knows better ones than 0."""
+        return None
+
+    def plan_cost(self, k: Tensor, h: Tensor, eps: float) -> Tensor | None:
+        """(*batch,):  <P, C>, detached, where the backend knows a way of its own; None where entries are summed."""
+        return None
+
     def first(self, f: Tensor, a: Tensor, eps: float) -> Tensor:
         """T.softmin(f + eps log a), with which the iterations begin: a backend may prepare itself for them."""
         return self.T.update(f, a, eps)

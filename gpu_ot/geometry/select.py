@@ -118,6 +118,9 @@ def _rules(problem: Problem, tol: float | None) -> Iterator[Rule]:
             f"both n-by-m arrays fit in {DENSE_BYTES >> 20} MiB, and products on stored arrays are the fastest iterations there are",
         )
     large = "the n-by-m arrays are too large to keep"
+    few = multiscale.refuse(problem) is None and multiscale.pays(problem)
+    if gpu and few:
+        yield Rule("multiscale", f"{large}, and eps reaches so few points that about {multiscale.share(problem):.1%} of the pairs are left")
     if gpu and cost.folds:
         yield Rule("triton", f"{large}, the cost folds, and the kernels stream it through the tensor cores")
     if gpu:
@@ -128,8 +131,8 @@ def _rules(problem: Problem, tol: float | None) -> Iterator[Rule]:
         yield Rule(
             "mesh", f"{large}, its points have few features, and a mesh of {mesh.per_of(problem, tol):.1f} nodes a blur is exact enough"
         )
-    if multiscale.refuse(problem) is None and (share := multiscale.share(problem)) < multiscale.FEW:
-        yield Rule("multiscale", f"{large}, and eps reaches so few points that about {share:.1%} of the pairs are left")
+    if few:
+        yield Rule("multiscale", f"{large}, and eps reaches so few points that about {multiscale.share(problem):.1%} of the pairs are left")
     yield Rule("chunked", f"{large}, and blocks of them are formed, reduced and dropped")
     if _on(problem, "cpu"):
         yield Rule("keops", f"{large}, and the cost cannot be taken in blocks")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -15,6 +18,10 @@ from .. import errors
 
 #: Tiles of a mesh at most, those near points (8 KiB each for both arrays) and all.
 MOST_TILES, MOST_PLACES = 2**18, 2**21
+#: Tiles or cells that a thread is worth waking for.
+FEWEST = 32
+#: After so many waits for others that are too long, the caller works alone for so many calls, some hundred sweeps.
+LATENESS, REST = 5, 2000
 
 
 class _Route(NamedTuple):
@@ -28,11 +35,13 @@ class _Route(NamedTuple):
 class Level:
     """Both clouds on one mesh of a given step, for one eps."""
 
-    def __init__(self, points: tuple[np.ndarray, np.ndarray], step: float, per: float, last: Level | None) -> None:
+    def __init__(
+        self, points: tuple[np.ndarray, np.ndarray], box: tuple[np.ndarray, np.ndarray], step: float, per: float, last: Level | None
+    ) -> None:
         from ..compiled import mesh
 
         self.step = step
-        low, high = np.minimum(points[0].min(0), points[1].min(0)), np.maximum(points[0].max(0), points[1].max(0))
+        low, high = box
         flat = high == low
         # All points of an axis without extent lie in the middle of one tile, whose neighbours are not needed.
         origin = low / step - mesh.TILE - np.where(flat, mesh.TILE / 2 - 0.5, 0.5)
@@ -54,32 +63,25 @@ class Level:
             _Route(self.clouds[1 - side], self.clouds[side], tuple(_stage(z, arrays[k % 2]) for k, z in enumerate(maps[side])))
             for side in (0, 1)
         )
+        self.planes = tuple(_planes(route.source) for route in self.routes)
         variance = per**2 - 2 * mesh.BETA
         self.constant, self.ratio = 1.5 * math.log(per**2 / variance), (per**2 - mesh.BETA) / per**2
         self.blocks = [_blocks(int(T), variance) for T in self.shape]
 
-    def sums(self, h: np.ndarray, v: np.ndarray | None, turned: bool, learn: bool) -> tuple[np.ndarray, np.ndarray]:
-        from ..compiled import mesh
+    def sums(self, h: np.ndarray, sign: np.ndarray, turned: bool, learn: bool, logs: np.ndarray, signs: np.ndarray) -> None:
+        """log |sum_j exp(h_j - |x_i - y_j|^2 / 2) sign_j| less `constant`, and its sign, all in the order of the sorted points."""
+        from ..compiled import mesh, product
 
         source, target, stages = self.routes[turned]
         first, last = stages[0], stages[-1]
         first.logs[:] = -np.inf
-        sign = np.ones(len(h)) if v is None else v[source.order]
-        h = h[source.order]
-        if v is not None:  # an atom whose factor is 0 is absent, and nothing bounds its exponent
-            h = np.where(sign == 0, -np.inf, h)
-        for colour in range(3):  # of planes of tiles, whose windows do not meet
-            planes = [each for each in _planes(source) if each[2] % 3 == colour]
-            each([(low, high) for low, high, _ in planes], mesh.deposit, source, h, sign, first)
-        each(shares(len(first.slots)), mesh.normalise, first)
+        for planes in self.planes[turned]:  # whose windows do not meet
+            each(planes, mesh.deposit, source, h, sign, first)
+        each(shares(len(first.slots), FEWEST), product.normalise, first)
         for axis in range(3):
             after = stages[axis + 1]
-            each(shares(len(after.slots)), mesh.convolve, axis, *self.blocks[axis], stages[axis], after)
-        logs, sign = np.empty(len(target.order)), np.empty(len(target.order))
-        each(shares(len(target.cells)), mesh.gather, target, last, self.ratio, learn, logs, sign)
-        found, signs = np.empty_like(logs), np.empty_like(sign)
-        found[target.order], signs[target.order] = logs + self.constant, sign
-        return found, signs
+            each(shares(len(after.slots), FEWEST), product.convolve, axis, *self.blocks[axis], stages[axis], after)
+        each(shares(len(target.cells), FEWEST), mesh.gather, target, last, self.ratio, learn, logs, signs)
 
     def _cloud(self, points: np.ndarray) -> Any:
         from ..compiled import mesh
@@ -90,8 +92,8 @@ class Level:
         held = np.flatnonzero(np.diff(counts))
         starts = np.append(counts[held], len(points))
         places = np.stack(np.unravel_index(held, cells), -1).astype(np.int64)
-        points = np.ascontiguousarray(points[order])
-        centres = np.add.reduceat(points, starts[:-1], 0) / np.diff(starts)[:, None]
+        points = np.ascontiguousarray(points[order].T)
+        centres = np.ascontiguousarray((np.add.reduceat(points, starts[:-1], 1) / np.diff(starts)).T)
         return mesh.Cloud(points, order, starts, places, centres, np.zeros_like(centres))
 
     def _near(self, cloud: Any, flat: np.ndarray) -> np.ndarray:
@@ -141,33 +143,66 @@ def _hand_down(mine: Any, theirs: Any, ratio: float) -> None:
     np.clip(mine.tilts, -12.0, 12.0, out=mine.tilts)
 
 
-def _planes(cloud: Any) -> list[tuple[int, int, int]]:
-    """(first cell, last cell + 1, plane) of the cells in one plane of tiles."""
+def _planes(cloud: Any) -> list[list[tuple[int, int]]]:
+    """The cells of each plane of tiles, as ranges, in three lists of planes whose windows do not meet."""
     from ..compiled.mesh import CELL, TILE
 
     planes = cloud.cells[:, 0] // (TILE // CELL)
     cuts = np.flatnonzero(np.diff(planes)) + 1
-    ends = [0, *cuts.tolist(), len(planes)]
-    return [(low, high, int(planes[low])) for low, high in pairwise(ends)]
+    ranges = pairwise([0, *cuts.tolist(), len(planes)])
+    found: list[list[tuple[int, int]]] = [[], [], []]
+    for low, high in ranges:
+        found[int(planes[low]) % 3].append((low, high))
+    return found
 
 
-def shares(count: int) -> list[tuple[int, int]]:
-    """Parts of a range, more than there are threads, so that all end together."""
-    parts = min(count, 8 * torch.get_num_threads())
-    cuts = [count * k // parts for k in range(parts + 1)] if parts else [0]
-    return list(pairwise(cuts))
+def shares(count: int, least: int = 1) -> list[tuple[int, int]]:
+    """Parts of a range, more than there are threads so that all end together, of at least so many."""
+    threads = torch.get_num_threads()
+    parts = 0 if not count else 1 if threads == 1 else max(1, min(count // least, 8 * threads))
+    return list(pairwise([count * k // parts for k in range(parts + 1)])) if parts else []
+
+
+class _Hands:
+    """How often others were late, and for how many calls the caller still works alone."""
+
+    late, alone = 0.0, 0
+
+    @classmethod
+    def judge(cls, worked: float, waited: float) -> None:
+        cls.late = cls.late + 1.0 if waited > 0.5 * worked + 2e-4 else max(0.0, cls.late - 0.2)
+        if cls.late > LATENESS:
+            cls.late, cls.alone = 0.0, REST
 
 
 def each(ranges: list[tuple[int, int]], work: Callable[..., None], *arguments: Any) -> None:
-    """work(low, high, *arguments) of each range, on all cores."""
+    """work(low, high, *arguments) of each range, on all cores: whoever calls takes part. Where cores are busy with something else, helpers
+    come late, and the caller is faster alone: it then is, for a while."""
     threads = min(torch.get_num_threads(), len(ranges))
-    if threads <= 1:
-        for low, high in ranges:
-            work(low, high, *arguments)
+    parts, alone = iter(ranges), threads <= 1 or _Hands.alone > 0
+    if alone:
+        _Hands.alone = max(0, _Hands.alone - (threads > 1))
+        _take(parts, work, arguments)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, low, high, *arguments) for low, high in ranges]:
-            done.result()
+    others = [_pool(os.getpid(), threads - 1).submit(_take, parts, work, arguments) for _ in range(threads - 1)]
+    begun = time.perf_counter()
+    _take(parts, work, arguments)
+    done = time.perf_counter()
+    for other in others:
+        if not other.cancel():  # who has not begun need not
+            other.result()
+    _Hands.judge(done - begun, time.perf_counter() - done)
+
+
+def _take(parts: Iterator[tuple[int, int]], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    for low, high in parts:  # shared by the threads: each takes the next
+        work(low, high, *arguments)
+
+
+@functools.lru_cache(maxsize=4)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that wait without spinning, kept from one sweep to the next; a process that was forked has none of its parent's."""
+    return ThreadPoolExecutor(threads)
 
 
 def _too_fine(size: np.ndarray) -> str:

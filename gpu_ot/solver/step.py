@@ -179,7 +179,7 @@ class Annealing(Alternating):
         before, g_next = state.memory, found.g_next
         if before is not None:
             last_eps, last = before
-            g_next = g_next + (g_next - last) * ((self.following - self.eps) / (self.eps - last_eps))
+            g_next = fused.along(g_next, last, (self.following - self.eps) / (self.eps - last_eps))
         return replace(found, g_next=g_next, memory=(self.eps, found.g_next))
 
 
