@@ -49,8 +49,8 @@ def pose(kind=cubes, n=150, m=201, d=3, blur=0.05, unit=1.0, offset=0.0, **optio
 
 @pytest.mark.parametrize("kind, d, blur, part", pairwise((cubes, clusters), (1, 2, 3), (1.0, 0.05, 0.004), (1e-13, 1e-4)))
 def test_what_is_left_out_of_a_sum_is_less_than_allowed(form, kind, d, blur, part):
-    """The budget of the kernel is what torch loses to points that are float32 in the same unit, a blur, four times, since the distance of two
-    tiles is rounded, too; and a few digits of the largest exponent and of the levels."""
+    """The budget of the kernel is what torch loses to points that are float32 in the same unit, a blur, four times, since the distance of
+    two tiles is rounded, too; and a few digits of the largest exponent and of the levels."""
     problem = pose(kind, d=d, blur=blur)
     geometry, eps, every = Pairs(problem, part), problem.eps, Chunked(problem.cost)
     C = problem.cost.dense() / eps
