@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,24 +14,14 @@ from ..costs import Cost, Matrix
 from ..gradients.fixed_point import TOL, TOL_SINGLE, fixed_point
 from ..penalties import BALANCED, Penalty
 from ..problem import Problem
-from ..solution import Plan, Solution
-from ..solve import find, solve
-from ..solver.criterion import Marginal
-from ..solver.status import DIVERGED, Status
-from ..solver.step import Start
+from ..solution import Plan
+from ..solve import solve
+from ..solver.status import Status
 from ..vectors import in_full_precision
-from .spaces import Factored, Matrices, Moments, Points, distance, given, largest
+from .loop import Posed, search
+from .spaces import Matrices, Moments, Points, given
 
 LOSSES = ("square", "kl")
-#: The transport problem of an outer iteration is solved to this part of the change that the last one made; the first to LOOSEST.
-INNER, LOOSEST = 0.1, 1e-2
-
-SETTLED = Status("converged", "The plan has stopped moving, and its marginals are within the tolerance.")
-MOVING = Status(
-    "max_iter",
-    "The iterations ran out before the plan stopped moving, or before its marginals were within the tolerance; the last entry of `errors` "
-    "says how far it still moved. Raise max_iter or inner_iter, raise eps, or loosen tol.",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,36 +107,10 @@ def gromov(
     if not 0 <= alpha <= 1 or (features is None and alpha != 1):
         raise errors.ProblemError(f"alpha must be in [0, 1], and 1 without features, found {alpha}: the features' part is 1 - alpha.")
     spaces = given(cost_x, cost_y, loss)
-    posed = _Posed(spaces, _features(features, spaces), alpha, eps, a, b, penalties, mass)
+    posed = Posed(spaces, _features(features, spaces), alpha, eps, a, b, penalties, mass)
     settings: dict[str, Any] = dict(max_iter=inner_iter, backend=backend)
-    with torch.no_grad():
-        slope = posed.slope(_first(posed, start))
-        change, f, n_inner, history, ratio = None, None, 0, [], 1.0
-        crowd, status = _Crowd(posed), MOVING
-        for k in range(max_iter):
-            # As exact as the problem that moves least needs: each is to settle on its own.
-            moves = tol if k == max_iter - 1 else LOOSEST if change is None else max(float(change.amin()), tol)
-            inner = min(INNER * moves * ratio, LOOSEST)
-            solution = _solved(crowd.posed.problem(slope), f, inner, settings)
-            n_inner += solution.n_iter
-            # A marginal error of the plan moves its slope by as much, times the largest slope.
-            ratio = min(1.0, solution.problem.eps / max(largest(slope), 1e-300))
-            following = crowd.posed.slope(crowd.posed.spaces.moments(solution.plan))
-            change = (distance(following, slope) / solution.problem.eps).expand(solution.f.shape[:-1])
-            exact = solution.converged | (solution.status.name == "stalled")
-            crowd.tell(solution, slope, change, (change <= tol) & exact & (inner <= tol * ratio))
-            history.append(crowd.change)
-            if on_check is not None:
-                on_check(k + 1, crowd.change)
-            if not bool(change.isfinite().all()):
-                status = DIVERGED
-                break
-            if bool(crowd.settled.all()):
-                status = SETTLED
-                break
-            change, slope, f = crowd.left(change, following, solution.f)
-        solution = crowd.solution(INNER * tol * ratio, settings)
-        settled = crowd.settled
+    end = search(posed, _first(posed, start), tol, max_iter, settings, on_check)
+    solution = end.solution
     plan: Plan | Tensor = solution.plan
     if not _live(posed):
         with torch.no_grad():
@@ -162,103 +126,12 @@ def gromov(
             distortion = spaces.distortion(spaces.moments(plan), plan)
     dtype = solution.problem.given_dtype
     return Gromov(
-        value.to(dtype), distortion.to(dtype), plan, solution.f, solution.g, status, settled.expand(solution.f.shape[:-1]), len(history),
-        n_inner, torch.stack(history),
+        value.to(dtype), distortion.to(dtype), plan, solution.f, solution.g, end.status, end.settled.expand(solution.f.shape[:-1]),
+        len(end.history), end.n_inner, torch.stack(end.history),
     )  # fmt: skip
 
 
-def _solved(problem: Problem, f: Tensor | None, tol: float, settings: dict[str, Any]) -> Solution:
-    """`solve` from potentials f, if there are some, whose value nobody has asked for yet."""
-    start = None if f is None else Start(f, problem.a)
-    return find(problem, criterion=Marginal(tol), start=start, accelerate="auto" if f is None else "mixing", **settings)
-
-
-class _Crowd:
-    """The problems of a batch, of which those that have settled are left out once they are half of the rest. With one batch axis and
-    matrices; other problems go on together to the end."""
-
-    def __init__(self, posed: _Posed) -> None:
-        self.whole = self.posed = posed
-        self.rest: Tensor | None = None
-        self.last: Solution | None = None
-        self.change = self.settled = torch.zeros(())
-
-    def tell(self, solution: Solution, slope: Tensor | Factored, change: Tensor, settled: Tensor) -> None:
-        """What an iteration has found for the problems that are left."""
-        self.last = solution
-        if self.rest is None:
-            self.change, self.settled = change, settled
-            if isinstance(slope, Tensor) and change.ndim == 1 and not isinstance(self.whole.mass, Tensor):
-                self.f, self.slope = solution.f.clone(), slope.expand(*change.shape, *slope.shape[-2:])
-            return
-        self.change, self.settled = self.change.index_copy(0, self.rest, change), self.settled.index_copy(0, self.rest, settled)
-        self.f[self.rest] = solution.f
-        assert isinstance(slope, Tensor)
-        self.slope[self.rest] = slope
-
-    def left(self, change: Tensor, slope: Any, f: Tensor) -> tuple[Tensor, Any, Tensor]:
-        """The change, the slope and the potentials of the problems that go on."""
-        if not hasattr(self, "f"):
-            return change, slope, f
-        rest = torch.arange(len(self.change), device=f.device) if self.rest is None else self.rest
-        moving = ~self.settled[rest]
-        if 2 * int(moving.sum()) > len(rest):
-            return change, slope, f
-        if self.rest is None:
-            self.slope = self.slope.clone()
-        self.rest = rest[moving]
-        self.posed = self.whole.part(self.rest)
-        return change[moving], slope[moving], f[moving]
-
-    def solution(self, tol: float, settings: dict[str, Any]) -> Solution:
-        """Of all problems."""
-        assert self.last is not None
-        if self.rest is None:
-            return self.last
-        return _solved(self.whole.problem(self.slope), self.f, tol, settings)
-
-
-@dataclass(frozen=True, eq=False)
-class _Posed:
-    """The transport problem at a slope."""
-
-    spaces: Matrices | Points
-    features: Cost | None
-    alpha: float
-    eps: float
-    a: Tensor | None
-    b: Tensor | None
-    penalties: Penalty | tuple[Penalty, Penalty]
-    mass: Tensor | float | None
-
-    def part(self, index: Tensor) -> _Posed:
-        """Some problems of a batch with one axis, between matrices."""
-        assert isinstance(self.spaces, Matrices)
-        features = self.features
-        if features is not None and len(features.shape) > 2:
-            features = Matrix(features.dense()[index])
-        a, b = (w[index] if w is not None and w.ndim > 1 else w for w in (self.a, self.b))
-        return replace(self, spaces=self.spaces.part(index), features=features, a=a, b=b)
-
-    def slope(self, at: Moments) -> Tensor | Factored:
-        """2 alpha L⊗P."""
-        found = self.spaces.slope(at)
-        if isinstance(found, Tensor):
-            return 2 * self.alpha * found
-        alpha, beta, u, v = found.parts
-        return Factored(2 * self.alpha * alpha, 2 * self.alpha * beta, 2 * self.alpha * u, v)
-
-    def problem(self, slope: Tensor | Factored) -> Problem:
-        if self.features is None:
-            cost: Any = slope
-        elif isinstance(slope, Tensor):
-            cost = (1 - self.alpha) * self.features.dense().to(slope.dtype) + slope
-        else:
-            cost = (1 - self.alpha) * self.features + slope
-        return Problem(cost, self.eps, self.a, self.b, self.penalties, self.mass)
-
-
-def _live(posed: _Posed) -> bool:
+def _live(posed: Posed) -> bool:
     """Whether a tensor of the problem requires a gradient here and now."""
     features = [] if posed.features is None else posed.features.inputs.values()
     given = [*posed.spaces.tensors, *features, posed.a, posed.b, posed.mass, posed.eps]
@@ -276,7 +149,8 @@ def _features(features: Cost | Tensor | None, spaces: Matrices | Points) -> Cost
     return cost
 
 
-def _first(posed: _Posed, start: Tensor | None) -> Moments:
+@torch.no_grad()
+def _first(posed: Posed, start: Tensor | None) -> Moments:
     """The moments of the first plan."""
     n, m = posed.spaces.shape
     if start is None:
@@ -294,7 +168,7 @@ def _first(posed: _Posed, start: Tensor | None) -> Moments:
     return posed.spaces.moments(start.to(posed.spaces.dtype))
 
 
-def _implicit(posed: _Posed, P: Tensor, f: Tensor, tol: float, settings: dict[str, Any]) -> Tensor:
+def _implicit(posed: Posed, P: Tensor, f: Tensor, tol: float, settings: dict[str, Any]) -> Tensor:
     """The plan as a function of the problem: the fixed point of solving at its own slope."""
 
     def again(at: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
