@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,7 +14,7 @@ from ..geometry.compiled import Compiled
 from ..penalties import KL
 from ..problem import Problem
 from ..solver import annealing
-from ..solver.compiled import rule_of, tuning
+from ..solver.compiled import each, rule_of, tuning
 from ..solver.criterion import Marginal
 from .mixing import GATE, MEMORY, RIDGE, STEADY, WORSE
 from .spaces import Matrices
@@ -85,10 +83,12 @@ def settle(posed: Posed, problem: Problem, slope: Tensor, constants: dict[str, A
     while bool(((ends[:, 0] == RUNNING) & (counts[:, 0] < limits.max_iter)).any()):
         ends[:, 1] = 0
         history = np.empty((G, min(CHUNK, limits.max_iter)))
-        _each(
-            quadratic.settle_some, G, quadratic.Spaces(*matrices), 2 * posed.alpha, a, b, float(problem.eps), *taus,
-            rule_of(Marginal(tol), slope.dtype), tuning(problem.balanced), passing, limits, *range_of(slope.dtype.itemsize),
-            own.view(G, n, m).numpy(), f, numbers, counts, ends, history,
+        each(
+            quadratic.settle_some, G, (
+                quadratic.Spaces(*matrices), 2 * posed.alpha, a, b, float(problem.eps), *taus, rule_of(Marginal(tol), slope.dtype),
+                tuning(problem.balanced), passing, limits, *range_of(slope.dtype.itemsize), own.view(G, n, m).numpy(), f, numbers, counts,
+                ends, history,
+            ),
         )  # fmt: skip
         table = np.empty((int(ends[:, 1].max()), G))
         for i in range(len(table)):
@@ -107,22 +107,3 @@ def _arrays(C: Tensor, batch: torch.Size) -> np.ndarray:
     if C.shape[:-2].numel() > 1:
         C = C.expand(*batch, *C.shape[-2:])
     return C.reshape(C.shape[:-2].numel(), *C.shape[-2:]).contiguous().numpy()
-
-
-def _each(work: Any, G: int, *arguments: Any) -> None:
-    """Every problem, one at a time, on all cores."""
-    threads = min(torch.get_num_threads(), G)
-    if threads == 1:
-        work(0, G, *arguments)
-        return
-    share = functools.partial(_take, iter(range(G)), work, arguments)
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(share) for _ in range(threads - 1)]
-        share()
-        for other in others:
-            other.result()
-
-
-def _take(parts: Any, work: Any, arguments: tuple[Any, ...]) -> None:
-    for p in parts:  # shared by the threads: each takes the next
-        work(p, p + 1, *arguments)

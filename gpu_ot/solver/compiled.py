@@ -197,14 +197,7 @@ class Engine:
         if threads == 1:
             self._with_help(work, arguments)
             return
-        step = max(1, G // (8 * threads))
-        with ThreadPoolExecutor(threads - 1) as pool:
-            parts = iter([(i, min(i + step, G)) for i in range(0, G, step)])
-            share = functools.partial(_take, parts, work, arguments)
-            others = [pool.submit(share) for _ in range(threads - 1)]
-            share()
-            for other in others:
-                other.result()
+        each(work, G, arguments, threads, max(1, G // (8 * threads)))
 
     def _crew(self, G: int, n: int, m: int) -> Any:
         from ..compiled.crew import crew
@@ -248,6 +241,21 @@ class Engine:
     def _tensor(self, z: np.ndarray) -> Tensor:
         batch = self.step.problem.a.shape[:-1]
         return torch.from_numpy(z).view((*batch, *z.shape[2:]))
+
+
+def each(work: Callable[..., None], count: int, arguments: tuple[Any, ...], threads: int | None = None, step: int = 1) -> None:
+    """work(low, high, *arguments) for every problem of `count`, `step` at a time, on all cores."""
+    threads = min(torch.get_num_threads(), count) if threads is None else threads
+    if threads == 1:
+        work(0, count, *arguments)
+        return
+    parts = iter([(i, min(i + step, count)) for i in range(0, count, step)])
+    share = functools.partial(_take, parts, work, arguments)
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(share) for _ in range(threads - 1)]
+        share()
+        for other in others:
+            other.result()
 
 
 def _take(parts: Any, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
