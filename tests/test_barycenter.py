@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import gpu_ot
-from gpu_ot import KL, Matrix, ProblemError, SqEuclidean, barycenter, free_barycenter
+from gpu_ot import KL, Grid, Matrix, Problem, ProblemError, SqEuclidean, barycenter, free_barycenter
 from gpu_ot.geometry.dense import Dense
-from gpu_ot.pot.barycenters import Image
+from gpu_ot.geometry.select import bind
 from problems import close, gradcheck, leaves, rand, randn
 
 EPS = 2e-3
@@ -364,10 +364,31 @@ def test_pots_names_of_images(name, reg):
 @pytest.mark.parametrize("eps", [1e-4, 4e-3, 1.0])
 def test_softmins_of_images_are_those_of_their_matrix(eps, sides):
     """At eps = 1e-4 the kernel between far pixels is exp(-10^4), and products underflow."""
-    cost = Image(*(torch.linspace(0, 1, k, dtype=torch.float64) for k in sides))
+    cost = Grid(sides, torch.tensor([1 / (k - 1) for k in sides], dtype=torch.float64))
     h = randn(3, 40)
     h[0, 1:], h[1, ::2] = -torch.inf, -torch.inf
-    close(cost.geometry(None, None).softmin(h, eps), Dense(Matrix(cost.dense())).softmin(h, eps), rtol=1e-12, atol=1e-12)
+    close(bind(Problem(cost, eps)).softmin(h, eps), Dense(Matrix(cost.dense())).softmin(h, eps), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sides, periodic", [((30,), False), ((5, 6), (True, False)), ((4, 2, 4), False)])
+@pytest.mark.parametrize("kind", ["plain", "debiased", "relaxed"])
+def test_grids_have_the_barycentres_of_their_matrices(sides, periodic, kind):
+    """In one to three dimensions, for several weights, and with the derivatives in measures, weights and spacing."""
+    n, eps = torch.Size(sides).numel(), 0.05
+    spacing = torch.linspace(0.2, 0.3, len(sides), dtype=torch.float64)
+    v, found = rand(n, seed=9), []
+    options = dict(debiased=dict(debiased=True), relaxed=dict(penalty=KL(0.5))).get(kind, {})
+    for dense in (False, True):
+        s, A, w = leaves(spacing, rand(2, n) + 0.1, rand(3, 2) + 0.1)
+        cost = Grid(sides, s, periodic=periodic)
+        if dense:
+            cost = cost.dense()
+            options |= dict(cost_bb=cost) if kind == "debiased" else {}
+        result = barycenter(cost, eps, A / A.sum(-1, keepdim=True), w, tol=1e-11, **options)
+        assert result.converged.all()
+        found.append((result.weights, *torch.autograd.grad((result.weights * v).sum(), (s, A, w))))
+    for ours, truth in zip(*found, strict=True):
+        close(ours, truth, rtol=1e-6, atol=1e-9)
 
 
 def test_gradients_by_pots_names():
