@@ -9,6 +9,8 @@ from torch import Tensor
 
 from . import errors
 from .costs import SqEuclidean
+from .geometry import multiscale
+from .geometry.select import DENSE_BYTES
 from .initial import sorted_potentials
 from .problem import Problem
 from .solution import Solution
@@ -97,7 +99,14 @@ def _placed(x: Tensor, dim: int, eps: float, tol: float, weights: Tensor | None 
     b = None if weights is None else weights.expand(*z.shape[:-1], m)
     problem = Problem(SqEuclidean(squashed, y), eps, b=b)
     start = sorted_potentials(squashed.detach(), y, b=b)
-    return solve(problem, grad="implicit", tol=tol, start=start), z
+    return solve(problem, grad="implicit", tol=tol, start=start, backend=_backend(problem)), z
+
+
+def _backend(problem: Problem) -> str:
+    """On a line the pairs that matter are fewer than all, once their arrays no longer fit, whatever the share that `auto` asks for."""
+    n, m = problem.shape[-2:]
+    large = 2 * n * m * problem.dtype.itemsize > DENSE_BYTES
+    return "multiscale" if large and multiscale.refuse(problem) is None else "auto"
 
 
 def _sorted(solution: Solution, z: Tensor) -> Tensor:

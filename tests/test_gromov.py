@@ -178,6 +178,64 @@ def test_prices_of_marginals():
     assert relaxed.converged and 0.2 < float(relaxed.plan.sum()) < 2
 
 
+@pytest.mark.parametrize("tau, eps", [(0.5, 0.05), (0.1, 0.02), (10.0, 0.05)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_prices_of_pairs_are_pots(tau, eps, fused):
+    """Masses 1 and 1.5. POT weighs the distortion by 1 and the features by alpha."""
+    Cx, Cy = spaces()
+    M, b, alpha = rand(N, M_), 1.5 * B, 0.6 if fused else 1.0
+    more = dict(features=M, alpha=alpha) if fused else {}
+    found = gromov(Cx, Cy, eps, A, b, tau=tau, tol=1e-9, max_iter=3000, **more)
+    theirs = dict(alpha=(1 - alpha) / alpha, M=M.numpy()) if fused else {}
+    options = dict(divergence="kl", unbalanced_solver="sinkhorn_log", max_iter=3000, tol=1e-12, max_iter_ot=5000, tol_ot=1e-12)
+    P, _ = ot.gromov.fused_unbalanced_gromov_wasserstein(
+        *arrays(Cx, Cy, A, b), reg_marginals=tau / alpha, epsilon=eps / alpha, **options, **theirs
+    )
+    assert found.converged and found.status.name == "converged"
+    close(found.plan, P, rtol=0, atol=1e-8)
+
+    def kl(p, q):
+        p, q = (torch.outer(z.flatten(), z.flatten()) for z in (p, q))
+        return (p * (p / q).log() - p + q).sum()
+
+    P = found.plan
+    L = (Cx[:, None, :, None] - Cy[None, :, None, :]).square()
+    close(found.distortion, torch.einsum("ijkl,ij,kl->", L, P, P), rtol=1e-9)
+    value = alpha * found.distortion + (1 - alpha) * (P * M).sum() + tau * (kl(P.sum(1), A) + kl(P.sum(0), b)) + eps * kl(P, A.outer(b))
+    close(found.value, value, rtol=1e-9)
+
+
+def test_prices_of_pairs_of_batches_points_and_atoms_without_weight():
+    x, y = randn(3, N, 3, seed=1) + 10, randn(M_, 2, seed=2)
+    a = A.clone()
+    a[:3] = 0
+    options = dict(tau=7.0, tol=1e-8, max_iter=3000)
+    Cx, Cy = torch.cdist(x, x).square(), torch.cdist(y, y).square()
+    together = gromov(Cx, Cy, 5.0, a, B, **options)
+    assert together.converged.all() and together.value.shape == (3,) and (together.plan[:, :3] == 0).all()
+    for k in range(3):
+        points = gromov(SqEuclidean(x[k], x[k]), SqEuclidean(y, y), 5.0, a, B, **options)
+        close(points.plan, together.plan[k], rtol=0, atol=1e-8)
+        part = gromov(Cx[k, 3:, 3:].contiguous(), Cy, 5.0, a[3:], B, **options)
+        close(part.plan, together.plan[k, 3:], rtol=0, atol=1e-8)
+    for unit in (1e-3, 1e3):
+        scaled = gromov(unit * Cx[0], unit * Cy, unit**2 * 5.0, a, B, **{**options, "tau": unit**2 * 7.0})
+        close(scaled.plan, together.plan[0], rtol=0, atol=1e-7)
+
+
+def test_derivatives_at_a_price_of_pairs():
+    S, R, a, b, M = leaves(rand(4, 4, seed=3), rand(3, 3, seed=4), rand(4) + 0.5, rand(3) + 0.5, rand(4, 3))
+
+    def value(S, R, a, b, M):
+        return gromov(S, R, 0.5, a, b, features=M, tau=0.8, tol=1e-11).value
+
+    assert gradcheck(value, (S, R, a, b, M))
+    with pytest.raises(ProblemError, match="leave out"):
+        gromov(S, R, 0.5, tau=0.8, penalties=KL(1.0))
+    with pytest.raises(ProblemError, match="tau must be a price > 0"):
+        gromov(S, R, 0.5, tau=-1.0)
+
+
 def test_derivatives_of_the_value():
     x, y, a, b, M = leaves(randn(4, 2, seed=1), randn(3, 3, seed=2), rand(4) + 0.5, rand(3) + 0.5, rand(4, 3))
     S, R = leaves(rand(4, 4, seed=3), rand(3, 3, seed=4))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,38 +15,13 @@ from ..penalties import BALANCED, Penalty
 from ..problem import Problem
 from ..solution import Plan
 from ..solve import solve
-from ..solver.status import Status
 from ..vectors import in_full_precision
 from .loop import Posed, search
+from .relaxed import relaxed
+from .result import Gromov
 from .spaces import Matrices, Moments, Points, given
 
 LOSSES = ("square", "kl")
-
-
-@dataclass(frozen=True, eq=False)
-class Gromov:
-    """The result of `gromov`.
-
-    value       (*batch,) the objective, differentiable: see `gromov`.
-    distortion  (*batch,) the sum over pairs of pairs alone, without features, entropy and weight.
-    plan        lazy, detached; with grad="implicit" an array (*batch, n, m) that carries derivatives.
-    f, g        (*batch, n) and (*batch, m), potentials of the last transport problem.
-    status      how the outer loop ended, in words; for a batch, the worst. A stationary point, not always the least.
-    converged   (*batch,)
-    n_iter      transport problems solved; n_inner, the iterations of all of them.
-    errors      (n_iter, *batch) how far the costs moved, in units of eps: the logarithm of the plan moves about as far.
-    """
-
-    value: Tensor
-    distortion: Tensor
-    plan: Plan | Tensor
-    f: Tensor
-    g: Tensor
-    status: Status
-    converged: Tensor
-    n_iter: int
-    n_inner: int
-    errors: Tensor
 
 
 @in_full_precision
@@ -63,6 +37,7 @@ def gromov(
     loss: str = "square",
     penalties: Penalty | tuple[Penalty, Penalty] = BALANCED,
     mass: Tensor | float | None = None,
+    tau: float | None = None,
     start: Tensor | None = None,
     backend: str = "auto",
     grad: str = "envelope",
@@ -85,6 +60,9 @@ def gromov(
     features     M, a cost or matrix (*batch, n, m); with it alpha in [0, 1], .5 when left out. Without, alpha is 1.
     loss         "square", (s - t)^2, or "kl", s log(s / t) - s + t for matrices > 0.
     penalties    prices of the marginals, as for `Problem`; `mass` for partial transport. L is then a sum over P as it is.
+    tau          a price of the marginals that is of pairs, as L is, in its units: the objective is then alpha <L, P⊗P> + (1 - alpha) <M, P>
+                 + tau KL⊗(P1 | a) + tau KL⊗(P^T 1 | b) + eps KL⊗(P | a⊗b) with KL⊗(p | q) = KL(p⊗p | q⊗q). Through n-by-m arrays; without
+                 `penalties`, `mass` and implicit derivatives.
     start        the plan to begin with, (*batch, n, m): a⊗b when left out. Another start may end elsewhere.
     grad         "envelope": first derivatives of `value` in costs, features and weights, exact at convergence. "implicit": of the plan
                  and of `distortion`, too, through n-by-m arrays.
@@ -93,7 +71,7 @@ def gromov(
 
     Not converging is a status. Raises ProblemError for input that has no answer.
     Peyré, Cuturi and Solomon 2016, ICML; Vayer et al. 2019, arXiv:1811.02834 (fused); Scetbon, Peyré and Cuturi 2022, arXiv:2106.01128
-    (factored costs).
+    (factored costs); Séjourné, Vialard and Peyré 2021, arXiv:2009.04266 (tau).
     """
     if grad not in ("envelope", "implicit"):
         raise errors.unknown("grad", grad, ("envelope", "implicit"))
@@ -109,6 +87,12 @@ def gromov(
     spaces = given(cost_x, cost_y, loss)
     posed = Posed(spaces, _features(features, spaces), alpha, eps, a, b, penalties, mass)
     settings: dict[str, Any] = dict(max_iter=inner_iter, backend=backend)
+    if tau is not None:
+        if penalties is not BALANCED or mass is not None or grad == "implicit":
+            raise errors.ProblemError('tau prices marginals in pairs: leave out `penalties`, `mass` and grad="implicit", or leave out tau.')
+        matrices = [z if isinstance(z, Tensor) else z.dense() for z in (cost_x, cost_y)]
+        arrays = spaces if isinstance(spaces, Matrices) else Matrices(*matrices, loss)
+        return relaxed(arrays, posed.features, alpha, eps, a, b, tau, start, tol, max_iter, settings, on_check)
     end = search(posed, _first(posed, start), tol, max_iter, settings, on_check)
     solution = end.solution
     plan: Plan | Tensor = solution.plan
