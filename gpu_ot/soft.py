@@ -9,12 +9,14 @@ from torch import Tensor
 
 from . import errors
 from .costs import SqEuclidean
-from .geometry import multiscale
-from .geometry.select import DENSE_BYTES
+from .geometry import line
 from .initial import sorted_potentials
 from .problem import Problem
 from .solution import Solution
 from .solve import solve
+
+#: Values from which on a sweep along the line is the faster one. Measured on one core, see bench/FACTS.md.
+MANY = 2000
 
 
 def soft_sort(x: Tensor, dim: int = -1, *, eps: float = 1e-3, tol: float = 1e-6) -> Tensor:
@@ -27,8 +29,8 @@ def soft_sort(x: Tensor, dim: int = -1, *, eps: float = 1e-3, tol: float = 1e-6)
           standard deviation and a logistic function, so neither their scale nor a shift matters.
     tol   of the plan's marginals, see `solve`.
 
-    A sweep is over the n^2 pairs of values and places. The result has the shape and type of x, and derivatives (implicit, first and
-    second). Raises ProblemError for NaN and infinities.
+    A sweep is over the n^2 pairs of values and places, on a CPU from 2000 values on over the n points alone. The result has the shape and
+    type of x, and derivatives (implicit, first and second). Raises ProblemError for NaN and infinities.
     Cuturi, Teboul and Vert 2019, arXiv:1905.11885.
     """
     solution, z = _placed(x, dim, eps, tol)
@@ -103,10 +105,9 @@ def _placed(x: Tensor, dim: int, eps: float, tol: float, weights: Tensor | None 
 
 
 def _backend(problem: Problem) -> str:
-    """On a line the pairs that matter are fewer than all, once their arrays no longer fit, whatever the share that `auto` asks for."""
+    """From so many values on, sums of Gaussians on the line take less time than products on arrays."""
     n, m = problem.shape[-2:]
-    large = 2 * n * m * problem.dtype.itemsize > DENSE_BYTES
-    return "multiscale" if large and multiscale.refuse(problem) is None else "auto"
+    return "line" if min(n, m) >= MANY and line.refuse(problem) is None else "auto"
 
 
 def _sorted(solution: Solution, z: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ def solve(
 
     Minimises <C, P> + eps KL(P | a⊗b) plus the marginal penalties; batched over leading axes.
 
-    backend      "auto", or by name: "dense", "resident", "chunked", "keops", "triton", "mesh", "multiscale", "grid", "softmin";
-                 `gpu_ot.explain(problem)` says why. "mesh" has an error of its own, which is measured: `Solution.measured`.
+    backend      "auto", or by name: "dense", "resident", "chunked", "keops", "triton", "mesh", "multiscale", "line", "grid",
+                 "softmin"; `gpu_ot.explain(problem)` says why. "mesh" has an error of its own, which is measured: `Solution.measured`.
     grad         how the outputs depend on the inputs: "envelope" is exact for the first derivatives of `value` at convergence and costs
                  one sweep; "implicit" differentiates f and g, too, through the equations that they solve at convergence (set `tol`
                  as small as the derivatives should be exact), and again: second derivatives of `value` in all of its inputs;
