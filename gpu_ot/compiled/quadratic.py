@@ -62,7 +62,7 @@ class Past(NamedTuple):
     gram: np.ndarray  # (memory, memory) of the changes
     right: np.ndarray  # (memory,)
     factor: np.ndarray  # (memory, memory)
-    count: np.ndarray  # (3,): whether there is a last one, differences so far, and iterations for which the change has fallen
+    counts: np.ndarray  # (3,): whether there is a last one, differences so far, and iterations for which the change has fallen
 
 
 @borrowing
@@ -187,7 +187,7 @@ def _weights(past, kept, ridge):
 def _mixed(past, limits, change, before, slope, following):
     """slope = the one to try next, given that it led to `following`: the twin of `gromov.mixing`."""
     n, m = slope.shape
-    count, kept = past.count, limits.memory
+    count, kept = past.counts, limits.memory
     count[2] = count[2] + 1 if change < before else 0
     if change > limits.worse * before:
         count[0] = count[1] = 0
@@ -275,7 +275,7 @@ def settle_some(
         h1, h2 = spaces.h1[min(p, len(spaces.h1) - 1)], spaces.h2[min(p, len(spaces.h2) - 1)]
         features = spaces.features[min(p, len(spaces.features) - 1)]
         own, measures = slope[p], Measures(a[p : p + 1], b[p : p + 1], eps, tau_a, tau_b)
-        past.count[:], checked = 0, 0
+        past.counts[:], checked = 0, 0
         while ends[p, 0] == RUNNING and counts[p, 0] < limits.max_iter and checked < history.shape[1]:
             for i in range(n):
                 for j in range(m):

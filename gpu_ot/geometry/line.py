@@ -81,7 +81,8 @@ class Line(Geometry):
         levels, factors = h.detach().expand(*batch, m).reshape(-1, m).numpy(), v.reshape(batch.numel(), m, v.shape[-1]).numpy()
         logs, means = np.empty((len(levels), n)), np.empty((len(levels), n, v.shape[-1]))
         for p, sides in enumerate(self._sides(eps, batch)):
-            _one(*(sides[::-1] if self._turned else sides), levels[p], factors[p], eps, logs[p], means[p])
+            rows, columns = sides[::-1] if self._turned else sides
+            _one(rows, columns, levels[p], factors[p], eps, logs[p], means[p])
         return torch.from_numpy(logs).view(*batch, n), torch.from_numpy(means).view(*batch, n, v.shape[-1])
 
     def _sides(self, eps: float, batch: torch.Size) -> list[tuple[_Side, _Side]]:
@@ -91,8 +92,8 @@ class Line(Geometry):
             points = [z.detach().double().expand(*batch, *z.shape[-2:]).reshape(-1, z.shape[-2]).numpy() for z in (u, v)]
             shifts = [z.detach().double().expand(*batch, z.shape[-1]).reshape(-1, z.shape[-1]).numpy() for z in (alpha, beta)]
             width = math.sqrt(2 * eps)
-            sides = [[_Side(x, s, width) for x, s in zip(*both, strict=True)] for both in zip(points, shifts, strict=True)]
-            self.shared.update(eps=eps, batch=batch, sides=list(zip(*sides, strict=True)))
+            rows, columns = ([_Side(x, s, width) for x, s in zip(*both, strict=True)] for both in zip(points, shifts, strict=True))
+            self.shared.update(eps=eps, batch=batch, sides=list(zip(rows, columns, strict=True)))
         return self.shared["sides"]
 
 

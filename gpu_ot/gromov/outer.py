@@ -90,8 +90,8 @@ def gromov(
     if tau is not None:
         if penalties is not BALANCED or mass is not None or grad == "implicit":
             raise errors.ProblemError('tau prices marginals in pairs: leave out `penalties`, `mass` and grad="implicit", or leave out tau.')
-        matrices = [z if isinstance(z, Tensor) else z.dense() for z in (cost_x, cost_y)]
-        arrays = spaces if isinstance(spaces, Matrices) else Matrices(*matrices, loss)
+        Cx, Cy = (z if isinstance(z, Tensor) else z.dense() for z in (cost_x, cost_y))
+        arrays = spaces if isinstance(spaces, Matrices) else Matrices(Cx, Cy, loss)
         return relaxed(arrays, posed.features, alpha, eps, a, b, tau, start, tol, max_iter, settings, on_check)
     end = search(posed, _first(posed, start), tol, max_iter, settings, on_check)
     solution = end.solution
