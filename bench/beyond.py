@@ -36,7 +36,6 @@ from machine import growth_mib, write
 from small import Rows, apart
 
 import gpu_ot
-from gpu_ot.pot.barycenters import Image
 
 with contextlib.redirect_stdout(io.StringIO()):  # packages that POT imports when they are there greet on stdout
     import ot
@@ -98,7 +97,7 @@ def volume(rows: Rows, given: argparse.Namespace) -> None:
     a = a / a.sum(-1, keepdim=True)
     found: list[Any] = []
     start = time.perf_counter()
-    found.append(gpu_ot.barycenter(Image(t, t, t), 4e-3, a, tol=1e-4))
+    found.append(gpu_ot.barycenter(gpu_ot.Grid((side,) * 3, 1 / (side - 1)), 4e-3, a, tol=1e-4))
     took = 1e3 * (time.perf_counter() - start)
     notes = {"gpu_ot": {"iterations": found[0].n_iter, "status": found[0].status.name}}
     rows.add({"gpu_ot": [took]}, case="two bumps, tol 1e-4", n=side, notes=notes)
@@ -178,14 +177,37 @@ def points_gw(rows: Rows, given: argparse.Namespace) -> None:
 def graphs(rows: Rows, given: argparse.Namespace) -> None:
     B, n = (4, 20) if given.quick else (64, 50)
     C1, C2 = spaces(n, (B,))
-    t1, t2 = torch.from_numpy(C1), torch.from_numpy(C2)
+    M = np.random.default_rng(1).random((B, n, n))
+    pairs = C1, C2, np.sqrt(C1), np.sqrt(C2), M
+    t1, t2, r1, r2, tM = map(torch.from_numpy, pairs)
     options = dict(epsilon=0.05, max_iter=1000, tol=1e-7)
-    calls: dict[str, Call] = {
-        "gpu_ot": lambda: gpu_ot.gromov(t1, t2, 0.05, tol=1e-6).distortion.numpy(),
-        "POT": lambda: np.array([ot.gromov.entropic_gromov_wasserstein2(c, d, **options) for c, d in zip(C1, C2, strict=True)]),
+
+    def fused() -> np.ndarray:
+        found = gpu_ot.gromov(t1, t2, 0.05, features=tM, tol=1e-6)
+        return (0.5 * found.distortion + 0.5 * (found.plan.to_dense() * tM).sum((-1, -2))).numpy()
+
+    def plain(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.array([ot.gromov.entropic_gromov_wasserstein2(c, d, **options) for c, d in zip(x, y, strict=True)])
+
+    cases: dict[str, dict[str, Call]] = {
+        "squared distances": {
+            "gpu_ot": lambda: gpu_ot.gromov(t1, t2, 0.05, tol=1e-6).distortion.numpy(),
+            "POT": lambda: plain(C1, C2),
+        },
+        "distances": {
+            "gpu_ot": lambda: gpu_ot.gromov(r1, r2, 0.05, tol=1e-6).distortion.numpy(),
+            "POT": lambda: plain(pairs[2], pairs[3]),
+        },
+        "fused": {
+            "gpu_ot": fused,
+            "POT": lambda: np.array(
+                [ot.gromov.entropic_fused_gromov_wasserstein2(m, c, d, **options) for m, c, d in zip(M, C1, C2, strict=True)]
+            ),
+        },
     }
-    times, found = in_turns(calls, max(1, given.repeats // 2))
-    rows.add(times, case="batch", B=B, n=n, bars={"POT": 10.0}, notes={"gpu_ot": {"difference": apart(found["gpu_ot"], found["POT"])}})
+    for case, calls in cases.items():
+        times, found = in_turns(calls, given.repeats)
+        rows.add(times, case=case, B=B, n=n, bars={"POT": 10.0}, notes={"gpu_ot": {"difference": apart(found["gpu_ot"], found["POT"])}})
 
 
 def low_rank(rows: Rows, given: argparse.Namespace) -> None:

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from . import errors
 from .costs import SqEuclidean
+from .geometry import line
 from .initial import sorted_potentials
 from .problem import Problem
 from .solution import Solution
 from .solve import solve
+
+#: Values from which on a sweep along the line is the faster one. Measured on one core, see bench/FACTS.md.
+MANY = 2000
 
 
 def soft_sort(x: Tensor, dim: int = -1, *, eps: float = 1e-3, tol: float = 1e-6) -> Tensor:
@@ -25,8 +29,8 @@ def soft_sort(x: Tensor, dim: int = -1, *, eps: float = 1e-3, tol: float = 1e-6)
           standard deviation and a logistic function, so neither their scale nor a shift matters.
     tol   of the plan's marginals, see `solve`.
 
-    A sweep is over the n^2 pairs of values and places. The result has the shape and type of x, and derivatives (implicit, first and
-    second). Raises ProblemError for NaN and infinities.
+    A sweep is over the n^2 pairs of values and places, on a CPU from 2000 values on over the n points alone. The result has the shape and
+    type of x, and derivatives (implicit, first and second). Raises ProblemError for NaN and infinities.
     Cuturi, Teboul and Vert 2019, arXiv:1905.11885.
     """
     solution, z = _placed(x, dim, eps, tol)
@@ -97,7 +101,13 @@ def _placed(x: Tensor, dim: int, eps: float, tol: float, weights: Tensor | None 
     b = None if weights is None else weights.expand(*z.shape[:-1], m)
     problem = Problem(SqEuclidean(squashed, y), eps, b=b)
     start = sorted_potentials(squashed.detach(), y, b=b)
-    return solve(problem, grad="implicit", tol=tol, start=start), z
+    return solve(problem, grad="implicit", tol=tol, start=start, backend=_backend(problem)), z
+
+
+def _backend(problem: Problem) -> str:
+    """From so many values on, sums of Gaussians on the line take less time than products on arrays."""
+    n, m = problem.shape[-2:]
+    return "line" if min(n, m) >= MANY and line.refuse(problem) is None else "auto"
 
 
 def _sorted(solution: Solution, z: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
@@ -15,18 +15,20 @@ from . import errors, gradients, transforms
 from .geometry.protocol import Geometry
 from .geometry.select import bind
 from .gradients import implicit
+from .gradients.fixed_point import TOL, TOL_SINGLE, fixed_point
 from .penalties import AtMost
 from .problem import Problem
 from .solution import Solution
 from .solution.measured import measure
 from .solver.acceleration import Anderson
 from .solver.annealing import Anneal, Constant
+from .solver.bar import bar
 from .solver.criterion import Criterion, Marginal
 from .solver.loop import iterations, sinkhorn
 from .solver.monitor import Outcome
 from .solver.partial import Partial
 from .solver.status import CONVERGED, DIVERGED, STALLED, inexact
-from .solver.step import Alternating, Start, Symmetric
+from .solver.step import Alternating, Start, State, Symmetric
 
 if TYPE_CHECKING:
     from .distributed.checkpoint import Checkpoint
@@ -79,8 +81,8 @@ def solve(
 
     Minimises <C, P> + eps KL(P | a⊗b) plus the marginal penalties; batched over leading axes.
 
-    backend      "auto", or by name: "dense", "resident", "chunked", "keops", "triton", "mesh", "multiscale", "grid", "softmin";
-                 `gpu_ot.explain(problem)` says why. "mesh" has an error of its own, which is measured: `Solution.measured`.
+    backend      "auto", or by name: "dense", "resident", "chunked", "keops", "triton", "mesh", "multiscale", "line", "grid",
+                 "softmin"; `gpu_ot.explain(problem)` says why. "mesh" has an error of its own, which is measured: `Solution.measured`.
     grad         how the outputs depend on the inputs: "envelope" is exact for the first derivatives of `value` at convergence and costs
                  one sweep; "implicit" differentiates f and g, too, through the equations that they solve at convergence (set `tol`
                  as small as the derivatives should be exact), and again: second derivatives of `value` in all of its inputs;
@@ -115,7 +117,7 @@ def solve(
         schedule=schedule, precision=precision, strict=strict, start=type(start).__name__, gradients=torch.is_grad_enabled(),
     )  # fmt: skip
     keep = checkpoint.offer if checkpoint is not None and ranks.rank == 0 else None
-    with ranks.report_failure(), _bar(on_check) if progress and ranks.rank == 0 else contextlib.nullcontext(on_check) as on_check:
+    with ranks.report_failure(), bar(on_check) if progress and ranks.rank == 0 else contextlib.nullcontext(on_check) as on_check:
         rows = start_rows(start, problem)
         if start is not None:
             ranks.agree(start=rows)
@@ -131,26 +133,6 @@ def solve(
     if solution.status.name == "unresolved":
         warnings.warn(f"gpu_ot.solve, {solution.status}", RuntimeWarning, stacklevel=4)
     return solution.raise_unless_converged() if strict else solution
-
-
-@contextlib.contextmanager
-def _bar(on_check: Callable[[int, Tensor], None] | None) -> Iterator[Callable[[int, Tensor], None] | None]:
-    """`on_check`, which also moves a bar."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        warnings.warn("progress=True shows tqdm's bar, which is not installed: pip install tqdm", stacklevel=5)
-        yield on_check
-        return
-    with tqdm(unit=" iterations") as bar:
-
-        def move(n_iter: int, errors: Tensor) -> None:
-            bar.set_postfix(error=f"{float(errors.max()):.1e}", refresh=False)
-            bar.update(n_iter - bar.n)
-            if on_check is not None:
-                on_check(n_iter, errors)
-
-        yield move
 
 
 @transforms.eagerly
@@ -196,10 +178,6 @@ def find(
         raise errors.ProblemError(
             'grad="unroll" differentiates plain iterations at one eps: leave `schedule` and `accelerate` out, or use grad="envelope".'
         )
-    if problem.mass is not None and grad == "implicit":
-        raise errors.ProblemError(
-            'partial transport knows no implicit derivatives: grad="envelope" has those of the value, and grad="unroll" of the plan.'
-        )
     accelerate = "none" if unrolled or after >= max_iter else accelerate
     posed, rule = problem.T if order == "columns" else problem, criterion or Marginal()
     unstarted = start is None
@@ -232,22 +210,29 @@ def find(
         f, g = end.f, end.g
         if unrolled:
             f, g = _unroll(posed, geometry, start, end, rule)
-        if grad == "implicit":
+        if grad == "implicit" and problem.mass is None:
             f, g = implicit.potentials(posed, geometry, f, g, caution=_caution(end))
+        elif grad == "implicit":
+            f, g = _partial(posed, geometry, end)
         if order == "columns":
             f, g, geometry = g, f, geometry.T
             end.measured = end.measured and end.measured.T
+            if problem.mass is not None:  # the multiplier of the mass goes over to the rows
+                level = torch.where(problem.b > 0, g, -torch.inf).amax(-1, keepdim=True)
+                f, g = f + level, g - level
         history = torch.stack(end.errors) if end.errors else end.f.new_zeros(0, *end.f.shape[:-1])
     recorded = torch.is_grad_enabled()
-    more: Tensor | float = 0.0
+    more, held, values = 0.0, (f, g), implicit if grad == "implicit" else gradients
     if problem.mass is not None:
-        level = torch.where(problem.a.detach() > 0, f, -torch.inf).amax(-1, keepdim=True)
+        if grad == "implicit":  # the value's own derivatives are the envelope's
+            held, values = (f.detach(), g.detach()), gradients
+        level = torch.where(problem.a.detach() > 0, held[0], -torch.inf).amax(-1, keepdim=True)
         more = (level * (problem.mass.unsqueeze(-1) - problem.a.sum(-1, keepdim=True))).squeeze(-1)
         problem = problem.restricted(problem.cost, problem.a, problem.b, (AtMost(level), AtMost()))
 
     def value() -> Tensor:
         with torch.set_grad_enabled(recorded), torch.autocast(problem.a.device.type, enabled=False):
-            return (implicit if grad == "implicit" else gradients).value(problem, geometry, f, g) + more
+            return values.value(problem, geometry, *held) + more
 
     return Solution(problem, geometry, value, f, g, end.status, end.converged, end.n_iter, end.n_sweeps, history, end.measured)
 
@@ -316,6 +301,20 @@ def _unroll(problem: Problem, geometry: Geometry, start: Start, end: Outcome, cr
     step = _step(learnable, "rows", "none")
     state = iterations(gradients.Differentiable(geometry.entrywise), step, start, end.n_iter)
     return criterion.seen(step, state)
+
+
+def _partial(problem: Problem, geometry: Geometry, end: Outcome) -> tuple[Tensor, Tensor]:
+    """The potentials of partial transport, as functions of cost, weights and mass: g is the fixed point of an iteration."""
+    gradients.refuse_learnable(problem, "implicit")
+    step, map_ = _step(problem, "rows", "none"), gradients.Differentiable(geometry.entrywise)
+
+    def once(g: Tensor) -> State:
+        return step.moved(map_, State(g, g, g), g, None, 1)
+
+    if needs_gradient(problem) and (caution := _caution(end)):
+        warnings.warn(caution, RuntimeWarning, stacklevel=3)
+    (g,) = fixed_point(lambda at: (once(at[0]).g_next,), (end.g,), TOL if geometry.dtype == torch.float64 else TOL_SINGLE)
+    return once(g).f, g
 
 
 def _caution(end: Outcome) -> str:

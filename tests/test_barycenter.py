@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import gpu_ot
-from gpu_ot import KL, Matrix, ProblemError, SqEuclidean, barycenter, free_barycenter
+from gpu_ot import KL, Grid, Matrix, Problem, ProblemError, SqEuclidean, barycenter, free_barycenter
 from gpu_ot.geometry.dense import Dense
-from gpu_ot.pot.barycenters import Image
+from gpu_ot.geometry.select import bind
 from problems import close, gradcheck, leaves, rand, randn
 
 EPS = 2e-3
@@ -196,6 +196,98 @@ def test_points_settle_in_the_middle():
     close(found.points.mean(0), means.mean(0), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["plain", "far", "empty", "one", "units", "float32", "sharp"])
+def test_machine_code_moves_points_as_the_loop_does(case):
+    """The truth is the same move by torch operations between arrays; points without weight move, too."""
+    clouds, eps, m, atol = groups((9, 12, 7)), 0.1, 8, 1e-9
+    b = torch.full((m,), 1 / m, dtype=torch.float64)
+    if case == "far":
+        clouds, atol = [z + 1e5 for z in clouds], 1e-7
+    elif case == "empty":
+        b = torch.cat((torch.zeros(2), torch.ones(m - 2) / (m - 2))).double()
+    elif case == "one":
+        clouds, b, m = [z[:1] for z in clouds], torch.ones(1, dtype=torch.float64), 1
+    elif case == "units":
+        clouds, eps, atol = [1e6 * z for z in clouds], 1e11, 1e-3
+    elif case == "sharp":
+        eps, atol = 1e-3, 1e-6
+    elif case == "float32":
+        clouds, atol = [z.float() for z in clouds], 2e-5
+    start = torch.stack([clouds[0].mean(0)] * m) + randn(m, 2).to(clouds[0]) * (1e6 if case == "units" else 1)
+    options = dict(b=b, max_iter=6, inner_tol=1e-5 if case == "float32" else 1e-11, inner_iter=5000)
+    found, truth = (free_barycenter(clouds, eps, start, backend=z, **options) for z in ("auto", "dense"))
+    close(found.points, truth.points, rtol=0, atol=atol)
+    close(found.errors, truth.errors, rtol=1e-3 if case == "float32" else 1e-6, atol=atol**2)
+    assert found.points.dtype == clouds[0].dtype and found.f.shape == truth.f.shape and found.g.shape == truth.g.shape
+    assert (found.weights == b.to(found.weights)).all()
+
+
+EPS_FREE = 0.02
+
+
+def test_weights_move_to_the_barycentre_on_the_points():
+    clouds, start = groups((9, 12, 7)), randn(6, 2)
+    w = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    options = dict(weights=w, tol=1e-20, max_iter=3000, inner_tol=1e-10, inner_iter=10_000)
+    found = free_barycenter(clouds, EPS_FREE, start, free_weights=True, **options)
+    assert found.converged and found.f.shape == (3, 12) and found.g.shape == (3, 6)
+    assert float(found.weights.sum()) == pytest.approx(1) and float((found.weights - 1 / 6).abs().max()) > 1e-3
+
+    def objective(x, b=None):
+        """sum_k w_k of the least over plans with one common marginal, or with the marginal b; the entropy is relative to a uniform one."""
+        total = 0.0
+        for z, weight in zip(clouds, w, strict=True):
+            marginal = at(x).weights if b is None else b
+            C = torch.cdist(z, x).square()
+            P = gpu_ot.solve(gpu_ot.Problem(C, EPS_FREE, b=marginal), tol=1e-11).plan.to_dense()
+            total += weight * ((P * C).sum() + EPS_FREE * (P * (P * len(z) * len(x)).log()).sum())
+        return total
+
+    def at(x):
+        K, most = len(clouds), max(map(len, clouds))
+        y = torch.stack([torch.cat((z, z[:1].expand(most - len(z), -1))) for z in clouds])
+        a = torch.stack([(torch.arange(most) < len(z)).double() / len(z) for z in clouds])
+        return barycenter(SqEuclidean(y, x.expand(K, *x.shape)), EPS_FREE, a, w, tol=1e-11)
+
+    close(at(found.points).weights, found.weights, rtol=0, atol=1e-8)
+    least, uniform = objective(found.points), free_barycenter(clouds, EPS_FREE, start, **options)
+    assert least < objective(uniform.points, uniform.weights)
+    x = found.points.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(objective_held(clouds, x, found, w), x)
+    close(slope, torch.zeros_like(slope), rtol=0, atol=1e-7)
+    for k in range(3):
+        assert least <= objective(found.points + 0.05 * randn(6, 2, seed=k)) + 1e-9
+
+
+def objective_held(clouds, x, found, w):
+    """<P, C> at the plans that were found, as a function of the points."""
+    total = 0.0
+    for k, z in enumerate(clouds):
+        C = torch.cdist(z, x).square()
+        P = ((found.f[k, : len(z), None] + found.g[k] - C.detach()) / EPS_FREE).exp() / len(z) / len(x)
+        total = total + w[k] * (P * C).sum()
+    return total
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_derivatives_of_points_that_move(free):
+    clouds, a, b, w = leaves(randn(2, 5, 2, seed=1), rand(2, 5, seed=2) + 0.5, rand(3, seed=3) + 0.5, torch.tensor([0.6, 0.4]).double())
+    start = randn(3, 2, seed=4)
+
+    def moments(clouds, a, b, w):
+        options = {} if free else dict(b=b / b.sum())
+        a = a / a.sum(-1, keepdim=True)
+        found = free_barycenter(
+            clouds, 2.0, start, a=a, weights=w, free_weights=free, tol=1e-24, max_iter=2000, inner_tol=1e-12, **options
+        )  # fmt: skip
+        assert found.converged
+        return torch.cat((found.points.flatten(), found.weights if free else found.weights[:0]))
+
+    assert gradcheck(moments, (clouds, a, b, w), fast_mode=True)
+    with torch.no_grad():
+        assert not free_barycenter(clouds, 2.0, start).points.requires_grad
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -205,6 +297,8 @@ def test_points_settle_in_the_middle():
         (dict(a=[torch.ones(2), torch.ones(3)]), "a[0] has shape (2,)"),
         (dict(weights=torch.ones(1)), "weights has shape (1,)"),
         (dict(start=torch.rand(3)), "start has shape (3,)"),
+        (dict(free_weights=True, b=torch.ones(4) / 4), "leave one of the two out"),
+        (dict(max_iter=0), "max_iter and inner_iter must be at least 1"),
     ],
 )
 def test_bad_clouds_are_named(options, words):
@@ -270,10 +364,31 @@ def test_pots_names_of_images(name, reg):
 @pytest.mark.parametrize("eps", [1e-4, 4e-3, 1.0])
 def test_softmins_of_images_are_those_of_their_matrix(eps, sides):
     """At eps = 1e-4 the kernel between far pixels is exp(-10^4), and products underflow."""
-    cost = Image(*(torch.linspace(0, 1, k, dtype=torch.float64) for k in sides))
+    cost = Grid(sides, torch.tensor([1 / (k - 1) for k in sides], dtype=torch.float64))
     h = randn(3, 40)
     h[0, 1:], h[1, ::2] = -torch.inf, -torch.inf
-    close(cost.geometry(None, None).softmin(h, eps), Dense(Matrix(cost.dense())).softmin(h, eps), rtol=1e-12, atol=1e-12)
+    close(bind(Problem(cost, eps)).softmin(h, eps), Dense(Matrix(cost.dense())).softmin(h, eps), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sides, periodic", [((30,), False), ((5, 6), (True, False)), ((4, 2, 4), False)])
+@pytest.mark.parametrize("kind", ["plain", "debiased", "relaxed"])
+def test_grids_have_the_barycentres_of_their_matrices(sides, periodic, kind):
+    """In one to three dimensions, for several weights, and with the derivatives in measures, weights and spacing."""
+    n, eps = torch.Size(sides).numel(), 0.05
+    spacing = torch.linspace(0.2, 0.3, len(sides), dtype=torch.float64)
+    v, found = rand(n, seed=9), []
+    options = dict(debiased=dict(debiased=True), relaxed=dict(penalty=KL(0.5))).get(kind, {})
+    for dense in (False, True):
+        s, A, w = leaves(spacing, rand(2, n) + 0.1, rand(3, 2) + 0.1)
+        cost = Grid(sides, s, periodic=periodic)
+        if dense:
+            cost = cost.dense()
+            options |= dict(cost_bb=cost) if kind == "debiased" else {}
+        result = barycenter(cost, eps, A / A.sum(-1, keepdim=True), w, tol=1e-11, **options)
+        assert result.converged.all()
+        found.append((result.weights, *torch.autograd.grad((result.weights * v).sum(), (s, A, w))))
+    for ours, truth in zip(*found, strict=True):
+        close(ours, truth, rtol=1e-6, atol=1e-9)
 
 
 def test_gradients_by_pots_names():

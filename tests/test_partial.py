@@ -8,6 +8,8 @@ import torch
 import gpu_ot
 from gpu_ot import KL, Problem, ProblemError, SqEuclidean, solve
 from gpu_ot.penalties import filled
+from gpu_ot.solve import find
+from gpu_ot.solver.criterion import Marginal
 from problems import close, gradcheck, leaves, measures, numbers, rand, random_problem
 
 FRACTIONS = [0.0, 1e-3, 0.1, 0.5, 0.9, 1.0]
@@ -69,6 +71,62 @@ def test_derivatives_of_value_and_plan():
     (eps,), (x, y, a, b, mass) = numbers(0.1), inputs
     assert gradcheck(lambda eps: solve(Problem(SqEuclidean(x, y), eps, a, b, mass=mass), tol=1e-12).value, [eps])
     assert gradcheck(lambda *z: (weights * solved("unroll", *z).plan.to_dense()).sum(), inputs)
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.7, 0.95])
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_implicit_derivatives_of_plan_and_potentials(fraction, order):
+    """At small masses and large, where some points give all they have and others do not; unequal weights; the costs too."""
+    weights, v, w = rand(5, 4), rand(5, seed=3), rand(4, seed=4)
+    x, y, a, b = leaves(*measures(5, 4))
+    mass = (fraction * torch.minimum(a.sum(), b.sum())).detach().requires_grad_()
+
+    def moments(x, y, a, b, mass):
+        found = find(
+            Problem(SqEuclidean(x, y), 0.1, a, b, mass=mass), criterion=Marginal(1e-13), grad="implicit", order=order, max_iter=20_000
+        )  # fmt: skip
+        P = found.plan
+        return torch.stack(((weights * P.to_dense()).sum(), (v * (P @ w)).sum(), (v * found.f).sum() + (w * found.g).sum(), found.value))
+
+    assert gradcheck(moments, (x, y, a, b, mass))
+
+
+def test_implicit_derivatives_are_those_of_every_iteration():
+    x, y, a, b = measures(9, 11)
+    a[:2], b[3] = 0, 0
+    masses = torch.tensor([0.0, 0.3, 0.8], dtype=torch.float64) * torch.minimum(a.sum(), b.sum())
+    found = []
+    for grad in ("implicit", "unroll"):
+        inputs = leaves(x, y, a, b, masses)
+        problem = Problem(SqEuclidean(*inputs[:2]), 0.2, *inputs[2:4], mass=inputs[4])
+        solution = solve(problem, tol=1e-14, grad=grad, max_iter=3000, accelerate="none")
+        moment = (rand(9, 11) * solution.plan.to_dense()).sum() + solution.sharp_cost.sum()
+        found.append(torch.autograd.grad(moment, inputs))
+    for ours, truth in zip(*found, strict=True):
+        assert ours.isfinite().all()
+        close(ours, truth, rtol=1e-6, atol=1e-8)
+
+
+def test_implicit_derivatives_of_what_has_not_converged_are_announced():
+    problem = partial_problem(40, 40, eps=1e-2, fraction=0.95)
+    C = problem.cost.dense().clone().requires_grad_()
+    with pytest.warns(RuntimeWarning, match="exact at convergence"):
+        solve(Problem(C, 1e-2, problem.a, problem.b, mass=problem.mass), grad="implicit", max_iter=3)
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense", "softmin"])
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+def test_mass_without_a_way_is_infeasible(backend, unit):
+    """Four of five points reach one other alone, of mass .1: no more than .1 + .2 moves."""
+    C = rand(5, 4)
+    C[:4, 1:] = torch.inf
+    b = torch.tensor([0.1, 0.3, 0.3, 0.3], dtype=torch.float64)
+    for mass in (0.1, 0.29, 0.3):
+        assert solve(Problem(unit * C, unit * 0.05, b=b, mass=mass), tol=1e-8, backend=backend).status.name == "converged"
+    for mass in (0.31, 0.5, 1.0):
+        found = solve(Problem(unit * C, unit * 0.05, b=b, mass=mass), tol=1e-8, backend=backend)
+        assert found.status.name == "infeasible" and not found.converged and "move less" in found.status.explanation
+        assert found.n_iter < 1000 or mass == 0.31  # hardly more than there is: the dual grows slowly
 
 
 def test_masses_of_a_batch():
@@ -140,9 +198,9 @@ def test_what_is_not_known_is_refused():
     x, y, _, _ = measures()
     with pytest.raises(ProblemError, match="no divergence"):
         gpu_ot.divergence(Problem(SqEuclidean(x, y), 0.1, mass=0.5))
-    problem = Problem(rand(5, 4).requires_grad_(), 0.1, mass=0.5)
-    with pytest.raises(ProblemError, match='grad="unroll" of the plan'):
-        solve(problem, grad="implicit")
+    (eps,) = numbers(0.1)
+    with pytest.raises(ProblemError, match="eps"):
+        solve(Problem(rand(5, 4), eps, mass=0.5), grad="implicit")
 
 
 def test_annealing_gets_there_sooner():

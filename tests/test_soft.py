@@ -3,7 +3,23 @@
 import pytest
 import torch
 
-from gpu_ot import ProblemError, soft_quantile, soft_rank, soft_sort, soft_topk
+from gpu_ot import (
+    KL,
+    BackendError,
+    Dot,
+    Matrix,
+    Problem,
+    ProblemError,
+    SqEuclidean,
+    explain,
+    soft_quantile,
+    soft_rank,
+    soft_sort,
+    soft_topk,
+    solve,
+)  # fmt: skip
+from gpu_ot.geometry.dense import Dense
+from gpu_ot.geometry.select import bind
 from problems import close, gradcheck, leaves, rand, randn
 
 SHARP = 2e-5
@@ -47,6 +63,56 @@ def test_axes_and_types(dim):
         close(found.movedim(dim, -1), function(x.movedim(dim, -1), dim=-1), rtol=0, atol=1e-6)
     assert soft_quantile(x, 0.5, dim).shape == x.quantile(0.5, dim).shape
     assert soft_quantile(x, torch.tensor([0.1, 0.5]), dim).shape[dim] == 2
+
+
+@pytest.mark.parametrize("eps", [1e-4, 1e-3, 0.1])
+def test_many_values_are_swept_along_the_line(monkeypatch, eps):
+    """The same numbers and derivatives as between arrays: of a batch, with values that coincide and one far from the others."""
+    x = randn(2, 301)
+    x[0, :40] = 0.3
+    if eps > 1e-4:  # there the derivative between arrays, the truth here, is NaN
+        x[1, 7] = 40.0
+    w, found = torch.linspace(0, 1, 301, dtype=torch.float64), []
+    for many in (2, 10**9):
+        monkeypatch.setattr("gpu_ot.soft.MANY", many)
+        (z,) = leaves(x)
+        values, ranks = soft_sort(z, eps=eps, tol=1e-10), soft_rank(z, eps=eps, tol=1e-10)
+        found.append((values, ranks, *torch.autograd.grad((values * w).sum() + (ranks * w).sum() / 300, z)))
+    for ours, truth in zip(*found, strict=True):
+        close(ours, truth, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-5, 1e-3, 1e-1, 10.0])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("rough", [False, True])
+def test_sums_on_the_line_are_those_of_the_matrix(eps, offset, rough):
+    """Potentials of a plan, and others so rough that a point's sum comes from far away; empty atoms; signed products."""
+    x, y, v = rand(113, 1, seed=1) + offset, rand(97, 1, seed=2) + offset, randn(97, 3)
+    h = 0.3 * rand(97) if rough else eps * randn(97)
+    h[::7] = -torch.inf
+    problem = Problem(SqEuclidean(x, y), eps)
+    C = problem.cost.dense()
+    truth, line = Dense(Matrix(C)), bind(problem, "line")
+    digits = 1e-15 * max(1.0, offset) * 10 / eps + 1e-13
+    k = truth.softmin(h, eps)
+    close(line.softmin(h, eps) / eps, k / eps, rtol=digits, atol=digits)
+    close(line.apply(k, h, eps, v), truth.apply(k, h, eps, v), rtol=0, atol=10 * digits)
+
+
+def test_the_line_serves_a_whole_solve():
+    """Plans, values and all derivatives of another cost of one feature, relaxed, with weights and without some."""
+    x, y, a, b = leaves(randn(23, 1, seed=1), randn(31, 1, seed=2), rand(23) + 0.1, torch.cat((torch.zeros(3), torch.rand(28))).double())
+    found = []
+    for backend in ("line", "dense"):
+        for cost in (SqEuclidean, Dot):
+            solution = solve(Problem(cost(x, y), 0.3, a, b, KL(2.0)), tol=1e-11, backend=backend, grad="implicit")
+            moment = solution.value + solution.sharp_cost + (solution.plan.T @ x).square().sum() + solution.transport().sum()
+            found.append((solution.f, solution.plan.to_dense(), moment, *torch.autograd.grad(moment, (x, y, a, b))))
+    for ours, truth in zip((*found[0], *found[1]), (*found[2], *found[3]), strict=True):
+        close(ours, truth, rtol=1e-7, atol=1e-8)
+    with pytest.raises(BackendError, match="3 features"):
+        solve(Problem(SqEuclidean(randn(5, 3), randn(4, 3)), 0.3), backend="line")
+    assert "line" in explain(Problem(SqEuclidean(rand(7000, 1), rand(7000, 1)), 0.01)).splitlines()[0]
 
 
 def test_equal_values_share_their_ranks():

@@ -6,12 +6,14 @@ With C_ij a sum over axes, sum_j exp((h_j - C_ij) / eps) is a sum along the firs
 
 is taken for blocks of neighbouring i about some k: exp(L_j - c_kj - top) is formed once, and the product with exp(c_kj - c_ij) does all.
 Blocks are as long as that matrix stays within exp(+-RANGE): for a large eps the whole axis is one, a product on an absorbed kernel, and
-for eps -> 0 each i has a block of its own, a logsumexp. Nothing is ever inexact, and nobody has to ask.
+for eps -> 0 each i has a block of its own, a logsumexp. Nothing is ever inexact, and nobody has to ask. Sums of positive terms first try
+one product for the whole axis, with exp(-c): where h is as smooth as the costs every sum of it is large enough, whatever eps.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from .protocol import Geometry, needed
 
 #: Exponents of a block's matrix. What is dropped from a sum is exp(-700) of its largest term about k, so exp(-300) of any that counts.
 RANGE = 200.0
+#: A sum of positive terms of a whole axis is exact from here on: what underflows in it is 1e-28 of it.
+SAFE = 1e-280
 
 #: log |z| and the sign of z, None for positive.
 Signed = tuple[Tensor, Tensor | None]
@@ -50,7 +54,7 @@ class OnGrid(Geometry):
         self.cost, self.inputs = cost, (cost.spacing,)
         with torch.no_grad():
             self.costs = [cost.axis(k).double() for k in range(len(cost.nodes))]
-        self._kernels: tuple[float, list[list[_Block]]] = math.nan, []
+        self._kernels: tuple[float, list[_Axis]] = math.nan, []
 
     @property
     def T(self) -> OnGrid:
@@ -94,19 +98,30 @@ class OnGrid(Geometry):
         """log |sum_j exp(L_j - C_ij / eps)| and its sign. weighted: each term times its cost along that axis."""
         logs, sign = (None if z is None else z.unflatten(-1, self.cost.nodes) for z in given)
         assert logs is not None
-        blocks, d = self._blocks(eps), len(self.costs)
+        axes, d = self._axes(eps), len(self.costs)
         for axis in range(d):
             turned = logs.movedim(axis - d, -1), None if sign is None else sign.movedim(axis - d, -1)
             logs, sign = (
-                None if z is None else z.movedim(-1, axis - d) for z in _along(turned, blocks[axis], self.costs[axis], axis == weighted)
+                None if z is None else z.movedim(-1, axis - d) for z in _along(turned, axes[axis], self.costs[axis], axis == weighted)
             )
             assert logs is not None
         return logs.flatten(-d), None if sign is None else sign.flatten(-d)
 
-    def _blocks(self, eps: float) -> list[list[_Block]]:
+    def _axes(self, eps: float) -> list[_Axis]:
         if self._kernels[0] != eps:
-            self._kernels = eps, [_blocks(C / eps) for C in self.costs]
+            self._kernels = eps, [_Axis(C / eps) for C in self.costs]
         return self._kernels[1]
+
+
+class _Axis:
+    """The costs over eps along one axis: their kernel, and the blocks that serve where it underflows."""
+
+    def __init__(self, c: Tensor) -> None:
+        self.c, self.kernel = c, (-c).exp()
+
+    @cached_property
+    def blocks(self) -> list[_Block]:
+        return _blocks(self.c)
 
 
 class _Block:
@@ -129,8 +144,22 @@ def _blocks(c: Tensor) -> list[_Block]:
     return [_Block(rows, c) for rows in by_rows(size, length)]
 
 
-def _along(given: Signed, blocks: list[_Block], C: Tensor, weighted: bool) -> Signed:
+def _along(given: Signed, axis: _Axis, C: Tensor, weighted: bool) -> Signed:
     """The sums along the last axis."""
+    if given[1] is not None or weighted:
+        return _by_blocks(given, axis.blocks, C, weighted)
+    logs = given[0]
+    top = logs.amax(-1, keepdim=True)
+    top = torch.where(top > -math.inf, top, 0.0)
+    sums = (logs - top).exp_() @ axis.kernel  # symmetric
+    wrong = (sums < SAFE).any(-1)
+    out = sums.log_().add_(top)
+    if bool(wrong.any()):
+        out[wrong] = _by_blocks((logs[wrong], None), axis.blocks, C, False)[0]
+    return out, None
+
+
+def _by_blocks(given: Signed, blocks: list[_Block], C: Tensor, weighted: bool) -> Signed:
     logs, sign = given
     out, signs = torch.empty_like(logs), None if sign is None else torch.empty_like(sign)
     for block in blocks:

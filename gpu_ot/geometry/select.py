@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .. import errors
 from ..communicator import ALONE
 from ..problem import Problem, vector_dtype
-from . import chunked, grid, keops, mesh, multiscale, tiles, triton
+from . import chunked, grid, keops, line, mesh, multiscale, tiles, triton
 from .absorbed import Absorbed
 from .compiled import Compiled
 from .dense import Dense
@@ -83,6 +83,7 @@ BACKENDS = {
     ),
     "keops": Backend(keops.refuse, lambda problem: keops.Keops(problem.cost), lambda problem: 2 * _cloud_bytes(problem)),
     "grid": Backend(grid.refuse, grid.OnGrid, grid.memory),
+    "line": Backend(line.refuse, line.Line, line.memory),
     "mesh": Backend(mesh.refuse, mesh.bind, mesh.memory),
     "multiscale": Backend(multiscale.refuse, multiscale.bind, multiscale.memory),
     "softmin": Backend(lambda problem: None, lambda problem: Dense(problem.cost), _matrix_bytes),
@@ -127,6 +128,8 @@ def _rules(problem: Problem, tol: float | None) -> Iterator[Rule]:
         yield Rule("keops", "the cost does not go through the kernels, and KeOps compiles a loop for it")
     if _on(problem, "cpu") and cost.depth > 1:
         yield Rule("keops", f"{large}, and torch would hold every coordinate of the formula, where KeOps compiles a loop")
+    if line.refuse(problem) is None:
+        yield Rule("line", f"{large}, its points have one feature, and sums of Gaussians on a line need no pairs")
     if tol is not None and mesh.refuse(problem) is None and _quicker(problem, tol):
         yield Rule(
             "mesh", f"{large}, its points have few features, and a mesh of {mesh.per_of(problem, tol):.1f} nodes a blur is exact enough"
@@ -170,7 +173,7 @@ def bind(problem: Problem, backend: str = "auto", precision: str = "fp32", tol: 
         raise errors.backend_refused(backend, why)
     if precision not in PRECISIONS:
         raise errors.unknown("precision", precision, PRECISIONS)
-    if backend in ("mesh", "multiscale") and ranks is not ALONE:
+    if backend in ("line", "mesh", "multiscale") and ranks is not ALONE:
         raise errors.backend_refused(backend, "ranks share its points, and it needs all of them")
     bind_piece = BACKENDS[backend].bind
     if backend == "triton":
@@ -225,6 +228,8 @@ def _passed_over(name: str, problem: Problem) -> str:
         return f"for problems of up to {RESIDENT} by {RESIDENT} on a GPU"
     if name == "grid":
         return "the cost is stored"
+    if name == "line":
+        return "its n-by-m arrays fit in memory, and products on them are fast enough: by name from a few thousand points on"
     if name == "mesh":
         return "slower than an exact backend at this size and this eps"
     if name == "multiscale":

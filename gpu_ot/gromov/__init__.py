@@ -1,5 +1,6 @@
 """Gromov-Wasserstein between spaces given by matrices or by points."""
 
-from .outer import Gromov, gromov
+from .outer import gromov
+from .result import Gromov
 
 __all__ = ["Gromov", "gromov"]

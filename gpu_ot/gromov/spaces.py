@@ -22,11 +22,12 @@ RANK, ROUNDED = 24, 64.0
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What of a plan the slope depends on: its marginals (*batch, n) and (*batch, m), and the plan itself or B^T P D."""
+    """What of a plan the slope depends on: its marginals (*batch, n) and (*batch, m), and the plan itself or B^T P D; None for the plan
+    that is the product of its marginals."""
 
     rows: Tensor
     columns: Tensor
-    middle: Tensor
+    middle: Tensor | None
 
 
 class Matrices:
@@ -70,7 +71,9 @@ class Matrices:
         return self.f1, self.f2, self.h1, self.h2
 
     def of_product(self, a: Tensor, b: Tensor) -> Moments:
-        return self.moments(a.unsqueeze(-1) * b.unsqueeze(-2))
+        a, b = a.to(self.dtype), b.to(self.dtype)
+        left = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
+        return Moments(a * left[1], b * left[0], None)
 
     def slope(self, at: Moments) -> Tensor:
         """L⊗P, (*batch, n, m); symmetrised where the matrices are not symmetric."""
@@ -81,10 +84,13 @@ class Matrices:
 
     def _product(self, at: Moments, f1: Tensor, f2: Tensor, h1: Tensor, h2: Tensor) -> Tensor:
         rows, columns = ((f @ w.unsqueeze(-1)).squeeze(-1) for f, w in ((f1, at.rows), (f2, at.columns)))
-        return rows.unsqueeze(-1) + columns.unsqueeze(-2) - self._middle(h1, at.middle, h2)
+        return rows.unsqueeze(-1) + columns.unsqueeze(-2) - self._middle(h1, at, h2)
 
-    def _middle(self, h1: Tensor, P: Tensor, h2: Tensor) -> Tensor:
+    def _middle(self, h1: Tensor, at: Moments, h2: Tensor) -> Tensor:
         """h1 P h2^T, through the factors of one of them where it has few: O(n m r) then, and not O(n m (n + m))."""
+        if (P := at.middle) is None:
+            mass = at.rows.sum(-1, keepdim=True)
+            return (h1 @ at.rows.unsqueeze(-1)) @ (h2 @ (at.columns / torch.where(mass > 0, mass, 1.0)).unsqueeze(-1)).mT
         if torch.is_grad_enabled() or (self.thin_x is None and self.thin_y is None):
             return h1 @ P @ h2.mT
         if self.thin_x is None:
@@ -96,6 +102,7 @@ class Matrices:
         return Q @ (right @ h2.mT if self.thin_y is None else (right @ self.thin_y[1].mT) @ self.thin_y[0].mT)
 
     def distortion(self, at: Moments, plan: Plan | Tensor) -> Tensor:
+        assert at.middle is not None
         return (self.slope(at) * at.middle).sum((-1, -2))
 
 
@@ -125,11 +132,13 @@ class Points:
 
     def slope(self, at: Moments) -> Factored:
         rows, columns = _squares(self.A, self.B, at.rows), _squares(self.E, self.D, at.columns)
+        assert at.middle is not None
         return Factored(rows, columns, 2 * self.A @ at.middle, self.E)
 
     def distortion(self, at: Moments, plan: Plan | Tensor) -> Tensor:
         rows, columns = _squares(self.A, self.B, at.rows), _squares(self.E, self.D, at.columns)
         other = self.A.mT @ self._times(plan, self.E)
+        assert at.middle is not None
         return (at.rows * rows).sum(-1) + (at.columns * columns).sum(-1) - 2 * (at.middle * other).sum((-1, -2))
 
     def _times(self, plan: Plan | Tensor, v: Tensor) -> Tensor:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import errors
-from ..costs import Cost
-from ..geometry.protocol import Geometry
+from ..costs import Grid
 from ..penalties import BALANCED, KL
 from .answer import log_weight
 from .arrays import number, take
@@ -147,7 +144,8 @@ def _run(
     eps, dtype = number(reg), tA.dtype
     a = tA.flatten(-2) if images else tA.mT
     if images:
-        cost: Any = Image(*(torch.linspace(0, 1, k, dtype=torch.float64, device=tA.device) for k in tA.shape[1:]))
+        spacing = [1 / max(k - 1, 1) for k in tA.shape[1:]]
+        cost: Any = Grid(tA.shape[1:], torch.tensor(spacing, dtype=torch.float64, device=tA.device))
         a = a.double()
     else:
         cost = tM
@@ -182,87 +180,3 @@ def _run(
         for key, z in zip(keys, (log_u, log_v), strict=True):
             report[key] = back((z.exp().view(tA.shape) if images else z.mT).to(dtype))
     return result, {"err": errors_, "niter": max(found.n_iter - 1, 0), **report}
-
-
-class Image(Cost):
-    """Squared distances between the pixels of an image, or the cells of a volume, whose sides have these coordinates: a sum over axes."""
-
-    symmetric = True
-
-    def __init__(self, *axes: Tensor) -> None:
-        self.axes = axes
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        return {f"side {k}": z for k, z in enumerate(self.axes)}
-
-    @property
-    def shape(self) -> torch.Size:
-        n = math.prod(map(len, self.axes))
-        return torch.Size((n, n))
-
-    @property
-    def folds(self) -> bool:
-        return False
-
-    def dense(self) -> Tensor:
-        z = torch.cartesian_prod(*self.axes).view(-1, len(self.axes))
-        return (z.unsqueeze(-2) - z).square().sum(-1)
-
-    def of(self, inputs: Iterable[Tensor]) -> Image:
-        return Image(*inputs)
-
-    def geometry(self, problem: Any, bind: Any) -> Geometry:
-        return _Separable(self)
-
-
-#: A sum of products is exact where it is larger than what underflows in it.
-SAFE = 1e-280
-
-
-class _Separable(Geometry):
-    """Softmins along one axis after the other, by torch operations that autograd records."""
-
-    native = True
-
-    def __init__(self, cost: Image) -> None:
-        self.costs = [(z.unsqueeze(-1) - z).square() for z in cost.axes]
-        self.inputs, self.dtype = (), torch.float64
-        self.kernels: tuple[float, list[Tensor]] = (0.0, [])
-
-    @property
-    def T(self) -> _Separable:
-        return self
-
-    def softmin(self, h: Tensor, eps: float) -> Tensor:
-        if self.kernels[0] != eps:
-            self.kernels = eps, [(-C / eps).exp() for C in self.costs]
-        z = (h / eps).unflatten(-1, [len(C) for C in self.costs])
-        for axis, (C, K) in enumerate(zip(self.costs, self.kernels[1], strict=True), -len(self.costs)):
-            z = _along(z.movedim(axis, -1), C / eps, K).movedim(-1, axis)
-        return -eps * z.flatten(-len(self.costs))
-
-    def apply(self, k: Tensor, h: Tensor, eps: float, v: Tensor) -> Tensor:
-        raise NotImplementedError("images have barycentres, and no plans")
-
-    def plan(self, k: Tensor, h: Tensor, eps: float) -> Tensor:
-        raise NotImplementedError("images have barycentres, and no plans")
-
-    def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError("images have barycentres, and no plans")
-
-
-def _along(z: Tensor, C: Tensor, K: Tensor) -> Tensor:
-    """log sum_j exp(z_j - C_ij), (..., n), along the last axis, for K = exp(-C)."""
-    top = z.amax(-1, keepdim=True).detach()
-    top = torch.where(top.isfinite(), top, 0.0)
-    sums = (z - top).exp() @ K.mT
-    exact = sums > SAFE
-    found = torch.where(exact, sums, 1.0).log() + top
-    if bool(exact.all()):
-        return found
-    rows = (~exact).any(-1)
-    if not torch.is_grad_enabled():
-        found[rows] = torch.cat([(part.unsqueeze(-2) - C).logsumexp(-1) for part in z[rows].split(max(1, 2**21 // C.numel()))])
-        return found
-    return torch.where(exact, found, (z.unsqueeze(-2) - C).logsumexp(-1))

@@ -232,15 +232,20 @@ class Engine:
 
 
 def share_out(G: int, size: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """work(low, high, *arguments) for all of G problems with kernels of `size` entries, a few at a time, on all cores."""
+    """`each` for G problems with kernels of `size` entries, on as many cores as they are worth."""
     threads = min(torch.get_num_threads(), G, max(1, G * size // SHARE))
+    each(work, G, arguments, threads, max(1, G // (8 * threads)))
+
+
+def each(work: Callable[..., None], count: int, arguments: tuple[Any, ...], threads: int | None = None, step: int = 1) -> None:
+    """work(low, high, *arguments) for every problem of `count`, `step` at a time, on all cores."""
+    threads = min(torch.get_num_threads(), count) if threads is None else threads
     if threads == 1:
-        work(0, G, *arguments)
+        work(0, count, *arguments)
         return
-    step = max(1, G // (8 * threads))
+    parts = iter([(i, min(i + step, count)) for i in range(0, count, step)])
+    share = functools.partial(_take, parts, work, arguments)
     with ThreadPoolExecutor(threads - 1) as pool:
-        parts = iter([(i, min(i + step, G)) for i in range(0, G, step)])
-        share = functools.partial(_take, parts, work, arguments)
         others = [pool.submit(share) for _ in range(threads - 1)]
         share()
         for other in others:

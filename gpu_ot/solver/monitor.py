@@ -124,6 +124,8 @@ class Monitor:
             return None
         a, b, (f, g) = problem.a, problem.b, self.kept
         dual = torch.where(a > 0, a * f, 0.0).sum(-1) + torch.where(b > 0, b * g, 0.0).sum(-1)
+        if problem.mass is not None:  # f holds the multiplier of the mass, its largest entry
+            dual = dual + torch.where(a > 0, f, -math.inf).amax(-1) * (problem.mass - a.sum(-1))
         return dual > self._ceiling + 1e-9 * self._ceiling.abs()
 
     def outcome(self, state: State) -> Outcome:
@@ -174,8 +176,10 @@ class _Progress:
 
 def _dearest_plan(problem: Problem, eps: float) -> Tensor | None:
     """(*batch,): more than any plan can cost; None where mass may vanish, and there always is one."""
-    if not problem.cost.stored or not problem.balanced:
+    if not problem.cost.stored or not (problem.balanced or problem.mass is not None):
         return None
     M, b = problem.cost.dense().detach(), problem.b.detach()
     dearest = torch.where(M.isposinf(), -math.inf, M).amax((-2, -1)).to(b.dtype)
+    if problem.mass is not None:  # P_ij <= b_j, so sum P log(P / ab) <= sum_j b_j max(-log b_j, 0)
+        return problem.mass.detach() * dearest + eps * torch.where(b > 0, b * (-log(b)).clamp(min=0), 0.0).sum(-1)
     return b.sum(-1) * dearest - eps * torch.where(b > 0, b * log(b), 0.0).sum(-1)

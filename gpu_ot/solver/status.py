@@ -29,8 +29,9 @@ STALLED = Status(
 )
 INFEASIBLE = Status(
     "infeasible",
-    "No plan has these marginals: the forbidden pairs (+inf costs) leave some mass without a partner. The dual has passed the largest "
-    "value that any plan could cost, which proves it. Allow more pairs, change the weights, or let mass vanish: penalties=KL(tau).",
+    "No plan has these marginals, or moves so much mass: the forbidden pairs (+inf costs) leave some without a partner. The dual has "
+    "passed the largest value that any plan could cost, which proves it. Allow more pairs, change the weights, let mass vanish: "
+    "penalties=KL(tau), or move less: mass.",
 )
 DIVERGED = Status(
     "diverged",
