@@ -53,4 +53,8 @@ def everything(dtype: str) -> None:
     many = torch.rand(PIECE + 1, 2, generator=generator).to(x.dtype)  # whose vectors are taken by compiled functions
     for backend in ("mesh", "multiscale"):
         gpu_ot.solve(gpu_ot.Problem(gpu_ot.SqEuclidean(many, 0.5 * many), 0.01), backend=backend, tol=1e-3).transport()
+    C = torch.cdist(x[0], x[0])
+    gpu_ot.gromov(C, torch.cdist(y[0], y[0]), 0.05)
+    gpu_ot.free_barycenter(x.detach(), 0.05, y[0])
+    gpu_ot.soft_sort(torch.rand(2000, generator=generator).to(x.dtype))
     gpu_ot.SamplesLoss()(x[0].requires_grad_(), y[0]).backward()

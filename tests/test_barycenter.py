@@ -370,7 +370,9 @@ def test_softmins_of_images_are_those_of_their_matrix(eps, sides):
     close(bind(Problem(cost, eps)).softmin(h, eps), Dense(Matrix(cost.dense())).softmin(h, eps), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("sides, periodic", [((30,), False), ((5, 6), (True, False)), ((4, 2, 4), False)])
+@pytest.mark.parametrize(
+    "sides, periodic", [pytest.param((30,), False, marks=pytest.mark.slow), ((5, 6), (True, False)), ((4, 2, 4), False)]
+)
 @pytest.mark.parametrize("kind", ["plain", "debiased", "relaxed"])
 def test_grids_have_the_barycentres_of_their_matrices(sides, periodic, kind):
     """In one to three dimensions, for several weights, and with the derivatives in measures, weights and spacing."""

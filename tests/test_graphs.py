@@ -56,7 +56,8 @@ def told(solution):
     return [z.cpu() for z in (solution.f, solution.g, solution.value, solution.errors)], solution.n_iter, solution.n_sweeps, solution.status
 
 
-RUNS = [("none", (3,), KL(0.5)), ("mixing", (), KL(0.5)), ("mixing", (3,), None), ("auto", (), None)]
+RUNS = [("none", (3,), KL(0.5)), ("mixing", (), None)]
+RUNS += [pytest.param(*run, marks=pytest.mark.slow) for run in (("mixing", (3,), KL(0.5)), ("auto", (), None), ("none", (), KL(0.5)))]
 
 
 @pytest.mark.parametrize("way, batch, penalty", RUNS)
@@ -83,11 +84,9 @@ def test_a_block_is_a_few_launches(device):
     blocks = 16 // 2 - 1  # the first after a check of one iteration is a beginning
     assert device.names["graph"] == blocks - graphs.AFTER  # of which one proved the first
     assert device.names["propose_kernel"] <= 1 + 2 * (graphs.AFTER + 3)  # one is captured, one proves it
-    before = device.launches
-    gpu_ot.solve(problem(), backend="triton", accelerate="mixing", tol=0.0, max_iter=17, check_every=2)
-    short = device.launches - before
+    short = device.launches
     gpu_ot.solve(problem(), backend="triton", accelerate="mixing", tol=0.0, max_iter=37, check_every=2)
-    assert device.launches - before - 2 * short <= 10 * (5 + 1)  # copies in and out by type, the graph; and the check
+    assert device.launches - 2 * short <= 10 * (5 + 1)  # copies in and out by type, the graph; and the check
 
 
 def test_problems_of_a_batch_that_are_done_stay(both):

@@ -116,6 +116,7 @@ def _by(problem, tol):
     return s
 
 
+@pytest.mark.slow
 def test_gradients_and_maps(form):
     x, y = cubes(120, 130, 3)
     a, b = weights(120, empty=3), weights(130, seed=2)

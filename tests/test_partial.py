@@ -114,7 +114,7 @@ def test_implicit_derivatives_of_what_has_not_converged_are_announced():
         solve(Problem(C, 1e-2, problem.a, problem.b, mass=problem.mass), grad="implicit", max_iter=3)
 
 
-@pytest.mark.parametrize("backend", ["auto", "dense", "softmin"])
+@pytest.mark.parametrize("backend", ["auto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "softmin"))])
 @pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
 def test_mass_without_a_way_is_infeasible(backend, unit):
     """Four of five points reach one other alone, of mass .1: no more than .1 + .2 moves."""

@@ -227,7 +227,7 @@ def numpys(*lists):
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
-@pytest.mark.parametrize("loss, epsilon", [("square_loss", 0.02), ("kl_loss", 0.5)])
+@pytest.mark.parametrize("loss, epsilon", [pytest.param("square_loss", 0.02, marks=pytest.mark.slow), ("kl_loss", 0.5)])
 @pytest.mark.parametrize("criterion", ["barycenter", "loss"])
 def test_barycentres_of_spaces_are_pots(kind, loss, epsilon, criterion):
     Cs, _, ps = spaces(9, 12, 7)
