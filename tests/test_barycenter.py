@@ -196,7 +196,7 @@ def test_points_settle_in_the_middle():
     close(found.points.mean(0), means.mean(0), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["plain", "far", "empty", "one", "units", "float32", "sharp"])
+@pytest.mark.parametrize("case", ["plain", "far", "empty", "one", "units", "float32", pytest.param("sharp", marks=pytest.mark.slow)])
 def test_machine_code_moves_points_as_the_loop_does(case):
     """The truth is the same move by torch operations between arrays; points without weight move, too."""
     clouds, eps, m, atol = groups((9, 12, 7)), 0.1, 8, 1e-9
