@@ -125,6 +125,8 @@ class Conformance:
     device = "cpu"
     #: Iterations of a whole solve, and between its checks.
     iterations = 41, 20
+    #: Whether each float32 iteration may move the constant that f and g of a balanced problem share by a few roundings. It changes no plan.
+    drifts = False
 
     def build(self, problem):
         return bind(problem, self.backend)
@@ -343,5 +345,10 @@ class Conformance:
 
         ours = run(self.solve, COSTS[name][0], dtype)
         peer, truth = (run(readable, lambda x, y: Matrix(between(name, x, y)), kind) for kind in (dtype, torch.float64))
+        if self.drifts and dtype == torch.float32 and all(each.balanced for each in scaled(penalty, unit)):
+            f, right = ours["f"], truth["f"]
+            c = (f - right)[right.isfinite()].mean()
+            assert c.abs() <= max_iter * SLACK[dtype] * max(1.0, float(right[right.isfinite()].abs().max()))
+            ours |= {"f": f - c, "g": ours["g"] + c}
         for what, right in truth.items():
             self.close(dtype, ours[what].double(), peer[what].to(dtype), right.double(), what)

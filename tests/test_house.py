@@ -164,16 +164,17 @@ def test_no_room_for_leftovers():
 
 
 def test_importing_is_light():
-    """Beyond torch and numpy nothing is imported but this package, and that is little work, counted in calls: 80 thousand on Python 3.11
-    with torch 2.13, about 600 a module, and more on 3.12, where registering an operator takes more of them."""
+    """Beyond torch and numpy nothing is imported but this package, and that is little work, counted in calls: 640 a module on Python 3.11
+    with torch 2.13. On 3.12 with torch 2.11 it was some 24 thousand more: registering an operator takes more of them there."""
     code = (
         "import cProfile, pstats, sys, torch, numpy; before = set(sys.modules); profile = cProfile.Profile();"
         "profile.runcall(__import__, 'gpu_ot'); print(pstats.Stats(profile).total_calls);"
-        "print([m for m in set(sys.modules) - before if m.split('.')[0] != 'gpu_ot'])"
+        "new = set(sys.modules) - before; print(len(new), [m for m in new if m.split('.')[0] != 'gpu_ot'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    calls, foreign = done.stdout.split("\n")[:2]
-    assert int(calls) <= 110_000 and foreign == "[]"
+    calls, rest = done.stdout.split("\n")[:2]
+    modules, foreign = rest.split(" ", 1)
+    assert int(calls) <= 700 * int(modules) + 25_000 * (sys.version_info >= (3, 12)) and foreign == "[]"
 
 
 def test_the_folder_kernels_refuses_the_name_of_another_project():

@@ -152,7 +152,13 @@ EVERY_MODE = ("SamplesLoss", "solve", "sinkhorn2")
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "door, mode", [(door, mode) for door in COMPILED for mode in MODES if door in EVERY_MODE or mode in ("train", "no_grad")]
+    "door, mode",
+    [
+        pytest.param(door, mode, marks=[pytest.mark.slow] if mode != "train" else [])
+        for door in COMPILED
+        for mode in MODES
+        if door in EVERY_MODE or mode in ("train", "no_grad")
+    ],
 )
 def test_compiled_doors_train_and_validate(door, mode):
     function, whole = COMPILED[door]

@@ -75,7 +75,14 @@ def assert_same(found, expected, whole=()):
         torch.testing.assert_close(joined, z, **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("size, case", [(size, case) for size in (1, 2, 3, 4) for case in worker.cases(size)])
+#: Four processes on two cores take their time.
+MANY = pytest.param(4, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "size, case",
+    [pytest.param(size, case, marks=[pytest.mark.slow] if size == 4 else []) for size in (1, 2, 3, 4) for case in worker.cases(size)],
+)
 def test_ranks_find_what_one_process_finds(size, case, ranks):
     """Values, potentials, errors, plans, maps and gradients in every shard, to 1e-11, after the same number of iterations."""
     # What has a row for each column of a matrix is on every rank.
@@ -83,7 +90,7 @@ def test_ranks_find_what_one_process_finds(size, case, ranks):
     assert_same([once[case] for once, _ in ranks(size)["study"]], truth(case), whole)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, MANY])
 def test_two_runs_are_the_same_to_the_bit(size, ranks):
     compared = 0
     for once, again in ranks(size)["study"]:
@@ -132,7 +139,7 @@ def test_traffic_is_the_models_to_the_byte(ranks):
     "how, size, cause",
     [
         ("raised", 3, "rank 1 raised ValueError: no more of this"),
-        ("killed", 4, "some rank ended or did not answer"),
+        pytest.param("killed", 4, "some rank ended or did not answer", marks=pytest.mark.slow),
         ("silent", 3, "some rank ended or did not answer"),
     ],
 )
@@ -145,6 +152,7 @@ def test_a_rank_that_fails_ends_the_solve_on_all_others(how, size, cause, ranks)
         assert found[1] == ("ValueError", "no more of this"), "its own error is its own"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 def test_memory_of_a_rank_in_the_ring_falls_as_one_over_the_ranks(ranks):
     two, four = (ranks(size)["memory"] for size in (2, 4))

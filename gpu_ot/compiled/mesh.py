@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .exponential import exp64, log64
-from .machine import compiled, extreme
+from .kernel import largest_among
+from .machine import compiled
 
 #: Nodes along an axis of a tile and of a cell, whose points share a tilt; those that a cell's points reach; the variance of a B-spline.
 TILE, CELL, WINDOW, BETA = 8, 4, 8, 1 / 3
@@ -105,14 +106,6 @@ def _exponents(cloud, h, first, last, s, c, out):
         out[j] = h[first + j] + (rest - s0 * y0[first + j] - s1 * y1[first + j] - s2 * y2[first + j])
 
 
-@extreme
-def _largest(z, size):
-    top = -np.inf
-    for j in range(size):
-        top = z[j] if z[j] > top else top
-    return top
-
-
 @compiled
 def deposit(low, high, cloud, h, sign, stage):
     """Adds exp(h_j) sign_j of the points of the cells low..high to the stage. h (n,), as the points are sorted; -inf is none."""
@@ -125,7 +118,7 @@ def deposit(low, high, cloud, h, sign, stage):
         for first in range(begin, end, BATCH):
             last = min(end, first + BATCH)
             _exponents(cloud, h, first, last, s, c, e)
-            level = max(level, _largest(e, last - first))
+            level = max(level, largest_among(e, last - first))
         if level == -np.inf:
             continue
         constant = 0.0

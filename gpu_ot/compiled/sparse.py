@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .exponential import exp64, log64
+from .kernel import largest_among
 from .machine import compiled, extreme
 
 LEAF, FANOUT = 32, 8
@@ -277,7 +278,7 @@ def exact_sums(low, high, U, V, L, logs):
                 u, v = U[i, axis], V[axis]
                 for j in range(size):
                     z[j] += u * v[first + j]
-            top, level, total = _largest(z, size), levels[i - low], totals[i - low]
+            top, level, total = largest_among(z, size), levels[i - low], totals[i - low]
             if top < level - 45.0 or top == -np.inf:  # less than a last digit, whatever follows
                 continue
             if top > level:
@@ -288,11 +289,3 @@ def exact_sums(low, high, U, V, L, logs):
             levels[i - low], totals[i - low] = level, total
     for i in range(high - low):
         logs[low + i] = levels[i] + math.log(totals[i]) if totals[i] > 0.0 else -np.inf
-
-
-@extreme
-def _largest(z, size):
-    top = -np.inf
-    for j in range(size):
-        top = z[j] if z[j] > top else top
-    return top
