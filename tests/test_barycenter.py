@@ -403,3 +403,11 @@ def test_gradients_by_pots_names():
         return (v * gpu_ot.pot.bregman.convolutional_barycenter2d(A, 0.2, w, numItermax=20, stopThr=0, warn=False)).sum()
 
     assert gradcheck(moment, inputs, fast_mode=True)
+
+
+def test_points_that_move_may_be_halves():
+    clouds, start = rand(3, 8, 2), rand(5, 2, seed=1)
+    exact = free_barycenter(clouds.bfloat16().double(), 0.1, start.bfloat16().double())
+    found = free_barycenter(clouds.bfloat16(), 0.1, start.bfloat16())
+    assert found.points.dtype == torch.bfloat16
+    close(found.points.double(), exact.points, rtol=0, atol=2e-2)

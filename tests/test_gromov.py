@@ -356,3 +356,13 @@ def test_what_pot_alone_solves_runs_on_pot():
         gpu_ot.pot.gromov.entropic_gromov_wasserstein(Cx, Cy, solver="other")
     with pytest.raises(ValueError, match="Unknown `loss_fun"):
         gpu_ot.pot.gromov.entropic_gromov_wasserstein(Cx, Cy, loss_fun="other")
+
+
+def test_mixing_of_float32_slopes_that_are_all_parallel():
+    """Plans between two points and two have one degree of freedom."""
+    Cx, Cy = (torch.cdist(z, z) for z in (rand(6, 2, 2, seed=seed, dtype=torch.float32) for seed in (1, 2)))
+    for backend in ("auto", "dense"):
+        found = gromov(Cx, Cy, 0.05, backend=backend)
+        assert found.converged.all() and found.value.isfinite().all()
+    with pytest.raises(ProblemError, match="a batch of no spaces"):
+        gromov(Cx[:0], Cy[:0], 0.05)

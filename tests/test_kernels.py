@@ -309,6 +309,6 @@ def test_an_absorbed_kernel_keeps_the_digits_of_wide_potentials(n, m, batch, eps
     truth = torch.where(z > -64, z.exp(), 0.0)
     sure = (z + 64).abs() > 1e-3  # beside the edge either is right
     error = ((K - truth).abs() / (truth * (1 + z.abs())).clamp(min=1e-38))[sure]
-    assert error.nan_to_num().max() < 3e-7
+    assert K.isfinite().all() and error.nan_to_num().max() < 3e-7  # NaN at exponents of -inf, whose entries are 0
     if not given:
         assert (z.amax(-1).abs() < 1e-2 + 1e-7 * g.abs().amax() / eps).all()

@@ -269,3 +269,32 @@ def test_bad_input_is_named(given, words):
 def test_starts_are_of_the_same_sizes():
     with pytest.raises(ProblemError, match=r"start\.plan\.Q has shape"):
         low_rank(SqEuclidean(X, Y), 3, start=low_rank(SqEuclidean(X, Y), 2))
+
+
+def test_a_problem_that_is_stuck_leaves_the_others_alone(monkeypatch):
+    """And its weights have the derivative at the step that was taken."""
+    from gpu_ot.solver import factors
+
+    x, y = (rand(2, n, 2, seed=n) for n in (12, 10))
+    step = factors.Descent._step
+
+    def stuck(self, old, *rest):
+        new, found, *more = step(self, old, *rest)
+        return new, found & torch.tensor([True, False])[: len(found)], *more
+
+    alone = low_rank(SqEuclidean(x[0], y[0]), 3, eps=0.05, starts=1)
+    monkeypatch.setattr(factors.Descent, "_step", stuck)
+    both = low_rank(SqEuclidean(x, y), 3, eps=0.05, starts=1)
+    assert both.status.name == "stalled" and both.converged.tolist() == [True, False]
+    assert both.value.isfinite().all() and float(both.value[0]) == pytest.approx(float(alone.value), rel=1e-3)
+
+
+def test_multipliers_belong_to_the_last_step_that_was_taken(monkeypatch):
+    """Also where the descent was cut short, and would have gone on with a longer one."""
+    from gpu_ot.solver import factors
+
+    lengths, ends, step, run = [], [], factors.Descent._step, factors.Descent.run
+    monkeypatch.setattr(factors.Descent, "_step", lambda self, *given: (lengths.append(found := step(self, *given)), found)[1])
+    monkeypatch.setattr(factors.Descent, "run", lambda self, *given: (ends.append(end := run(self, *given)), end)[1])
+    low_rank(SqEuclidean(rand(9, 2), rand(8, 2, seed=1)), 3, eps=0.2, starts=1, max_iter=4)
+    assert len(ends[-1].slopes) == 4 and torch.equal(ends[-1].step, lengths[-1][2])

@@ -402,8 +402,8 @@ def test_samples_loss_multiscale():
 def test_helpers_that_come_late_are_sent_away(monkeypatch):
     """A helper that has taken a part and lost its core: after a few of these the caller works alone, and every part is done once."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(tiles._Hands, "late", 0.0)
-    monkeypatch.setattr(tiles._Hands, "alone", 0)
+    monkeypatch.setattr(tiles._helpers, "late", 0.0)
+    monkeypatch.setattr(tiles._helpers, "calls_alone", 0)
     caller, done, helpers = threading.get_ident(), [], []
 
     def work(low, high):
@@ -417,7 +417,7 @@ def test_helpers_that_come_late_are_sent_away(monkeypatch):
     for _ in range(40):
         tiles.each(tiles.shares(64), work)
     assert len(done) == 40 * 16 and sorted(set(done)) == tiles.shares(64)
-    assert tiles._Hands.alone > 0 and 5 <= len(helpers) <= 20
+    assert tiles._helpers.calls_alone > 0 and 5 <= len(helpers) <= 20
 
 
 def test_mesh_sums_do_not_change_with_threads(monkeypatch):
@@ -427,3 +427,9 @@ def test_mesh_sums_do_not_change_with_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     three = mesh.Mesh(problem, 3.0).softmin(h, problem.eps)
     assert float((one - three).abs().max()) <= 1e-12 and type(bind(problem, "mesh")) is mesh.Mesh
+
+
+@pytest.mark.parametrize("backend", ["auto", "mesh", "multiscale"])
+def test_batches_of_no_problems(backend):
+    nothing = Problem(SqEuclidean(torch.zeros(0, 4, 3), torch.zeros(0, 5, 3)), 0.1)
+    assert solve(nothing, backend=backend).value.shape == (0,) and "0 problems" in str(gpu_ot.explain(nothing))

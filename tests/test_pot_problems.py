@@ -286,3 +286,10 @@ def test_parts_of_a_barycentre_stay_fixed():
         refused([words], function, 3, **{"Ys": Ys, "Cs": Cs, **given})
     with pytest.raises(NotImplementedError, match="PPA"):
         function(3, Ys, Cs, solver="PPA")
+
+
+def test_shares_of_a_class_that_a_source_has_no_point_of():
+    Xs, Xt = [randn(9, 2).numpy(), randn(6, 2, seed=1).numpy()], randn(10, 2, seed=2).numpy()
+    Ys = [np.array([0, 1, 2] * 3), np.array([0, 1, 1, 0, 1, 0])]
+    ours, theirs = (z.bregman.jcpot_barycenter(Xs, Ys, Xt, 0.5) for z in (gpu_ot.pot, ot))
+    close(ours, theirs, rtol=0, atol=1e-9)

@@ -158,3 +158,15 @@ def test_bad_input_is_named(call, words):
     with pytest.raises(ProblemError) as refusal:
         call()
     assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1e-5, 1e-8])
+def test_sums_along_a_line_of_points_in_float32(eps):
+    """Their squares cancel, and cells far off are not looked at."""
+    x, y = (rand(n, 1, seed=n, dtype=torch.float32) for n in (900, 700))
+    h = randn(3, 700) * eps
+    h[1, ::3], h[2] = -torch.inf, -torch.inf
+    h[2, 400] = 1.0  # one atom is all there is, wherever it lies
+    found = bind(Problem(SqEuclidean(x, y), eps), "line").softmin(h, eps)
+    truth = Dense(SqEuclidean(x.double(), y.double())).softmin(h, eps)
+    close(found / eps, truth / eps, rtol=1e-13, atol=1e-11 + 1e-15 / eps)

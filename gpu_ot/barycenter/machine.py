@@ -18,7 +18,7 @@ from ..solver.status import CONVERGED, STALLED, Status
 def serves(problem: Problem, backend: str) -> bool:
     """Whether one core at a time is the faster way for these problems (K, m, n)."""
     m, n = problem.shape[-2:]
-    small = m * n * problem.dtype.itemsize <= LARGEST_BYTES
+    small = m * n * problem.dtype.itemsize <= LARGEST_BYTES and problem.given_dtype == problem.dtype  # numpy knows no bfloat16
     return small and backend in ("auto", "compiled") and Compiled.refuse(problem) is None
 
 

@@ -88,8 +88,11 @@ def _by_terms(x, i, sources, near, L, h, F, logs, products):
 
 
 @compiled
-def line_sums(low, high, targets, sources, L, top, h, width, drop, F, logs, products):
-    """For the target cells from low to high: logs (n,) of the sums, and products (n, c), the means of F (c, m) with these weights."""
+def line_sums(low, high, targets, sources, L, top, before, after, h, width, drop, F, logs, products):
+    """For the target cells from low to high: logs (n,) of the sums, and products (n, c), the means of F (c, m) with these weights.
+
+    before, after  the largest `top` of a cell and all before, or after it.
+    """
     count, c = len(sources.centres), len(F)
     near, M, factor, sums = np.empty(count, np.int64), np.empty((c + 1, TERMS)), np.empty(TERMS), np.empty(c + 1)
     factor[0] = 1
@@ -97,23 +100,36 @@ def line_sums(low, high, targets, sources, L, top, h, width, drop, F, logs, prod
         factor[k] = factor[k - 1] * 2 * h / k
     for t in range(low, high):
         first, last, centre = targets.starts[t], targets.starts[t + 1], targets.centres[t]
-        best, found = -np.inf, 0
-        for s in range(count):
-            d = abs(centre - sources.centres[s]) + width
+        # Outwards from the target: all cells further on are at most the largest of their tops, at this distance.
+        best, found, here = -np.inf, 0, np.searchsorted(sources.centres, centre)
+        for s in range(here - 1, -1, -1):
+            d = centre - sources.centres[s] + width
+            if before[s] - h * d * d <= best:
+                break
+            best = max(best, top[s] - h * d * d)
+        for s in range(here, count):
+            d = sources.centres[s] - centre + width
+            if after[s] - h * d * d <= best:
+                break
             best = max(best, top[s] - h * d * d)
         if not best > -np.inf:
             logs[first:last] = -np.inf
             products[first:last] = 0
             continue
         middle, scale = 0, -np.inf
-        for s in range(count):
-            d = max(abs(centre - sources.centres[s]) - width, 0.0)
-            if top[s] - h * d * d >= best - drop:
-                near[found] = s
-                found += 1
-                d = centre - sources.centres[s]
-                if top[s] - h * d * d > scale:
-                    middle, scale = s, top[s] - h * d * d
+        for turn in range(2):
+            s, step = (here, 1) if turn else (here - 1, -1)
+            while 0 <= s < count:
+                d = max(abs(centre - sources.centres[s]) - width, 0.0)
+                if (after[s] if turn else before[s]) - h * d * d < best - drop:
+                    break
+                if top[s] - h * d * d >= best - drop:
+                    near[found] = s
+                    found += 1
+                    d = centre - sources.centres[s]
+                    if top[s] - h * d * d > scale:
+                        middle, scale = s, top[s] - h * d * d
+                s += step
         wide = False
         for s in near[:found]:
             d = abs(centre - sources.centres[s])

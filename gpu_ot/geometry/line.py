@@ -14,7 +14,8 @@ from .. import compiled
 from ..problem import Problem
 from . import mesh, tiles
 from .chunked import Chunked
-from .protocol import Geometry, pull_folded
+from .protocol import Geometry
+from .swept import pull_by_apply
 
 #: Terms below exp(-DROP) of the largest, divided by their number, are left out of a sum.
 DROP = 36.0
@@ -43,7 +44,7 @@ class Line(Geometry):
     dtype = torch.float64
 
     def __init__(self, problem: Problem) -> None:
-        folded = problem.cost.fold()
+        folded = problem.cost.to(torch.float64).fold()  # alpha and u^2 cancel: what float32 loses of them would stay
         assert folded is not None
         self.inputs, self.problem, self._turned = tuple(folded), problem, False
         self.shared: dict[str, Any] = {"eps": math.nan}
@@ -67,11 +68,7 @@ class Line(Geometry):
         return Chunked(self.problem.cost.T if self._turned else self.problem.cost).plan(k, h, eps)
 
     def pull_back(self, k: Tensor, h: Tensor, eps: float, w: Tensor) -> tuple[Tensor, ...]:
-        def products(right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-            on_rows = None if right is None else self.apply(k, h, eps, right.mT).mT
-            return on_rows, None if left is None else self.T.apply(h, k, eps, left.mT).mT
-
-        return pull_folded(self.inputs, w, products)
+        return pull_by_apply(self, k, h, eps, w)
 
     def _sums(self, h: Tensor, v: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
         """log sum_j exp((h_j - C_ij) / eps) (*batch, n), and the means of v (*batch, m, c) with these weights."""
@@ -120,7 +117,8 @@ def _one(rows: _Side, columns: _Side, h: np.ndarray, v: np.ndarray, eps: float, 
     F = np.ascontiguousarray(v[columns.order].T)
     found, products = np.empty(len(rows.order)), np.empty((len(rows.order), len(F)))
     count, drop = len(rows.cells.centres), DROP + math.log(len(L))
-    arguments = rows.cells, columns.cells, L, top, 0.5 / eps, math.sqrt(2 * eps), drop, F, found, products
+    before, after = np.maximum.accumulate(top), np.maximum.accumulate(top[::-1])[::-1].copy()
+    arguments = rows.cells, columns.cells, L, top, before, after, 0.5 / eps, math.sqrt(2 * eps), drop, F, found, products
     tiles.each(tiles.shares(count), line.line_sums, *arguments)
     logs[rows.order], means[rows.order] = found, products
     logs -= rows.shift / eps

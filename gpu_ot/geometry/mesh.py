@@ -46,6 +46,8 @@ def refuse_cost(problem: Problem) -> str | None:
     cost = problem.cost
     if not cost.folds:
         return f"the cost is {cost.describe()}, which is no squared distance: its kernel is not Gaussian"
+    if not problem.a.numel():
+        return "it is a batch of no problems"
     if cost.shape[:-2] and cost.sides is None:
         return f"it is a batch of costs, and {cost.describe()} does not say where the points of each are"
     if (d := features(problem)) > AXES:

@@ -110,7 +110,8 @@ def tiled(points: Tensor, order: Tensor) -> Tiled:
 
 
 def sums(rows: Tiled, columns: Tiled, L: Tensor, v: Tensor | None, part: float) -> Sums:
-    """The sums with L (T BLOCK,) and v (T BLOCK, c), of which at most `part` is left out. One read: how many pairs there are."""
+    """The sums with L (T BLOCK,) and v (T BLOCK, c), of which at most `part` is left out. A read for each strip of tiles:
+    how many pairs there are."""
     tops, totals = L.view(-1, BLOCK).amax(1), L.view(-1, BLOCK).logsumexp(1)
     every = torch.arange(len(rows.low) + 1, device=L.device)
     least = _tile_sums(rows, columns, L, tops, every, _closest(rows, columns, totals), None)[0].view(-1, BLOCK).amin(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -163,25 +164,27 @@ def shares(count: int, least: int = 1) -> list[tuple[int, int]]:
     return list(pairwise([count * k // parts for k in range(parts + 1)])) if parts else []
 
 
-class _Hands:
-    """How often others were late, and for how many calls the caller still works alone."""
+class _Helpers(threading.local):
+    """How often those of this thread were late, and for how many calls it works alone."""
 
-    late, alone = 0.0, 0
+    late, calls_alone = 0.0, 0
 
-    @classmethod
-    def judge(cls, worked: float, waited: float) -> None:
-        cls.late = cls.late + 1.0 if waited > 0.5 * worked + 2e-4 else max(0.0, cls.late - 0.2)
-        if cls.late > LATENESS:
-            cls.late, cls.alone = 0.0, REST
+    def judge(self, worked: float, waited: float) -> None:
+        self.late = self.late + 1.0 if waited > 0.5 * worked + 2e-4 else max(0.0, self.late - 0.2)
+        if self.late > LATENESS:
+            self.late, self.calls_alone = 0.0, REST
+
+
+_helpers = _Helpers()
 
 
 def each(ranges: list[tuple[int, int]], work: Callable[..., None], *arguments: Any) -> None:
     """work(low, high, *arguments) of each range, on all cores: whoever calls takes part. Where cores are busy with something else, helpers
     come late, and the caller is faster alone: it then is, for a while."""
     threads = min(torch.get_num_threads(), len(ranges))
-    parts, alone = iter(ranges), threads <= 1 or _Hands.alone > 0
+    parts, alone = iter(ranges), threads <= 1 or _helpers.calls_alone > 0
     if alone:
-        _Hands.alone = max(0, _Hands.alone - (threads > 1))
+        _helpers.calls_alone = max(0, _helpers.calls_alone - (threads > 1))
         _take(parts, work, arguments)
         return
     others = [_pool(os.getpid(), threads - 1).submit(_take, parts, work, arguments) for _ in range(threads - 1)]
@@ -191,7 +194,7 @@ def each(ranges: list[tuple[int, int]], work: Callable[..., None], *arguments: A
     for other in others:
         if not other.cancel():  # who has not begun need not
             other.result()
-    _Hands.judge(done - begun, time.perf_counter() - done)
+    _helpers.judge(done - begun, time.perf_counter() - done)
 
 
 def _take(parts: Iterator[tuple[int, int]], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:

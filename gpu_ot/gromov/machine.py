@@ -47,7 +47,7 @@ def serves(posed: Posed, problem: Problem, backend: str) -> bool:
     spaces = posed.spaces
     return (
         isinstance(spaces, Matrices) and not spaces.lopsided and max(spaces.shape) <= LARGEST and spaces.device.type == "cpu"
-        and backend in ("auto", "compiled") and posed.mass is None and Compiled.refuse(problem) is None
+        and backend in ("auto", "compiled") and posed.mass is None and problem.a.numel() > 0 and Compiled.refuse(problem) is None
     )  # fmt: skip
 
 

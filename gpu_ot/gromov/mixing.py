@@ -48,10 +48,11 @@ class Mixing:
         mixed = (size < GATE) & (self.steady >= STEADY)
         if not bool(mixed.any()):
             return found
-        gram = self.changes @ self.changes.mT
+        changes = self.changes.double()  # of float32 the ridge would be below rounding
+        gram = changes @ changes.mT
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
         ridge = RIDGE * diagonal.sum(-1, keepdim=True) + (diagonal == 0)
-        part = torch.linalg.solve(gram + torch.diag_embed(ridge), self.changes @ r.unsqueeze(-1))
+        part = torch.linalg.solve_ex(gram + torch.diag_embed(ridge), changes @ r.double().unsqueeze(-1))[0].to(r.dtype)
         part = torch.where(mixed.view(-1, 1, 1) & part.isfinite(), part, 0.0)
         return _shaped(y - ((self.moves + self.changes).mT @ part).squeeze(-1), found, change.shape)
 

@@ -48,7 +48,7 @@ def relaxed(
     given = Problem(blank, eps, a, b, KL(tau))
     weights = given.a.detach(), given.b.detach()
     history, n_inner, change, f, status, solution = [], 0, None, None, MOVING, None
-    settled = torch.zeros((), dtype=torch.bool)
+    settled = torch.zeros((), dtype=torch.bool, device=spaces.device)
     with torch.no_grad():
         Q = _first(weights, start, spaces)
         costs = _costs(spaces, M, alpha, given.eps, tau, *weights, Q)
@@ -67,7 +67,7 @@ def relaxed(
             if on_check is not None:
                 on_check(len(history), change)
             if not bool(change.isfinite().all()):
-                status = VANISHED if bool(f.isfinite().all()) else DIVERGED
+                status, settled = VANISHED if bool(f.isfinite().all()) else DIVERGED, torch.zeros_like(settled)
                 break
             settled = (change <= tol) & (solution.converged | (solution.status.name == "stalled")) & (inner <= INNER * tol)
             if bool(settled.all()):

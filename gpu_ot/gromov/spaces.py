@@ -204,6 +204,8 @@ def given(x: Cost | Tensor, y: Cost | Tensor, loss: str) -> Matrices | Points:
             raise errors.not_a_tensor(name, z)
         if len(shape) < 2 or shape[-1] != shape[-2] or not shape[-1]:
             raise errors.wrong_shape(name, shape, "(*batch, n, n), the distances within one space")
+        if 0 in shape:
+            raise errors.ProblemError(f"{name} has shape {errors.shape(shape)}, a batch of no spaces: pass one at least.")
     if loss == "square" and not isinstance(x, Tensor) and not isinstance(y, Tensor) and x.folds and y.folds:
         return Points(x, y)
     matrices = [z if isinstance(z, Tensor) else z.dense() for z in (x, y)]

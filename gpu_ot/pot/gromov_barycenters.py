@@ -233,7 +233,8 @@ def _posed(
     p = spaces[0].new_full((int(N),), 1 / int(N), dtype=dtype) if found["p"] is None else found["p"].to(dtype)
     if p.shape != (int(N),):
         raise errors.wrong_shape("p", p.shape, f"({N},) for N = {N}")
-    share = torch.full((len(Cs),), 1 / len(Cs), dtype=dtype) if lambdas is None else torch.tensor([number(z, "lambdas") for z in lambdas])
+    shares = [1 / len(Cs)] * len(Cs) if lambdas is None else [number(z, "lambdas") for z in lambdas]
+    share = torch.tensor(shares, dtype=dtype)
     if share.shape != (len(Cs),):
         raise errors.wrong_shape("lambdas", share.shape, f"({len(Cs)},), a weight for each space")
     most = max(sizes)

@@ -107,9 +107,9 @@ def jcpot_barycenter(
     C = [z.double() / eps for z in M]
     log_b = torch.full_like(C[0][0], 1 / len(target)).log()
     log_D = [torch.where(D > 0, 0.0, -torch.inf) for D in D1]
-    # The logarithm of a class's share of a point: its own class is the only one.
-    log_D2 = [(D.mT * -_log(c).mT).sum(-1) for D, c in zip(D1, counts, strict=True)]
     classes = [D.argmax(0) for D in D1]
+    # The logarithm of a class's share of a point: its own class is the only one. A source may have no point of another.
+    log_D2 = [-c.squeeze(-1)[own].log() for c, own in zip(counts, classes, strict=True)]
 
     K = len(C)
 

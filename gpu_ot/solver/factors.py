@@ -165,25 +165,25 @@ class Descent:
     def run(self, factors: Factors, tol: float, max_iter: int) -> Descended:
         """From these factors until the slope along the constraints is at most `tol` for all problems, which then stay where they are."""
         step, growth = torch.full_like(self.eps, STEP), torch.full_like(self.eps, GROWTH)
-        converged, stalled = torch.zeros_like(step, dtype=torch.bool), False
+        taken, converged = step, torch.zeros_like(step, dtype=torch.bool)
+        stuck = converged
         slopes: list[Tensor] = []
-        while len(slopes) < max_iter and not bool(converged.all()):
-            new, shorter, gap = self._step(factors, step, converged)
-            if new is None:
-                stalled = True
-                break
+        while len(slopes) < max_iter and not bool((converged | stuck).all()):
+            new, found, shorter, gap = self._step(factors, step, converged | stuck)
+            moved = found & ~(converged | stuck)
+            stuck = stuck | ~found
             growth = torch.where(shorter < step, LATER, growth)
             # The entropy, taken as it is, holds a step back: its length is 1 / (1 / step + eps).
             slope = (2 * gap.clamp(min=0.0)).sqrt() * (1 / shorter + self.eps)
-            slopes.append(torch.where(converged, slopes[-1], slope) if slopes else slope)
-            factors = where(converged, factors, new)
-            converged = converged | (slope <= tol)
-            step = torch.where(converged, shorter, shorter * growth)
-        return Descended(factors, step, self._entropy(factors), converged, stalled, slopes)
+            slopes.append(torch.where(moved, slope, slopes[-1] if slopes else torch.inf))
+            factors, taken = where(moved, new, factors), torch.where(moved, shorter, taken)
+            converged = converged | (moved & (slope <= tol))
+            step = torch.where(moved, shorter * growth, step)
+        return Descended(factors, taken, self._entropy(factors), converged, bool(stuck.any()), slopes)
 
-    def _step(self, old: Factors, step: Tensor, settled: Tensor) -> tuple[Factors | None, Tensor, Tensor]:
-        """The next factors, the length of their step, and KL(new | old). None where no length is short enough for some problem that is
-        not settled."""
+    def _step(self, old: Factors, step: Tensor, settled: Tensor) -> tuple[Factors, Tensor, Tensor, Tensor]:
+        """The next factors, where there are any (B,), the length of their step, and KL(new | old). No length may be short enough for a
+        problem; those that are settled are left alone."""
         (A, B), _ = self.means(old)
         (q1, _), (q2, _) = old.sides
         down, uphill = (self.u @ B.mT, self.v @ A.mT), (A * B).sum(-1)  # minus the slopes of Q and R, and the slope of g
@@ -200,9 +200,9 @@ class Descent:
             good = (cross <= linear + self._gap(trial, old) / step + SLACK) & (trial.error <= SLACK)
             new, done = where(done, new, trial), done | good
             if bool(done.all()):
-                return new, step, self._gap(new, old)
+                break
             step = torch.where(done, step, step / 2)
-        return None, step, step
+        return new, done, step, self._gap(new, old)
 
     def means(self, factors: Factors) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """The means of u and v in each cluster, (B, r, d), and -sum_k g_k <u_k, v_k>, (B,)."""
