@@ -301,8 +301,8 @@ def test_an_absorbed_kernel_keeps_the_digits_of_wide_potentials(n, m, batch, eps
     torch.manual_seed(n)
     eps, C = eps * max(scale, 1.0), scale * torch.rand(batch, n, m)
     g = scale * (torch.randn(batch, m).double() / 10 + offset)
-    f = (C.double() - g[:, None]).amin(-1) - 0.3 * eps * torch.rand(batch, n).double() if given else None
     C[..., m // 2] = INF if m > 2 else 0.0
+    f = (C.double() - g[:, None]).amin(-1) - 0.3 * eps * torch.rand(batch, n).double() if given else None
     K, made = absorb(C, g, eps, -64.0, f)
     z = (made[..., None] + g[:, None] - C.double()) / eps
     assert made.dtype == torch.float64 and K.dtype == torch.float32
