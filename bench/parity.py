@@ -68,6 +68,7 @@ def tasks() -> list[tuple[Any, ...]]:
     found += [("parity_of_absorbed", dtype) for dtype in ("float32", "float64")]
     found += [("parity_of_kernels", *size, precision) for precision, sizes in SIZES.items() for size in sizes]
     found += [("parity_of_geometry",), ("parity_of_solves",), ("parity_of_graphs",)]
+    found += [("parity_of_few_features", name) for name in FEW_FEATURES]
     if not DRY:
         found += [("warm", n, d) for n, d in CASES]
     return found
@@ -75,6 +76,7 @@ def tasks() -> list[tuple[Any, ...]]:
 
 #: Kernels that each backend launches in a solve and its gradient; kernels of a check of softmin and apply at one width.
 BACKENDS = {"triton": 14, "dense": 12, "resident": 6}
+FEW_FEATURES = ("mesh", "multiscale")
 EACH_WIDTH = 6
 
 
@@ -154,7 +156,7 @@ def blamed(name: str, given: Any) -> str:
     """What a task that raised says about: a kernel, or a backend."""
     if name == "parity_of_kernels":
         return f"softmin {given[-1]}"
-    if name == "launches":
+    if name in ("launches", "parity_of_few_features"):
         return str(given[0])
     known = {"parity_of_resident": "resident", "parity_of_steps": "step", "parity_of_absorbed": "dense", "parity_of_graphs": "graphs"}
     return known.get(name, "triton")
@@ -390,6 +392,22 @@ def parity_of_graphs(report: Any) -> None:
         report.add(section="parity", check=f"graphs of {backend}, accelerate={accelerate}", passed=passed, kernel="graphs")
 
 
+def parity_of_few_features(report: Any, backend: str) -> None:
+    """Solves in one to three dimensions to a tolerance: exact marginals of all points, and the value of a float64 solve on the CPU."""
+    from gpu_ot import Problem, SqEuclidean, solve
+
+    tol, n, m = 1e-3, 90 if DRY else 3000, 80 if DRY else 2500
+    for d in (1, 2, 3):
+        torch.manual_seed(d)
+        x, y = torch.rand(n, d), torch.rand(m, d) ** 2
+        s = solve(Problem(SqEuclidean(x.to(DEVICE), y.to(DEVICE)), 0.01), backend=backend, tol=tol, max_iter=500)
+        truth = solve(Problem(SqEuclidean(x.double(), y.double()), 0.01), backend="chunked", tol=1e-6, max_iter=2000)
+        off, error = s.measure(samples=max(n, m)).error, abs(s.value.item() / truth.value.item() - 1)
+        common = {"section": "parity", "kernel": backend, "d": d, "n": n, "m": m}
+        report.add(**common, check=f"{backend}: marginals", error=off, passed=s.status.name == "converged" and off < 1.1 * tol)
+        report.add(**common, check=f"{backend}: value", error=error, passed=error < 3 * tol)
+
+
 def parity_of_geometry(report: Any) -> None:
     """The backend as `solve` uses it: a softmin, and the gradient of a value in the points. Far from the origin, too."""
     from gpu_ot import Problem, SqEuclidean, gradients
@@ -416,6 +434,6 @@ WORK: dict[str, Callable[..., None]] = {
     each.__name__: each
     for each in (
         *(launches, parity_of_resident, parity_of_steps, parity_of_absorbed, parity_of_kernels),
-        *(parity_of_batches, parity_of_geometry, parity_of_graphs, parity_of_solves, warm),
+        *(parity_of_batches, parity_of_geometry, parity_of_graphs, parity_of_few_features, parity_of_solves, warm),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -196,6 +197,32 @@ def tolerance(report: Report, clock: Clock) -> None:
         empty_cache()
 
 
+def few_features(report: Report, clock: Clock) -> None:
+    """Many points in three dimensions, in the unit cube: time to an L1 marginal error without taking all pairs, and with."""
+    from gpu_ot import Problem, SqEuclidean, solve
+
+    three = ("mesh", "multiscale", "triton")
+    cases = (
+        (100_000, 0.05, 1e-3, ("mesh", "triton")), (1_000_000, 0.05, 1e-3, ("mesh",)),
+        (100_000, 0.02, 1e-2, three), (1_000_000, 0.01, 1e-2, ("mesh", "multiscale")),
+    )  # fmt: skip
+    for n, blur, tol, backends in ((300, 0.2, 1e-2, three),) if DRY else cases:
+        torch.manual_seed(0)
+        x, y = (torch.rand(n, 3, device=DEVICE) for _ in range(2))
+
+        def run(backend: str, x: torch.Tensor = x, y: torch.Tensor = y, eps: float = 2 * blur**2, tol: float = tol) -> Any:
+            return solve(Problem(SqEuclidean(x, y), eps), backend=backend, tol=tol, max_iter=500)
+
+        def describe(_: str, result: Any) -> dict[str, Any]:
+            measured = result.measure()
+            return {"iterations": result.n_iter, "status": result.status.name, "l1_error": measured.error, "l1_bound": measured.bound}
+
+        contestants = {f"gpu_ot solve {name}": functools.partial(run, name) for name in backends}
+        case = f"L1 {tol:g}, n = m = {n}, d = 3, blur {blur:g}"
+        compare(report, clock, "few features", case, contestants, repeats=3, seconds=8, describe=describe)
+        empty_cache()
+
+
 def giant(report: Report, clock: Clock) -> None:
     """A known answer at a size nobody can store: a cloud against itself at small eps is coupled by the identity."""
     from gpu_ot import Problem, SqEuclidean, solve
@@ -241,5 +268,6 @@ SECTIONS: dict[str, Callable[[Report, Clock], None]] = {
     "batched": batched,
     "dense": dense,
     "tolerance": tolerance,
+    "few features": few_features,
     "giant": giant,
 }

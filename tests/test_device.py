@@ -237,6 +237,34 @@ def test_multiscale(seen, on_the_cpu, batch, penalty):
     assert done.transport().is_cuda and done.sharp_cost.is_cuda and "pairs_kernel" in {name for name, _ in seen.compiled}
 
 
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize("penalty", [KL(), KL(0.5)], ids=str)
+def test_mesh(seen, on_the_cpu, monkeypatch, batch, penalty):
+    """What torch makes on a CPU; the host reads what the meshes need once, and nothing from then on."""
+    monkeypatch.setattr("gpu_ot.geometry.mesh.by_torch", lambda problem: True)
+    with on_the_cpu():
+        _, numbers = solved("cpu", "mesh", "auto", "envelope", batch, penalty, SqEuclidean)
+    before = seen.reads
+    done, found = solved("cuda:1", "mesh", "auto", "envelope", batch, penalty, SqEuclidean)
+    near(found, numbers)
+    assert done.transport().is_cuda and done.f.is_cuda
+    first, (k, h) = seen.reads - before, done.levels
+    before = seen.reads
+    with torch.no_grad():
+        for _ in range(3):
+            done.geometry.softmin(h, done.problem.eps), done.geometry.T.softmin(k, done.problem.eps)
+    assert seen.reads == before, (first, seen.names)
+
+
+def test_auto_takes_a_mesh_for_many_points_on_a_gpu(seen, monkeypatch):
+    x, y = (torch.rand(40_000, 3, device="cuda") for _ in range(2))
+    problem = Problem(SqEuclidean(x, y), 1e-2)
+    assert 'auto takes "triton"' in gpu_ot.explain(problem, 1e-3)
+    monkeypatch.setattr("gpu_ot.geometry.select.GPU_PAIR_S", 2e-11)  # as if there were five times as many of both
+    assert 'auto takes "mesh"' in gpu_ot.explain(problem, 1e-3)
+    assert 'auto takes "triton"' in gpu_ot.explain(problem, None)
+
+
 def test_auto_takes_few_pairs_on_a_gpu(seen):
     x, y = (torch.rand(40_000, 3, device="cuda") for _ in range(2))
     assert 'auto takes "multiscale"' in gpu_ot.explain(Problem(SqEuclidean(x, y), 1e-5))

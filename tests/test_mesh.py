@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import gpu_ot
 from gpu_ot import KL, TV, Cosine, Dot, Euclidean, Problem, SamplesLoss, SqEuclidean, compiled, solve
-from gpu_ot.geometry import mesh, multiscale, select, tiles
+from gpu_ot.geometry import mesh, multiscale, nodes, select, tiles
 from gpu_ot.geometry.chunked import Chunked
 from gpu_ot.geometry.protocol import Geometry, weigh
 from gpu_ot.geometry.select import bind
@@ -24,9 +24,28 @@ from gpu_ot.solver.step import Alternating, Start
 from gpu_ot.vectors import PIECE
 from problems import INF, leaves, pairwise, rand, randn, weights
 
-pytestmark = pytest.mark.skipif(bool(compiled.refused()), reason="needs numba")
+machine_code = pytest.mark.skipif(bool(compiled.refused()), reason="needs numba")
 
-BACKENDS = ("mesh", "multiscale")
+
+def made_of(form, monkeypatch):
+    """The mesh by machine code, or by operations of torch."""
+    if form == "torch":
+        monkeypatch.setattr(mesh, "by_torch", lambda problem: True)
+    elif compiled.refused():
+        pytest.skip("needs numba")
+
+
+@pytest.fixture(params=["machine code", "torch"])
+def form(request, monkeypatch):
+    made_of(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["mesh", "mesh, torch", "multiscale"])
+def backend(request, monkeypatch):
+    name, _, form = request.param.partition(", ")
+    if name == "mesh":
+        made_of(form, monkeypatch)
+    return name
 
 
 def sphere_and_torus(n, m, d=3):
@@ -78,6 +97,7 @@ class OfNoPoints(SqEuclidean):
 # The pairs that matter: exact to a part of each sum, whatever the points and potentials.
 
 
+@machine_code
 @pytest.mark.parametrize("kind, d, blur, part", pairwise(tuple(CLOUDS), (1, 2, 3), (1.0, 0.05, 0.002), (1e-13, 1e-4)))
 def test_what_is_left_out_of_a_sum_is_less_than_allowed(kind, d, blur, part):
     problem = pose(kind, d=d, blur=blur)
@@ -95,6 +115,7 @@ def test_what_is_left_out_of_a_sum_is_less_than_allowed(kind, d, blur, part):
         assert ((geometry.T.softmin(k, eps) - exact(problem).T.softmin(k, eps)) / eps).abs().max() <= 1.01 * part + slack
 
 
+@machine_code
 def test_few_pairs_are_left_where_a_blur_reaches_few_points():
     problem = pose("cubes", 20_000, 20_000, blur=0.005)
     geometry = multiscale.Multiscale(problem, 1e-4)
@@ -102,14 +123,12 @@ def test_few_pairs_are_left_where_a_blur_reaches_few_points():
     assert geometry.pairs < 0.1 * 20_000**2
 
 
-def test_one_point_and_points_in_one_place():
+def test_one_point_and_points_in_one_place(backend):
     for n, m in ((1, 1), (1, 90), (90, 1)):
         x, y = torch.zeros(n, 3, dtype=torch.float64), torch.ones(m, 3, dtype=torch.float64)
-        problem = Problem(SqEuclidean(x, y), 0.1)
-        for backend in BACKENDS:
-            s = solve(problem, backend=backend, tol=1e-4)
-            assert s.converged and float(s.sharp_cost) == pytest.approx(3.0, rel=1e-4)
-            assert float((s.f + s.g[0] - 3.0).abs().max()) <= 1e-3
+        s = solve(Problem(SqEuclidean(x, y), 0.1), backend=backend, tol=1e-4)
+        assert s.converged and float(s.sharp_cost) == pytest.approx(3.0, rel=1e-4)
+        assert float((s.f + s.g[0] - 3.0).abs().max()) <= 1e-3
 
 
 # The mesh: an error that falls with its step, and is known.
@@ -118,7 +137,7 @@ def test_one_point_and_points_in_one_place():
 @pytest.mark.parametrize(
     "kind, d, allowed", [("cubes", 3, 1e-3), ("cubes", 2, 2e-3), ("cubes", 1, 4e-3), ("surfaces", 3, 4e-3), ("clusters", 2, 4e-3)]
 )
-def test_a_finer_mesh_is_more_exact(kind, d, allowed):
+def test_a_finer_mesh_is_more_exact(form, kind, d, allowed):
     """At the solution, after a sweep each way that finds the tilts: mean error in eps, 30 times smaller with a third of the step."""
     problem = pose(kind, d=d)
     eps, s = problem.eps, solve(problem, backend="dense", tol=1e-8)
@@ -133,7 +152,29 @@ def test_a_finer_mesh_is_more_exact(kind, d, allowed):
     assert found[0] <= allowed and found[1] <= max(found[0] / 30, 1e-6), found
 
 
-def test_products_and_signs_on_the_mesh():
+@machine_code
+@pytest.mark.parametrize("kind, d, per", [("cubes", 3, 1.7), ("surfaces", 2, 3.0), ("cubes", 1, 2.0), ("surfaces", 3, 2.3)])
+def test_torch_makes_the_same_sums(monkeypatch, kind, d, per):
+    """To rounding, where groups are cells; with tilts that were learnt, handed down and turned."""
+    monkeypatch.setattr(nodes, "SMALLEST", 1024)
+    monkeypatch.setattr(nodes, "LARGEST", 1024)
+    problem, both = pose(kind, 400, 501, d=d), []
+    for Pair in (mesh.Pair, nodes.Pair):
+        pair, (f, g), found = Pair(problem, per), (torch.zeros_like(z) for z in (problem.a, problem.b)), []
+        for eps in (4 * problem.eps, problem.eps):
+            for _ in range(3):
+                f = pair.updated(g, problem.log_b, eps, 1.1, False)
+                g = pair.updated(f, problem.log_a, eps, 1.0, True)
+            for v, turned in ((randn(501, seed=2), False), (randn(400, seed=3), True)):
+                v[::5] = 0
+                logs, sign = pair.sums(f if turned else g, v, eps, turned)
+                found += [logs, sign]
+        both.append([f, g, *found])
+    for mine, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_products_and_signs_on_the_mesh(form):
     problem = pose("surfaces")
     s = solve(problem, backend="dense", tol=1e-6)
     k, h = s.levels
@@ -150,7 +191,6 @@ def test_products_and_signs_on_the_mesh():
 # Whole solves.
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "kind, penalty, d, tol", pairwise(tuple(CLOUDS), (KL(), KL(0.1), (KL(), KL(0.02)), (KL(1.0), TV(0.1))), (1, 2, 3), (1e-2, 2e-3))
 )
@@ -180,7 +220,7 @@ def test_a_mesh_is_refined_until_it_is_exact_enough(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_bound_holds():
+def test_the_bound_holds(form):
     """In 198 of 200 random problems and more: the error of all points is within the bound of the sample."""
     held = 0
     for seed in range(200):
@@ -193,7 +233,6 @@ def test_the_bound_holds():
     assert held >= 198
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_far_from_the_origin_and_in_any_unit(backend):
     x, y = sphere_and_torus(600, 500)
     truth = solve(Problem(SqEuclidean(x, y), 0.02), backend="dense", tol=1e-6)
@@ -203,7 +242,6 @@ def test_far_from_the_origin_and_in_any_unit(backend):
         assert float(s.value) / unit**2 == pytest.approx(float(truth.value), rel=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_points_keep_their_digits(backend):
     x, y = (z.float() + 100 for z in cubes(500, 500))
     ours = solve(Problem(SqEuclidean(x, y), 0.02), backend=backend, tol=3e-4)
@@ -211,6 +249,7 @@ def test_float32_points_keep_their_digits(backend):
     assert float(ours.value) == pytest.approx(float(truth.value), rel=1e-4) and ours.value.dtype == torch.float32
 
 
+@machine_code
 @pytest.mark.slow
 def test_points_far_outside_the_other_cloud():
     """A tenth of the mass a hundred blurs away, and one point ten times as far: the pairs that matter are exact, and the mesh says that
@@ -224,7 +263,6 @@ def test_points_far_outside_the_other_cloud():
     assert solve(problem, backend="mesh", tol=1e-3, max_iter=200).status.name in ("inexact", "max_iter")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_value_has_the_gradients_of_its_envelope(backend):
     """In the points and in both weights, against those of the dense solution."""
     x, y = sphere_and_torus(400, 500)
@@ -241,7 +279,6 @@ def test_the_value_has_the_gradients_of_its_envelope(backend):
         assert float((mine - right).norm() / right.norm()) <= 2e-3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_where_the_plan_sends_points(backend):
     problem = pose("surfaces")
     s, truth = solve(problem, backend=backend, tol=1e-4), solve(problem, backend="dense", tol=1e-8)
@@ -249,7 +286,7 @@ def test_where_the_plan_sends_points(backend):
     assert float(s.sharp_cost) == pytest.approx(float(truth.sharp_cost), rel=1e-3)
 
 
-def test_a_cost_of_three_features_that_folds_will_do():
+def test_a_cost_of_three_features_that_folds_will_do(form):
     x, y = sphere_and_torus(300, 400)
     for cost in (Dot(x, y), 0.5 * SqEuclidean(x, y), 2.0 * SqEuclidean(x[:, :2], y[:, :2]) + SqEuclidean(x[:, 2:], y[:, 2:])):
         problem = Problem(cost, 0.01)
@@ -257,7 +294,6 @@ def test_a_cost_of_three_features_that_folds_will_do():
         assert ours.converged and float(ours.value) == pytest.approx(float(truth.value), abs=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shared", [False, True])
 def test_batches_are_solved_one_by_one(backend, shared):
     """Values, marginals, gradients and maps of each problem, of clouds of its own or of weights of its own."""
@@ -280,6 +316,7 @@ def test_batches_are_solved_one_by_one(backend, shared):
         assert float((mine - truth).norm() / truth.norm()) <= 2e-3
 
 
+@machine_code
 @pytest.mark.parametrize("penalty", [KL(), KL(0.1)])
 def test_long_vectors_are_taken_off_torch_and_nothing_changes(monkeypatch, penalty):
     """The same iterations by compiled vectors and by torch's, in the mesh's own update and in the protocol's."""
@@ -297,6 +334,7 @@ def test_long_vectors_are_taken_off_torch_and_nothing_changes(monkeypatch, penal
 VIEWS = ("alias", "detach", "empty", "expand", "lift_fresh", "reshape", "unbind", "view")
 
 
+@machine_code
 def test_no_iteration_wakes_torchs_threads(monkeypatch):
     """Between two sweeps there is no operation of torch on a long vector, which would be shared out to all cores."""
     problem = pose("surfaces", 4000, 4100)
@@ -306,16 +344,7 @@ def test_no_iteration_wakes_torchs_threads(monkeypatch):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             size = max((z.numel() for z in tree_leaves((args, out)) if isinstance(z, torch.Tensor)), default=0)
-            if size > PIECE and func.overloadpacket.__name__ not in (
-                "detach",
-                "empty",
-                "view",
-                "expand",
-                "reshape",
-                "alias",
-                "unbind",
-                "lift_fresh",
-            ):
+            if size > PIECE and func.overloadpacket.__name__ not in VIEWS:
                 seen.append(func.overloadpacket.__name__)
             return out
 
@@ -337,7 +366,6 @@ def test_no_iteration_wakes_torchs_threads(monkeypatch):
 # Which backend is taken, and what is refused.
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "cost, said",
     [
@@ -353,6 +381,7 @@ def test_refusals_say_why(backend, cost, said):
         solve(Problem(cost, 0.1), backend=backend)
 
 
+@machine_code
 def test_auto_chooses_by_size_dimension_and_eps():
     def taken(n, d, eps, tol=1e-3):
         said = gpu_ot.explain(Problem(SqEuclidean(rand(n, d), rand(n, d, seed=1)), eps), tol)
@@ -366,6 +395,7 @@ def test_auto_chooses_by_size_dimension_and_eps():
     assert taken(30_000, 3, 0.05, tol=None) == "chunked"
 
 
+@machine_code
 def test_auto_goes_on_exactly_where_the_mesh_cannot_meet_the_tolerance(monkeypatch):
     monkeypatch.setattr(mesh, "FINEST", mesh.COARSEST)
     monkeypatch.setattr(select, "_rules", lambda problem, tol: iter([select.Rule("mesh", "this is a test")]))
@@ -420,6 +450,7 @@ def test_helpers_that_come_late_are_sent_away(monkeypatch):
     assert tiles._helpers.calls_alone > 0 and 5 <= len(helpers) <= 20
 
 
+@machine_code
 def test_mesh_sums_do_not_change_with_threads(monkeypatch):
     problem = pose("clusters")
     h = weigh(torch.zeros_like(problem.b), problem.b, problem.eps)

@@ -20,14 +20,11 @@ import numpy as np
 from .exponential import exp64, log64
 from .kernel import largest_among
 from .machine import compiled
+from .splines import BETA, CELL, MIDDLE, STEEPEST, TILE, WINDOW
 
-#: Nodes along an axis of a tile and of a cell, whose points share a tilt; those that a cell's points reach; the variance of a B-spline.
-TILE, CELL, WINDOW, BETA = 8, 4, 8, 1 / 3
-#: Largest tilt, e-folds a node: points then move by at most 4 nodes, and stay within their window.
-STEEPEST = 12.0
-#: The middle of a window; points whose exponentials and weights are taken together, by vector instructions; and the nodes of a line of the
-#: buffer for a window along the third axis: two whole tiles.
-MIDDLE, BATCH, LINE = (WINDOW - 1) / 2, 64, 2 * TILE
+#: Points whose exponentials and weights are taken together, by vector instructions; and the nodes of a line of the buffer for a window
+#: along the third axis: two whole tiles.
+BATCH, LINE = 64, 2 * TILE
 
 
 class Cloud(NamedTuple):

@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from .machine import compiled, extreme
+from .splines import TILE
 
-TILE = 8
 #: Tiles whose values are below exp(-FAINT) of the largest are left out of a sum. Within a tile values differ by up to exp(100).
 FAINT = 160.0
 #: And tiles further than the neighbours that add less than this part to each sum of a tile, where all of these are positive.

@@ -12,33 +12,55 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import compiled, errors
+from ..compiled.splines import TILE
 from ..problem import Problem
+from . import nodes
 from .coordinates import AXES, coordinates
 from .protocol import Geometry
 from .several import bind_each
 from .swept import Swept
-from .tiles import Level, each, shares
+from .tiles import MOST_TILES, Level, Levels, each, shares
 
-#: Nodes a standard deviation: what the error of the marginals is about for 1, and between which limits.
-ERROR, COARSEST, FINEST = 5e-3, 1.7, 6.0
-#: Seconds that a sweep takes for a point and for a tile, about, on 2 cores; and up to which step a mesh is finer than it need be while
-#: its tiles take no more than half as long as the points: mass that travels far needs it.
-POINT_S, TILE_S, AMPLE = 40e-9, 17e-6, 3.5
+#: Nodes a standard deviation: what the error of the marginals is about for 1, between which limits, and up to which a mesh is finer than it
+#: need be while its tiles take no more than half as long as the points: mass that travels far needs it.
+ERROR, COARSEST, FINEST, AMPLE = 5e-3, 1.7, 6.0, 3.5
 #: Points that a thread is worth waking for.
 LEAST = 2**14
 
 
+class Rates(NamedTuple):
+    """Seconds that a sweep takes, about: for itself, for a point and for a tile."""
+
+    sweep: float
+    point: float
+    tile: float
+
+
+#: Measured on 2 cores: machine code, and torch. On a GPU not timed but counted: 200 launches, and 3 and 500 kB of memory.
+MACHINE, TORCH, GPU = Rates(0.0, 40e-9, 17e-6), Rates(0.0, 1.3e-6, 450e-6), Rates(2e-3, 5e-9, 0.5e-6)
+
+
 def refuse(problem: Problem) -> str | None:
     """Why this problem cannot be taken by way of a mesh, or None."""
-    if problem.a.device.type != "cpu":
-        return f"its tensors are on {problem.a.device}, and this is machine code of the CPU"
-    return refuse_cost(problem) or compiled.refused()
+    if problem.a.device.type == "mps":
+        return "its tensors are on an Apple GPU, which has no float64"
+    return refuse_cost(problem)
+
+
+def by_torch(problem: Problem) -> bool:
+    """Whether the sums are operations of torch: on a GPU, and where there is no machine code."""
+    return problem.a.device.type != "cpu" or compiled.refused() is not None
+
+
+def rates(problem: Problem) -> Rates:
+    return MACHINE if not by_torch(problem) else TORCH if problem.a.device.type == "cpu" else GPU
 
 
 def refuse_cost(problem: Problem) -> str | None:
@@ -65,10 +87,20 @@ def features(problem: Problem) -> int:
 def per_of(problem: Problem, tol: float) -> float:
     """Nodes a standard deviation for a solve to `tol`, half of which is left to the mesh: its error falls as the fourth power."""
     per = min(max((2 * ERROR / max(tol, 1e-12)) ** 0.25, COARSEST), FINEST)
-    (n, m), extent = problem.shape[-2:], extents(problem)
-    while per < AMPLE and TILE_S * tiles(extent, 1.1 * per) < POINT_S * (n + m) / 2:
+    (n, m), extent, rate = problem.shape[-2:], extents(problem), rates(problem)
+    while per < AMPLE and rate.tile * tiles(extent, 1.1 * per) < rate.point * (n + m) / 2:
         per *= 1.1
     return per
+
+
+def sweeps_within(seconds: float, problem: Problem, tol: float) -> bool:
+    """Whether there is room for the mesh, and a sweep takes no longer, about."""
+    rate = rates(problem)
+    left = seconds - rate.sweep - rate.point * sum(problem.shape[-2:])
+    if left <= 0:  # whatever the extent of the clouds, which a GPU would be asked for
+        return False
+    most = nodes.MOST_NODES // TILE**3 if by_torch(problem) else MOST_TILES
+    return tiles(extents(problem), per_of(problem, tol)) < min(most, left / rate.tile)
 
 
 class Mesh(Swept):
@@ -82,7 +114,7 @@ class Mesh(Swept):
 
     def __init__(self, problem: Problem, per: float) -> None:
         super().__init__(problem)
-        self.per, self.pair = per, Pair(problem, per)
+        self.per, self.pair = per, (nodes.Pair if by_torch(problem) else Pair)(problem, per)
         self.pair.level(problem.eps)
 
     def finer(self, factor: float) -> Mesh | None:
@@ -109,15 +141,15 @@ class Mesh(Swept):
         return sign * (logs + k / eps).exp()
 
 
-class Pair:
+class Pair(Levels):
     """The two clouds in coordinates in which mass stays near, and their meshes at the last values of eps."""
 
     def __init__(self, problem: Problem, per: float) -> None:
+        super().__init__(per)
         self.offsets, points = coordinates(problem)
         self.shifts, self.points = (array(self.offsets[0]), array(self.offsets[1])), (array(points[0]), array(points[1]))
         ends = [np.stack((lines.min(1), lines.max(1))) for lines in (np.ascontiguousarray(z.T) for z in self.points)]
         self.box = np.minimum(ends[0][0], ends[1][0]), np.maximum(ends[0][1], ends[1][1])
-        self.per, self.kept = per, {}
 
     def updated(self, g: Tensor, log_w: Tensor | None, eps: float, damping: float, turned: bool) -> Tensor:
         """softmin(g + eps log w) / damping at the rows, or, turned, at the columns. The tilts are found anew."""
@@ -146,13 +178,8 @@ class Pair:
         out[:, target.order] = found
         return torch.from_numpy(out[0] + level.constant - own / eps), torch.from_numpy(out[1])
 
-    def level(self, eps: float) -> Level:
-        level = self.kept.get(eps)
-        if level is None:
-            last = next(reversed(self.kept.values()), None)
-            level = Level(self.points, self.box, math.sqrt(eps) / self.per, self.per, last)
-            self.kept = {**dict(list(self.kept.items())[-1:]), eps: level}
-        return level
+    def _made(self, step: float, last: Level | None) -> Level:
+        return Level(self.points, self.box, step, self.per, last)
 
 
 def array(z: Tensor) -> np.ndarray:
@@ -171,7 +198,10 @@ def bind(problem: Problem, tol: float | None = None) -> Geometry:
 def memory(problem: Problem) -> int:
     """Bytes of both clouds with what is kept beside them, and of the mesh at eps."""
     *batch, n, m = problem.shape
-    return math.prod(batch) * (200 * (n + m) + 2 * 8 * 512 * math.ceil(tiles(extents(problem), COARSEST)))
+    mesh = 8 * TILE**3 * math.ceil(tiles(extents(problem), COARSEST))
+    if not by_torch(problem):
+        return math.prod(batch) * (200 * (n + m) + 2 * mesh)
+    return math.prod(batch) * (400 * (n + m) + 4 * mesh) + 6 * 8 * nodes.entries(problem.a)
 
 
 def extents(problem: Problem) -> Tensor:

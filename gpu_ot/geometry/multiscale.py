@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import compiled
 from ..errors import BackendError
 from ..problem import Problem
 from . import mesh
@@ -34,14 +33,7 @@ REACH, FEW, FEW_GPU, FEW_TORCH = 14.0, 0.2, 0.1, 0.02
 
 def refuse(problem: Problem) -> str | None:
     """Why this problem cannot be taken from the pairs that matter, or None."""
-    if problem.a.device.type == "mps":
-        return "its tensors are on an Apple GPU, which has no float64"
-    return mesh.refuse_cost(problem)
-
-
-def by_torch(problem: Problem) -> bool:
-    """Whether tiles are taken by torch or by Triton's kernel: on a GPU, and where there is no machine code."""
-    return problem.a.device.type != "cpu" or compiled.refused() is not None
+    return mesh.refuse(problem)
 
 
 def bind(problem: Problem, tol: float | None = None) -> Geometry:
@@ -51,7 +43,7 @@ def bind(problem: Problem, tol: float | None = None) -> Geometry:
 
 def _bind(problem: Problem, tol: float | None) -> Geometry:
     part = PART if tol is None else max(SHARE * tol, PART)
-    if by_torch(problem):
+    if mesh.by_torch(problem):
         return Pairs(problem, part)
     pairs = Multiscale(problem, part)
     if tol is not None:
@@ -69,14 +61,14 @@ def share(problem: Problem) -> float:
 
 def pays(problem: Problem) -> bool:
     """Whether so few pairs are left that finding them takes less time than all of them would."""
-    few = FEW if not by_torch(problem) else FEW_TORCH if problem.a.device.type == "cpu" else FEW_GPU
+    few = FEW if not mesh.by_torch(problem) else FEW_TORCH if problem.a.device.type == "cpu" else FEW_GPU
     return share(problem) < few
 
 
 def memory(problem: Problem) -> int:
     """Bytes of both clouds with what is kept beside them."""
     *batch, n, m = problem.shape
-    by_tiles = 300 * 2**20 if by_torch(problem) else 0  # temporaries of the torch form
+    by_tiles = 300 * 2**20 if mesh.by_torch(problem) else 0  # temporaries of the torch form
     return math.prod(batch) * 400 * (n + m) + by_tiles
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .. import errors
 from ..communicator import ALONE
 from ..problem import Problem, vector_dtype
-from . import chunked, grid, keops, line, mesh, multiscale, tiles, triton
+from . import chunked, grid, keops, line, mesh, multiscale, triton
 from .absorbed import Absorbed
 from .compiled import Compiled
 from .dense import Dense
@@ -30,8 +30,8 @@ DENSE_BYTES = 2**28
 RESIDENT = 256
 
 
-#: Seconds that an iteration in blocks takes for a pair, about, on 2 cores.
-PAIR_S = 1.3e-9
+#: Seconds that an iteration takes for a pair, about: in blocks on 2 cores; through the kernels, not timed but counted.
+PAIR_S, GPU_PAIR_S = 1.3e-9, 5e-13
 
 #: The tolerance of a solve that names none.
 TOL = 1e-4
@@ -122,18 +122,18 @@ def _rules(problem: Problem, tol: float | None) -> Iterator[Rule]:
     few = multiscale.refuse(problem) is None and multiscale.pays(problem)
     if gpu and few:
         yield Rule("multiscale", f"{large}, and eps reaches so few points that about {multiscale.share(problem):.1%} of the pairs are left")
-    if gpu and cost.folds:
-        yield Rule("triton", f"{large}, the cost folds, and the kernels stream it through the tensor cores")
-    if gpu:
-        yield Rule("keops", "the cost does not go through the kernels, and KeOps compiles a loop for it")
-    if _on(problem, "cpu") and cost.depth > 1:
-        yield Rule("keops", f"{large}, and torch would hold every coordinate of the formula, where KeOps compiles a loop")
     if line.refuse(problem) is None:
         yield Rule("line", f"{large}, its points have one feature, and sums of Gaussians on a line need no pairs")
     if tol is not None and mesh.refuse(problem) is None and _quicker(problem, tol):
         yield Rule(
             "mesh", f"{large}, its points have few features, and a mesh of {mesh.per_of(problem, tol):.1f} nodes a blur is exact enough"
         )
+    if gpu and cost.folds:
+        yield Rule("triton", f"{large}, the cost folds, and the kernels stream it through the tensor cores")
+    if gpu:
+        yield Rule("keops", "the cost does not go through the kernels, and KeOps compiles a loop for it")
+    if _on(problem, "cpu") and cost.depth > 1:
+        yield Rule("keops", f"{large}, and torch would hold every coordinate of the formula, where KeOps compiles a loop")
     if few:
         yield Rule("multiscale", f"{large}, and eps reaches so few points that about {multiscale.share(problem):.1%} of the pairs are left")
     yield Rule("chunked", f"{large}, and blocks of them are formed, reduced and dropped")
@@ -151,10 +151,10 @@ def _fits(problem: Problem) -> bool:
 
 
 def _quicker(problem: Problem, tol: float) -> bool:
-    """Whether an iteration on a mesh takes less time than one in blocks, and fits. Measured on 2 cores, see bench/FACTS.md."""
+    """Whether an iteration by way of a mesh takes half the time of an exact one and fits. For CPUs measured, see bench/FACTS.md."""
     n, m = problem.shape[-2:]
-    count = mesh.tiles(mesh.extents(problem), mesh.per_of(problem, tol))
-    return count <= tiles.MOST_TILES and 2 * (2 * mesh.POINT_S * (n + m) + mesh.TILE_S * count) < PAIR_S * n * m
+    a_pair = GPU_PAIR_S if problem.a.is_cuda else PAIR_S
+    return mesh.sweeps_within(a_pair * n * m / 4, problem, tol)
 
 
 def bind(problem: Problem, backend: str = "auto", precision: str = "fp32", tol: float | None = None) -> Geometry:

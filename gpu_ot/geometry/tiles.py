@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from .. import errors
+from ..compiled.splines import BETA, CELL, STEEPEST, TILE
 
 #: Tiles of a mesh at most, those near points (8 KiB each for both arrays) and all.
 MOST_TILES, MOST_PLACES = 2**18, 2**21
@@ -23,6 +25,43 @@ MOST_TILES, MOST_PLACES = 2**18, 2**21
 FEWEST = 32
 #: After so many waits for others that are too long, the caller works alone for so many calls, some hundred sweeps.
 LATENESS, REST = 5, 2000
+
+
+class Levels(ABC):
+    """The meshes of two clouds at the last two values of eps."""
+
+    def __init__(self, per: float) -> None:
+        self.per, self._kept = per, {}
+
+    def level(self, eps: float) -> Any:
+        level = self._kept.get(eps)
+        if level is None:
+            last = next(reversed(self._kept.values()), None)
+            level = self._made(math.sqrt(eps) / self.per, last)
+            self._kept = {**dict(list(self._kept.items())[-1:]), eps: level}
+        return level
+
+    @abstractmethod
+    def _made(self, step: float, last: Any) -> Any:
+        """The mesh of a step, with the tilts of the last."""
+
+
+def frame(box: tuple[np.ndarray, np.ndarray], step: float, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The coordinates of the first node, in nodes, and the tiles along each axis, of a mesh of at most so many."""
+    low, high = box
+    # All points of an axis without extent lie in the middle of one tile, whose neighbours are not needed.
+    origin = low / step - TILE - np.where(high == low, TILE / 2 - 0.5, 0.5)
+    size = (high / step - origin) // TILE + 2
+    if not size.prod() <= most:
+        raise errors.backend_refused("mesh", _too_fine(size))
+    return origin, size.astype(np.int64)
+
+
+def spread(per: float) -> tuple[float, float, float]:
+    """The variance of the mesh's Gaussian, in nodes, where there are `per` a deviation; the logarithm that a sum lacks; and the ratio of
+    the variances of the Gaussians on the mesh and of those that are wanted."""
+    variance = per**2 - 2 * BETA
+    return variance, 1.5 * math.log(per**2 / variance), (per**2 - BETA) / per**2
 
 
 class _Route(NamedTuple):
@@ -41,15 +80,8 @@ class Level:
     ) -> None:
         from ..compiled import mesh
 
-        self.step = step
-        low, high = box
-        flat = high == low
-        # All points of an axis without extent lie in the middle of one tile, whose neighbours are not needed.
-        origin = low / step - mesh.TILE - np.where(flat, mesh.TILE / 2 - 0.5, 0.5)
-        size = (high / step - origin) // mesh.TILE + 2
-        if not size.prod() <= MOST_PLACES:
-            raise errors.backend_refused("mesh", _too_fine(size))
-        self.shape = size.astype(np.int64)
+        self.step, flat = step, box[0] == box[1]
+        origin, self.shape = frame(box, step, MOST_PLACES)
         self.clouds = tuple(self._cloud(z / step - origin) for z in points)
         if last is not None:
             for mine, theirs in zip(self.clouds, last.clouds, strict=True):
@@ -65,9 +97,8 @@ class Level:
             for side in (0, 1)
         )
         self.planes = tuple(_planes(route.source) for route in self.routes)
-        variance = per**2 - 2 * mesh.BETA
-        self.constant, self.ratio = 1.5 * math.log(per**2 / variance), (per**2 - mesh.BETA) / per**2
-        self.blocks = [_blocks(int(T), variance) for T in self.shape]
+        variance, self.constant, self.ratio = spread(per)
+        self.blocks = [blocks(int(T), variance) for T in self.shape]
 
     def sums(self, h: np.ndarray, sign: np.ndarray, turned: bool, learn: bool, logs: np.ndarray, signs: np.ndarray) -> None:
         """log |sum_j exp(h_j - |x_i - y_j|^2 / 2) sign_j| less `constant`, and its sign, all in the order of the sorted points."""
@@ -87,7 +118,7 @@ class Level:
     def _cloud(self, points: np.ndarray) -> Any:
         from ..compiled import mesh
 
-        cells = self.shape * (mesh.TILE // mesh.CELL)
+        cells = self.shape * (TILE // CELL)
         order, counts = np.empty(len(points), np.int64), np.empty(int(cells.prod()) + 1, np.int64)
         mesh.sort_points(points, cells, order, counts)
         held = np.flatnonzero(np.diff(counts))
@@ -99,10 +130,8 @@ class Level:
 
     def _near(self, cloud: Any, flat: np.ndarray) -> np.ndarray:
         """The tiles that its points may reach, a flag each."""
-        from ..compiled import mesh
-
         near = np.zeros(self.shape, bool)
-        near[tuple(cloud.cells.T // (mesh.TILE // mesh.CELL))] = True
+        near[tuple(cloud.cells.T // (TILE // CELL))] = True
         for axis in np.flatnonzero(~flat):
             before, after = np.roll(near, 1, axis), np.roll(near, -1, axis)  # the outermost tiles hold no points
             near = near | before | after
@@ -125,10 +154,8 @@ def _stage(there: np.ndarray, values: np.ndarray) -> Any:
     return mesh.Stage(index, np.ascontiguousarray(slots), values, np.full(len(slots), -np.inf))
 
 
-def _blocks(T: int, variance: float) -> tuple[np.ndarray, np.ndarray]:
+def blocks(T: int, variance: float) -> tuple[np.ndarray, np.ndarray]:
     """exp(-k^2 / 2 variance) between the nodes of two tiles, [distance + T - 1, from, to], of largest entry 1, and what was taken off."""
-    from ..compiled.mesh import TILE
-
     nodes, apart = np.arange(TILE), np.arange(1 - T, T)
     exponents = -((apart[:, None, None] * TILE + nodes[None, None, :] - nodes[None, :, None]) ** 2) / (2 * variance)
     tops = exponents.max((1, 2))
@@ -141,13 +168,11 @@ def _hand_down(mine: Any, theirs: Any, ratio: float) -> None:
     tile_of[theirs.order] = np.repeat(np.arange(len(theirs.cells)), np.diff(theirs.starts))
     # The displacement z stays: a slope is z h / eps, and eps goes with h^2.
     mine.tilts[:] = theirs.tilts[tile_of[mine.order[mine.starts[:-1]]]] / ratio
-    np.clip(mine.tilts, -12.0, 12.0, out=mine.tilts)
+    np.clip(mine.tilts, -STEEPEST, STEEPEST, out=mine.tilts)
 
 
 def _planes(cloud: Any) -> list[list[tuple[int, int]]]:
     """The cells of each plane of tiles, as ranges, in three lists of planes whose windows do not meet."""
-    from ..compiled.mesh import CELL, TILE
-
     planes = cloud.cells[:, 0] // (TILE // CELL)
     cuts = np.flatnonzero(np.diff(planes)) + 1
     ranges = pairwise([0, *cuts.tolist(), len(planes)])

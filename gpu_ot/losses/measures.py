@@ -14,7 +14,7 @@ from ..communicator import ALONE
 from ..costs import Euclidean, SqEuclidean
 from ..distributed.costs import Sharded
 from ..errors import ProblemError
-from ..geometry import multiscale
+from ..geometry import mesh, multiscale
 from ..geometry.select import BACKENDS
 from ..penalties import KL
 from ..problem import Problem
@@ -94,7 +94,7 @@ def backend_for(name: str, problem: Problem) -> str:
     if name not in ("tensorized", "online", "multiscale"):
         return name
     serves = name == "multiscale" and problem.cost.ranks is ALONE and BACKENDS[name].refuse(problem) is None
-    if serves and (not multiscale.by_torch(problem) or multiscale.pays(problem)):  # tiles are no faster, unless few pairs are left
+    if serves and (not mesh.by_torch(problem) or multiscale.pays(problem)):  # tiles are no faster, unless few pairs are left
         return name
     problem = problem.cost.ranks.largest(problem)
     streaming = ("triton", "keops") if problem.a.is_cuda else ()
