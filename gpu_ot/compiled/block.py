@@ -24,7 +24,7 @@ from .kernel import (
     softmin_rows,
     within_range,
 )  # fmt: skip
-from .machine import borrowing, compiled, inlined
+from .machine import apart, borrowing, compiled, inlined
 from .mixing import forget, propose
 from .watch import EXP_FAR, FAR, RUNNING, at_most, change, judge, log_mass, marginal, seen
 
@@ -129,7 +129,7 @@ def damp(z, tau, eps):
     return z / (1 + eps / tau)
 
 
-@borrowing
+@apart
 def potentials(k, problem, sweep, state):
     """The potentials of an iteration by products."""
     eps, p = problem.eps, 1 / (1 + problem.eps / problem.tau_a)
@@ -140,13 +140,13 @@ def potentials(k, problem, sweep, state):
         _columns(k, eps, sweep.v_next[h], state.g_next[h])
 
 
-@borrowing
+@apart
 def _columns(k, eps, v, out):
     for j in range(len(v)):
         out[j] = k.g0[j] + eps * log64(v[j])
 
 
-@borrowing
+@apart
 def _scale(k, problem, g, sweep):
     """The scalings of g."""
     scale = 1 / problem.eps
@@ -208,7 +208,7 @@ def iterate(k, problem, sweep, state, follow, back):
     return False, sweeps + 2
 
 
-@borrowing
+@apart
 def _gap(problem, sweep, state, products, gap):
     """b * gap is the excess of the column marginal."""
     far, exp_far = (FAR, EXP_FAR) if problem.tau_b < np.inf else (np.inf, np.inf)  # `criterion.farthest`
@@ -262,7 +262,7 @@ def go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, m
     )  # fmt: skip
 
 
-@borrowing
+@apart
 def _go(k, problem, state, before, memory, tuning, watch, rule, strict, counts, max_iter, every, plain_until, errors, sweep, room):
     H, m = problem.b.shape
     pairwise, share, target = rule.norm < 0, room.share, room.target

@@ -13,10 +13,10 @@ from numba import types  # pyright: ignore[reportMissingImports]
 from numba.extending import overload  # pyright: ignore[reportMissingImports]
 
 from .exponential import exp32, exp64, log64
-from .machine import borrowing, compiled, extreme
+from .machine import apart, borrowing, compiled, extreme, greater, lesser
 
-#: Eight rows up to this size stay in the first cache.
-NEAR_BYTES = 2**15
+#: Eight rows up to this size stay in the first cache, and those of a length up to SHORT are best taken by eights.
+NEAR_BYTES, SHORT_BYTES = 2**15, 2**10
 
 
 #: Bytes of a cache line.
@@ -76,9 +76,9 @@ def _(total, like):
 
 @extreme
 def smallest(z):
-    low = np.inf
+    low = z.dtype.type(np.inf)
     for j in range(len(z)):
-        low = z[j] if z[j] < low else low
+        low = lesser(low, z[j])
     return low
 
 
@@ -90,9 +90,9 @@ def largest(z):
 @extreme
 def largest_among(z, size):
     """Of the first so many."""
-    high = -np.inf
+    high = z.dtype.type(-np.inf)
     for j in range(size):
-        high = z[j] if z[j] > high else high
+        high = greater(high, z[j])
     return high
 
 
@@ -102,7 +102,7 @@ def _cheapest(C, g):
     low = np.inf
     for j in range(len(g)):
         z = C[j] - g[j]
-        low = z if z < low else low
+        low = lesser(low, z)
     return low
 
 
@@ -112,11 +112,11 @@ def _nearest(C, g):
     top = -np.inf
     for j in range(len(g)):
         z = g[j] - C[j]
-        top = z if z > top else top
+        top = greater(top, z)
     return top
 
 
-@borrowing
+@apart
 def _absorb_row(k, i, scale):
     """Row i of K, at the f0 and g0 that are there."""
     C, K, f, g, zero, dropped = k.C[i], k.K[i], k.f0[i], k.g0, k.C.dtype.type(0), k.dropped
@@ -126,7 +126,7 @@ def _absorb_row(k, i, scale):
         K[j] = zero if z <= dropped else e
 
 
-@borrowing
+@apart
 def absorb_at(k, g, eps):
     """K at the mean g of the H problems, and the cheapest pair of each row."""
     n, m = k.C.shape
@@ -213,7 +213,7 @@ def softmin_rows(C, level, eps, out):
         out[i] = -top - eps * math.log(total)
 
 
-@borrowing
+@apart
 def sums_of_rows(K, w, s):
     """s = K w, (m,) -> (n,)."""
     n, m = K.shape
@@ -224,7 +224,7 @@ def sums_of_rows(K, w, s):
         s[i] = total
 
 
-@borrowing
+@apart
 def both(K, w, a, p, c, s, u, t, back):
     """s = K w, u = a / s for p = 0, the hard marginal, and a exp(c - p log s) otherwise, and t = K^T u, in one read of K.
 
@@ -235,8 +235,8 @@ def both(K, w, a, p, c, s, u, t, back):
     n, m = K.shape
     t[:] = K.dtype.type(0)
     whole = 0
-    if p > 0 and 12 * m * K.itemsize <= NEAR_BYTES:
-        whole = _eights(K, w, a, p, c, s, u, t)
+    if m * K.itemsize <= SHORT_BYTES or p > 0 and 12 * m * K.itemsize <= NEAR_BYTES:
+        whole = _eights(K, w, a, p, c, s, u, t, back)
     elif 8 * m * K.itemsize <= NEAR_BYTES:
         whole = _fours(K, w, a, p, c, s, u, t, back)
     zero, blocks = K.dtype.type(0), n // 4
@@ -265,7 +265,7 @@ def both(K, w, a, p, c, s, u, t, back):
             t[j] += last * K[i, j]
 
 
-@borrowing
+@apart
 def absorb_and_both(k, w, a, eps, tau, s, u, t):
     """`absorb_at` the g0 that is there and `both` in one visit to the pairs: each row is summed while it is near."""
     n, m = k.C.shape
@@ -285,7 +285,7 @@ def absorb_and_both(k, w, a, eps, tau, s, u, t):
     k.at[0] = eps
 
 
-@borrowing
+@apart
 def _fours(K, w, a, p, c, s, u, t, back):
     """`both` for all fours of rows, whose number is returned: the four before are added meanwhile."""
     n, m = K.shape
@@ -293,9 +293,10 @@ def _fours(K, w, a, p, c, s, u, t, back):
     if not whole:
         return 0
     u0, u1, u2, u3 = zero, zero, zero, zero
-    i, step = (whole - 4, -4) if back else (0, 4)
-    q = i
-    for _ in range(n // 4):
+    last = n // 4 - 1
+    q = 4 * last if back else 0
+    for block in range(n // 4):
+        i = 4 * (last - block) if back else 4 * block
         s0, s1, s2, s3 = zero, zero, zero, zero
         for j in range(m):
             s0 += K[i, j] * w[j]
@@ -308,40 +309,55 @@ def _fours(K, w, a, p, c, s, u, t, back):
             u0, u1, u2, u3 = a[i] / s0, a[i + 1] / s1, a[i + 2] / s2, a[i + 3] / s3
             u[i], u[i + 1], u[i + 2], u[i + 3] = u0, u1, u2, u3
         else:
-            for r in range(i, i + 4):
+            for r in range(i, min(i + 4, n)):
                 u[r] = a[r] * exp64(c[r] - p * log64(s[r]))
             u0, u1, u2, u3 = u[i], u[i + 1], u[i + 2], u[i + 3]
         q = i
-        i += step
     for j in range(m):
         t[j] += (u0 * K[q, j] + u1 * K[q + 1, j]) + (u2 * K[q + 2, j] + u3 * K[q + 3, j])
     return whole
 
 
-@borrowing
-def _eights(K, w, a, p, c, s, u, t):
-    """`both` for a relaxed marginal and all eights of rows, whose logarithms are then taken at once."""
+@apart
+def _eights(K, w, a, p, c, s, u, t, back):
+    """`both` for all eights of rows, whose number is returned: the eight before are added meanwhile."""
     n, m = K.shape
     zero, whole = K.dtype.type(0), n // 8 * 8
+    if not whole:
+        return 0
+    u0, u1, u2, u3, u4, u5, u6, u7 = zero, zero, zero, zero, zero, zero, zero, zero
+    last = n // 8 - 1
+    q = 8 * last if back else 0
     for block in range(n // 8):
-        for half in range(2):
-            i = 8 * block + 4 * half
-            q = i - 8 if block else i
-            u0, u1, u2, u3 = u[q], u[q + 1], u[q + 2], u[q + 3]
-            if not block:
-                u0, u1, u2, u3 = zero, zero, zero, zero
-            s0, s1, s2, s3 = zero, zero, zero, zero
-            for j in range(m):
-                s0 += K[i, j] * w[j]
-                s1 += K[i + 1, j] * w[j]
-                s2 += K[i + 2, j] * w[j]
-                s3 += K[i + 3, j] * w[j]
-                t[j] += (u0 * K[q, j] + u1 * K[q + 1, j]) + (u2 * K[q + 2, j] + u3 * K[q + 3, j])
-            s[i], s[i + 1], s[i + 2], s[i + 3] = s0, s1, s2, s3
-        for r in range(8 * block, 8 * block + 8):
-            u[r] = a[r] * exp64(c[r] - p * log64(s[r]))
-    for i in range(max(0, whole - 8), whole):
-        last = u[i]
+        i = 8 * (last - block) if back else 8 * block
+        s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
         for j in range(m):
-            t[j] += last * K[i, j]
+            z = w[j]
+            s0 += K[i, j] * z
+            s1 += K[i + 1, j] * z
+            s2 += K[i + 2, j] * z
+            s3 += K[i + 3, j] * z
+            s4 += K[i + 4, j] * z
+            s5 += K[i + 5, j] * z
+            s6 += K[i + 6, j] * z
+            s7 += K[i + 7, j] * z
+            t[j] += ((u0 * K[q, j] + u1 * K[q + 1, j]) + (u2 * K[q + 2, j] + u3 * K[q + 3, j])) + (
+                (u4 * K[q + 4, j] + u5 * K[q + 5, j]) + (u6 * K[q + 6, j] + u7 * K[q + 7, j])
+            )
+        s[i], s[i + 1], s[i + 2], s[i + 3] = s0, s1, s2, s3
+        s[i + 4], s[i + 5], s[i + 6], s[i + 7] = s4, s5, s6, s7
+        if p == 0:
+            u0, u1, u2, u3 = a[i] / s0, a[i + 1] / s1, a[i + 2] / s2, a[i + 3] / s3
+            u4, u5, u6, u7 = a[i + 4] / s4, a[i + 5] / s5, a[i + 6] / s6, a[i + 7] / s7
+            u[i], u[i + 1], u[i + 2], u[i + 3] = u0, u1, u2, u3
+            u[i + 4], u[i + 5], u[i + 6], u[i + 7] = u4, u5, u6, u7
+        else:  # logarithms at once: a loop that the compiler cannot count beforehand
+            for r in range(i, min(i + 8, n)):
+                u[r] = a[r] * exp64(c[r] - p * log64(s[r]))
+            u0, u1, u2, u3, u4, u5, u6, u7 = u[i], u[i + 1], u[i + 2], u[i + 3], u[i + 4], u[i + 5], u[i + 6], u[i + 7]
+        q = i
+    for j in range(m):
+        t[j] += ((u0 * K[q, j] + u1 * K[q + 1, j]) + (u2 * K[q + 2, j] + u3 * K[q + 3, j])) + (
+            (u4 * K[q + 4, j] + u5 * K[q + 5, j]) + (u6 * K[q + 6, j] + u7 * K[q + 7, j])
+        )
     return whole

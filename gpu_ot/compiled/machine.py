@@ -14,12 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import numba  # pyright: ignore[reportMissingImports]
+from llvmlite import ir  # pyright: ignore[reportMissingImports]
 from numba.core import config  # pyright: ignore[reportMissingImports]
+from numba.core.compiler import Compiler  # pyright: ignore[reportMissingImports]
+from numba.extending import intrinsic  # pyright: ignore[reportMissingImports]
 
 #: Machine code of files that have changed since is removed after so many days.
 KEPT_DAYS = 7
 #: Sums may be taken in any order, as every vector unit and every BLAS does. NaN and inf keep their meaning.
 ANY_ORDER = {"reassoc", "contract", "nsz"}
+
+
+class _Apart(Compiler):
+    """Tells LLVM that no two arrays of the arguments overlap."""
+
+    def __init__(self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any) -> None:
+        flags = flags.copy()
+        flags.noalias = True
+        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
 
 
 def _made(function: Callable[..., Any], *, counted: bool = True, **options: Any) -> Any:
@@ -39,19 +51,45 @@ def borrowing(function: Callable[..., Any]) -> Any:
     return _made(function, fastmath=ANY_ORDER, counted=False)
 
 
+def apart(function: Callable[..., Any]) -> Any:
+    """As `borrowing`, for arguments of which none that is written to overlaps another. Otherwise every loop begins with the question whether
+    they do: half of an iteration between 16 points."""
+    return _made(function, fastmath=ANY_ORDER, counted=False, pipeline_class=_Apart)
+
+
 def inlined(function: Callable[..., Any]) -> Any:
     """As `borrowing`, and a part of whoever calls it: a call hands over each number of each array, a hundred and more."""
     return _made(function, fastmath=ANY_ORDER, counted=False, forceinline=True)
 
 
 def extreme(function: Callable[..., Any]) -> Any:
-    """The same for a largest or smallest number, which compilers find in vectors only where they may take it that there is no NaN."""
+    """The same for a largest or smallest number by `greater` or `lesser`, which compilers find in vectors only where they may take it that
+    there is no NaN."""
     return _made(function, fastmath=ANY_ORDER | {"nnan"}, counted=False)
 
 
 def in_order(function: Callable[..., Any]) -> Any:
     """The same for arithmetic whose order matters."""
     return _made(function, fastmath={"contract"}, counted=False)
+
+
+def _intrinsic(name: str) -> Any:
+    """One of LLVM's functions of two numbers of a type."""
+
+    @intrinsic
+    def call(typing_context: Any, x: Any, y: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            kind = arguments[0].type
+            return builder.call(builder.module.declare_intrinsic(name, [kind], ir.FunctionType(kind, [kind, kind])), arguments)
+
+        return x(x, x), code
+
+    return call
+
+
+#: The larger and the smaller of two numbers of one type, and that one of them which is not NaN. Loops over a comparison stay loops over
+#: single numbers, which take 13 times as long.
+greater, lesser = _intrinsic("llvm.maxnum"), _intrinsic("llvm.minnum")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .machine import compiled, extreme
+from .machine import compiled, extreme, greater, lesser
 from .splines import TILE
 
 #: Tiles whose values are below exp(-FAINT) of the largest are left out of a sum. Within a tile values differ by up to exp(100).
@@ -27,7 +27,7 @@ def normalise(low, high, stage):
 def _largest(values):
     most = 0.0
     for z in range(TILE**3):
-        most = abs(values[z]) if abs(values[z]) > most else most
+        most = greater(most, abs(values[z]))
     return most
 
 
@@ -35,7 +35,7 @@ def _largest(values):
 def _least(values):
     least = values[0]
     for z in range(TILE**3):
-        least = values[z] if values[z] < least else least
+        least = lesser(least, values[z])
     return least
 
 

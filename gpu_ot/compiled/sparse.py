@@ -14,7 +14,7 @@ import numpy as np
 
 from .exponential import exp64, log64
 from .kernel import largest_among
-from .machine import compiled, extreme
+from .machine import compiled, extreme, greater
 
 LEAF, FANOUT = 32, 8
 #: Bits of a coordinate on the curve.
@@ -96,7 +96,7 @@ def totals(tree, L, found):
     for node in range(tree.offsets[1]):
         top = -np.inf
         for j in range(node * LEAF, min(n, node * LEAF + LEAF)):
-            top = max(top, L[j])
+            top = greater(top, L[j])
         total = 0.0
         if top > -np.inf:
             for j in range(node * LEAF, min(n, node * LEAF + LEAF)):
@@ -135,7 +135,7 @@ def _exponents(x0, x1, x2, Y, L, first, last, z):
         d0, d1, d2 = x0 - Y0[j], x1 - Y1[j], x2 - Y2[j]
         t = L[j] - 0.5 * (d0 * d0 + d1 * d1 + d2 * d2)
         z[j - first] = t
-        top = t if t > top else top
+        top = greater(top, t)
     return top
 
 

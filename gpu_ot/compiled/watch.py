@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .exponential import exp64
-from .machine import borrowing, compiled, extreme
+from .machine import borrowing, compiled, extreme, greater
 
 RUNNING, CONVERGED, STALLED, DIVERGED = range(4)
 NORMS = ("l1", "l1_absolute", "l2", "l2_joint")
@@ -63,7 +63,7 @@ def _top(z, w, scale):
     top = -np.inf
     for j in range(len(w)):
         here = scale * z[j] if w[j] > 0 else -np.inf
-        top = here if here > top else top
+        top = greater(top, here)
     return top
 
 
@@ -99,7 +99,7 @@ def seen(a, b, f, g, tau_a, tau_b, eps):
 def _largest(z):
     high = 0.0
     for j in range(len(z)):
-        high = z[j] if z[j] > high else high
+        high = greater(high, z[j])
     return high
 
 
