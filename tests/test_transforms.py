@@ -309,6 +309,8 @@ def test_nothing_warns():
 
 
 if __name__ == "__main__":  # the ranks of test_distributed_data_parallel, of which one is forked: imports are done once
+    import torch._dynamo
+
     other = os.fork()
     _train(int(other == 0), int(sys.argv[1]), sys.argv[2])
     if other:
