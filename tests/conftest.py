@@ -1,6 +1,7 @@
 """What tests share beside problems.py: fixtures, and the process in which Triton's kernels are interpreted."""
 
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -90,6 +91,35 @@ def lerobot():
         kept.clear()
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what imports and the list of tests have made stays, and need not be searched for garbage again
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
+def exchange_once():
+    """Triton's interpreter exchanges the functions of its language before a launch, and again for every call within, to no effect: that
+    would be a third of its time."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from triton.runtime import interpreter
+
+        exchange, restore, done = interpreter._patch_lang, interpreter._LangPatchScope.restore, {}
+
+        def once(function):
+            module = function.__globals__["__name__"]
+            if module not in done:
+                done[module] = exchange(function)
+            return done[module]
+
+        def restored(scope):
+            done.clear()
+            restore(scope)
+
+        interpreter._patch_lang, interpreter._LangPatchScope.restore = once, restored
+
+
 # Triton decides once, when it is imported, whether it interprets. Tests marked `interpreted` therefore run in a second process, beside the
 # others, and this one hands on the report of each as if it had run it.
 
@@ -101,7 +131,9 @@ def pytest_configure(config):
         sys.modules["numba"] = None  # type: ignore[assignment]
     if CHANNEL in os.environ:
         config.pluginmanager.register(Child(config))
-    elif os.environ.get("TRITON_INTERPRET") != "1":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        exchange_once()
+    elif CHANNEL not in os.environ:
         config.pluginmanager.register(Interpreter(config))
 
 

@@ -245,6 +245,7 @@ def test_the_day_with_a_gpu_is_rehearsed_to_its_end(tmp_path):
     assert float(planned[0][2]) <= 9 * 60
 
 
+@pytest.mark.slow
 def test_the_table_of_kernels_compiles_without_spills_and_within_its_bars():
     """What the compiler makes of the kernels, offline; the table counts what that of Triton 3.9 issues."""
     pytest.importorskip("triton", minversion="3.9")

@@ -102,7 +102,7 @@ def test_value(penalty, mode):
 
     def value(a, b, M):
         problem = Problem(M, 0.1, a / a.sum(), b / b.sum(), penalty)
-        return gpu_ot.solve(problem, grad=mode, tol=0.0, max_iter=100 if mode == "envelope" else 30).value
+        return gpu_ot.solve(problem, grad=mode, tol=0.0, max_iter=50 if mode == "envelope" else 30).value
 
     assert gradcheck(value, leaves(*random_problem(6, 5)))
 

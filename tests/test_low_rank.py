@@ -141,13 +141,15 @@ def test_derivatives(batch):
 
 
 def dykstra(z, w, log_g, floor, rounds):
-    """The projection as the paper has it, by turns in the log domain."""
+    """The projection as the paper has it, by turns in the log domain, until nothing moves."""
     h = [torch.zeros_like(log_g), torch.zeros_like(log_g)]
     for _ in range(rounds):
         f = [v.log() - (each + s).logsumexp(-1) for each, v, s in zip(z, w, h, strict=True)]
         c = [(each + shift.unsqueeze(-1)).logsumexp(-2) for each, shift in zip(z, f, strict=True)]
         level = ((log_g + c[0] + c[1]) / 3).clamp(min=floor)
-        h = [level - each for each in c]
+        h, last = [level - each for each in c], h
+        if all(map(torch.equal, h, last)):
+            break
     return [(each + shift.unsqueeze(-1) + s).exp() for each, shift, s in zip(z, f, h, strict=True)], level.exp()
 
 

@@ -148,13 +148,15 @@ COMPILED = {
 }
 #: One for each way of asking which derivatives are wanted; the others share one of these.
 EVERY_MODE = ("SamplesLoss", "solve", "sinkhorn2")
+#: What is traced for a second each goes through the same as "solve" and "sinkhorn2".
+LONG = ("solve, plan", "divergence", "solve_sample", "sinkhorn")
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "door, mode",
     [
-        pytest.param(door, mode, marks=[pytest.mark.slow] if mode != "train" else [])
+        pytest.param(door, mode, marks=[pytest.mark.slow] if mode != "train" or door in LONG else [])
         for door in COMPILED
         for mode in MODES
         if door in EVERY_MODE or mode in ("train", "no_grad")

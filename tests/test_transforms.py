@@ -293,8 +293,7 @@ def test_distributed_data_parallel(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(port), str(tmp_path)]) for rank in range(2)]
-    assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
+    subprocess.run([sys.executable, __file__, str(port), str(tmp_path)], check=True, timeout=600)
     for name, loss in LOSSES.items():
         net = model()
         (sum(loss()(net(_shard(rank)), Y) for rank in range(2)) / 2).backward()
@@ -309,5 +308,10 @@ def test_nothing_warns():
         torch.func.grad(lambda x: front_door(Problem(SqEuclidean(x, Y), 0.1), grad="implicit").value)(X)
 
 
-if __name__ == "__main__":  # one rank of test_distributed_data_parallel
-    _train(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+if __name__ == "__main__":  # the ranks of test_distributed_data_parallel, of which one is forked: imports are done once
+    import torch._dynamo
+
+    other = os.fork()
+    _train(int(other == 0), int(sys.argv[1]), sys.argv[2])
+    if other:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
