@@ -19,8 +19,8 @@ from .machine import apart, borrowing, compiled, extreme, greater, lesser
 NEAR_BYTES, SHORT_BYTES = 2**15, 2**10
 
 
-#: Bytes of a cache line.
-LINE = 64
+#: Bytes of a cache line; rows and columns that are turned at once, which fit a few of these.
+LINE, TURNED = 64, 8
 
 
 class Kernel(NamedTuple):
@@ -42,6 +42,21 @@ def copy(z, out):
     for h in range(z.shape[0]):
         for j in range(z.shape[1]):
             out[h, j] = z[h, j]
+
+
+@apart
+def turn(M, out):
+    """out = M^T, by whole tiles first, whose loops the compiler knows."""
+    n, m = M.shape
+    rows, columns = n // TURNED, m // TURNED
+    for left in range(columns):
+        for low in range(rows):
+            for j in range(TURNED):
+                for i in range(TURNED):
+                    out[TURNED * left + j, TURNED * low + i] = M[TURNED * low + i, TURNED * left + j]
+    for j in range(m):
+        for i in range(TURNED * rows if j < TURNED * columns else 0, n):
+            out[j, i] = M[i, j]
 
 
 @compiled
@@ -235,7 +250,7 @@ def both(K, w, a, p, c, s, u, t, back):
     n, m = K.shape
     t[:] = K.dtype.type(0)
     whole = 0
-    if m * K.itemsize <= SHORT_BYTES or p > 0 and 12 * m * K.itemsize <= NEAR_BYTES:
+    if m * K.itemsize <= SHORT_BYTES or (p > 0 and 12 * m * K.itemsize <= NEAR_BYTES):
         whole = _eights(K, w, a, p, c, s, u, t, back)
     elif 8 * m * K.itemsize <= NEAR_BYTES:
         whole = _fours(K, w, a, p, c, s, u, t, back)

@@ -52,8 +52,8 @@ def borrowing(function: Callable[..., Any]) -> Any:
 
 
 def apart(function: Callable[..., Any]) -> Any:
-    """As `borrowing`, for arguments of which none that is written to overlaps another. Otherwise every loop begins with the question whether
-    they do: half of an iteration between 16 points."""
+    """As `borrowing`, for arguments of which none that is written to overlaps another. Otherwise every loop begins by asking whether they
+    do, which is half of an iteration between 16 points."""
     return _made(function, fastmath=ANY_ORDER, counted=False, pipeline_class=_Apart)
 
 
@@ -63,9 +63,9 @@ def inlined(function: Callable[..., Any]) -> Any:
 
 
 def extreme(function: Callable[..., Any]) -> Any:
-    """The same for a largest or smallest number by `greater` or `lesser`, which compilers find in vectors only where they may take it that
+    """As `apart`, for a largest or smallest number by `greater` or `lesser`, which come in vectors only where the compiler may take it that
     there is no NaN."""
-    return _made(function, fastmath=ANY_ORDER | {"nnan"}, counted=False)
+    return _made(function, fastmath=ANY_ORDER | {"nnan"}, counted=False, pipeline_class=_Apart)
 
 
 def in_order(function: Callable[..., Any]) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 
 from .exponential import exp64, log64
 from .kernel import largest_among
-from .machine import compiled
+from .machine import apart, compiled
 from .splines import BETA, CELL, MIDDLE, STEEPEST, TILE, WINDOW
 
 #: Points whose exponentials and weights are taken together, by vector instructions; and the nodes of a line of the buffer for a window
@@ -71,7 +71,7 @@ def _window_start(cell, shift):
     return cell * CELL + math.floor(shift) - 1
 
 
-@compiled
+@apart
 def _place(cloud, first, last, moved, start, W, at):
     """The weights of cubic B-splines, W (12, BATCH) of which each axis has four, and the first node `at` (BATCH,) in the window, for the
     points first..last moved by `moved`."""
@@ -93,7 +93,7 @@ def _place(cloud, first, last, moved, start, W, at):
             at[j] = at[j] * (WINDOW if axis < 2 else LINE) + k - 1 + offset
 
 
-@compiled
+@apart
 def _exponents(cloud, h, first, last, s, c, out):
     """h_j - <s, y_j - c>."""
     y0, y1, y2 = cloud.points[0], cloud.points[1], cloud.points[2]
@@ -101,6 +101,37 @@ def _exponents(cloud, h, first, last, s, c, out):
     rest = s0 * c[0] + s1 * c[1] + s2 * c[2]
     for j in range(last - first):
         out[j] = h[first + j] + (rest - s0 * y0[first + j] - s1 * y1[first + j] - s2 * y2[first + j])
+
+
+@apart
+def _spread(size, e, W, at, buffer):
+    """Adds so many points to a window."""
+    for j in range(size):
+        z0, z1, z2, z3 = W[8, j], W[9, j], W[10, j], W[11, j]
+        for i in range(4):
+            ex = e[j] * W[i, j]
+            for k in range(4):
+                exy = ex * W[4 + k, j]
+                line = buffer[at[j] + (i * WINDOW + k) * LINE :]
+                line[0] += exy * z0
+                line[1] += exy * z1
+                line[2] += exy * z2
+                line[3] += exy * z3
+
+
+@apart
+def _collect(size, buffer, W, at, total):
+    """The sums of a window at so many points."""
+    for j in range(size):
+        z0, z1, z2, z3 = W[8, j], W[9, j], W[10, j], W[11, j]
+        sums = 0.0
+        for i in range(4):
+            part = 0.0
+            for k in range(4):
+                line = buffer[at[j] + (i * WINDOW + k) * LINE :]
+                part += W[4 + k, j] * (z0 * line[0] + z1 * line[1] + z2 * line[2] + z3 * line[3])
+            sums += W[i, j] * part
+        total[j] = sums
 
 
 @compiled
@@ -132,21 +163,11 @@ def deposit(low, high, cloud, h, sign, stage):
                 z = e[j] - level
                 e[j] = exp64(z) * sign[first + j] if z > -700.0 else 0.0
             _place(cloud, first, last, moved, start, W, at)
-            for j in range(last - first):
-                z0, z1, z2, z3 = W[8, j], W[9, j], W[10, j], W[11, j]
-                for i in range(4):
-                    ex = e[j] * W[i, j]
-                    for k in range(4):
-                        exy = ex * W[4 + k, j]
-                        row = at[j] + (i * WINDOW + k) * LINE
-                        buffer[row] += exy * z0
-                        buffer[row + 1] += exy * z1
-                        buffer[row + 2] += exy * z2
-                        buffer[row + 3] += exy * z3
+            _spread(last - first, e, W, at, buffer)
         _add_window(buffer, start, s, c, level + constant, grow, stage)
 
 
-@compiled
+@apart
 def _powers(s, start, out):
     """exp(s (k - middle)) of the nodes of a window, and along the third axis of whole tiles, 0 outside of it. At most exp(42), so products
     of three overflow nowhere."""
@@ -162,7 +183,7 @@ def _powers(s, start, out):
             low /= half * half
 
 
-@compiled
+@apart
 def _add_window(buffer, start, s, c, level, grow, stage):
     """Adds a window, times exp(s (k - c) + level), to the tiles that it meets."""
     for axis in range(3):
@@ -251,23 +272,14 @@ def gather(low, high, cloud, stage, ratio, learn, logs, sign):
         for first in range(begin, end, BATCH):
             last = min(end, first + BATCH)
             _place(cloud, first, last, moved, start, W, at)
-            for j in range(last - first):
-                z0, z1, z2, z3 = W[8, j], W[9, j], W[10, j], W[11, j]
-                sums = 0.0
-                for i in range(4):
-                    part = 0.0
-                    for k in range(4):
-                        row = at[j] + (i * WINDOW + k) * LINE
-                        part += W[4 + k, j] * (z0 * buffer[row] + z1 * buffer[row + 1] + z2 * buffer[row + 2] + z3 * buffer[row + 3])
-                    sums += W[i, j] * part
-                total[j] = sums
+            _collect(last - first, buffer, W, at, total)
             for j in range(last - first):
                 i = first + j
                 logs[i] = level + (s[0] * x0[i] + s[1] * x1[i] + s[2] * x2[i]) + log64(abs(total[j]))
                 sign[i] = 1.0 if total[j] > 0.0 else -1.0 if total[j] < 0.0 else 0.0
 
 
-@compiled
+@apart
 def _take_window(buffer, start, s, c, shrink, moved, stage):
     """Fills a window with the stage times exp(-s (k - c) - level), and returns the level, -inf for nothing."""
     level, shift = -np.inf, 0.0

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from .machine import compiled, extreme, greater, lesser
+from .kernel import turn
+from .machine import apart, compiled, extreme, greater, lesser
 from .splines import TILE
 
 #: Tiles whose values are below exp(-FAINT) of the largest are left out of a sum. Within a tile values differ by up to exp(100).
@@ -20,7 +21,10 @@ def normalise(low, high, stage):
     """Values of the slots low..high that are at most 1."""
     for slot in range(low, high):
         if stage.logs[slot] > -np.inf:
-            _store(stage.values[slot], stage.logs[slot], stage, slot)
+            values = stage.values[slot]
+            scale = _level(values, stage.logs[slot], stage, slot)
+            for z in range(TILE**3):
+                values[z] *= scale
 
 
 @extreme
@@ -40,21 +44,17 @@ def _least(values):
 
 
 @compiled
-def _store(values, level, stage, slot):
-    """values exp(level) in a slot."""
+def _level(values, level, stage, slot):
+    """Takes the largest of values exp(level) as the level of a slot, and returns what the values are to be multiplied by."""
     most = _largest(values)
-    stage.logs[slot] = -np.inf
-    if most > 0.0:
-        stage.logs[slot] = level + math.log(most)
-        target, scale = stage.values[slot], 1.0 / most
-        for z in range(TILE**3):
-            target[z] = values[z] * scale
+    stage.logs[slot] = level + math.log(most) if most > 0.0 else -np.inf
+    return 1.0 / most if most > 0.0 else 0.0
 
 
 @compiled
 def convolve(low, high, axis, blocks, tops, before, after):
     """The product along an axis, for the slots low..high of `after`. blocks (2 T - 1, TILE, TILE), [tile distance, from, to], of largest
-    entry 1 and tops (2 T - 1,) the logarithms taken off them."""
+    entry 1 and tops (2 T - 1,) the logarithms taken off them. The axis is the first of the tiles before and the last of those after."""
     T, acc = before.slot_of.shape[axis], np.empty(TILE**3)
     sources = np.empty(T, np.int64)
     for slot in range(low, high):
@@ -90,39 +90,27 @@ def convolve(low, high, axis, blocks, tops, before, after):
                     while first < last and factor * block[near, last - 1] <= least:
                         last -= 1
                 if first < last:
-                    _add_product(axis, factor, block, before.values[sources[t]], acc, first, last)
-        _store(acc, top, after, slot)
+                    _add_product(factor, block, before.values[sources[t]], acc, first, last)
+        scale = _level(acc, top, after, slot)
+        for z in range(TILE**3):
+            acc[z] *= scale
+        turn(acc.reshape((TILE, TILE**2)), after.values[slot].reshape((TILE**2, TILE)))
 
 
-@compiled
-def _add_product(axis, factor, block, values, acc, first, last):
-    """acc += factor times the product along an axis, at its nodes first..last: entries stay in a register for the eight terms of a sum.
-    (Along the third axis, whose nodes are a vector, at all of them.)"""
-    if axis == 2:
-        for i in range(64):
-            at = 8 * i
-            v0, v1, v2, v3 = factor * values[at], factor * values[at + 1], factor * values[at + 2], factor * values[at + 3]
-            v4, v5, v6, v7 = factor * values[at + 4], factor * values[at + 5], factor * values[at + 6], factor * values[at + 7]
-            for r in range(8):
-                acc[at + r] += (
-                    v0 * block[0, r] + v1 * block[1, r] + v2 * block[2, r] + v3 * block[3, r]
-                    + v4 * block[4, r] + v5 * block[5, r] + v6 * block[6, r] + v7 * block[7, r]
-                )  # fmt: skip
-        return
-    for r in range(first, last):
-        c0, c1, c2, c3 = factor * block[0, r], factor * block[1, r], factor * block[2, r], factor * block[3, r]
-        c4, c5, c6, c7 = factor * block[4, r], factor * block[5, r], factor * block[6, r], factor * block[7, r]
-        if axis == 0:
-            for z in range(64):
-                acc[r * 64 + z] += (
-                    c0 * values[z] + c1 * values[64 + z] + c2 * values[128 + z] + c3 * values[192 + z]
-                    + c4 * values[256 + z] + c5 * values[320 + z] + c6 * values[384 + z] + c7 * values[448 + z]
-                )  # fmt: skip
-        else:
-            for i in range(8):
-                at = 64 * i
-                for z in range(8):
-                    acc[at + r * 8 + z] += (
-                        c0 * values[at + z] + c1 * values[at + 8 + z] + c2 * values[at + 16 + z] + c3 * values[at + 24 + z]
-                        + c4 * values[at + 32 + z] + c5 * values[at + 40 + z] + c6 * values[at + 48 + z] + c7 * values[at + 56 + z]
-                    )  # fmt: skip
+@apart
+def _add_product(factor, block, values, acc, first, last):
+    """acc += factor times the product along the first axis, at its nodes first..last, two at a time: entries stay in a register for the
+    eight terms of a sum."""
+    for half in range(TILE // 2):
+        r = 2 * half
+        if r + 2 <= first or r >= last:
+            continue
+        a0, a1, a2, a3 = factor * block[0, r], factor * block[1, r], factor * block[2, r], factor * block[3, r]
+        a4, a5, a6, a7 = factor * block[4, r], factor * block[5, r], factor * block[6, r], factor * block[7, r]
+        b0, b1, b2, b3 = factor * block[0, r + 1], factor * block[1, r + 1], factor * block[2, r + 1], factor * block[3, r + 1]
+        b4, b5, b6, b7 = factor * block[4, r + 1], factor * block[5, r + 1], factor * block[6, r + 1], factor * block[7, r + 1]
+        for z in range(64):
+            v0, v1, v2, v3 = values[z], values[64 + z], values[128 + z], values[192 + z]
+            v4, v5, v6, v7 = values[256 + z], values[320 + z], values[384 + z], values[448 + z]
+            acc[64 * r + z] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3 + a4 * v4 + a5 * v5 + a6 * v6 + a7 * v7
+            acc[64 * r + 64 + z] += b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3 + b4 * v4 + b5 * v5 + b6 * v6 + b7 * v7

@@ -14,7 +14,7 @@ import numpy as np
 
 from .exponential import exp64, log64
 from .kernel import largest_among
-from .machine import compiled, extreme, greater
+from .machine import apart, compiled, extreme, greater
 
 LEAF, FANOUT = 32, 8
 #: Bits of a coordinate on the curve.
@@ -139,7 +139,7 @@ def _exponents(x0, x1, x2, Y, L, first, last, z):
     return top
 
 
-@compiled
+@apart
 def _take_leaf(node, rows, columns, first, last, L, weights, v, cut, z, tops, sums, omitted):
     """Adds the pairs of a leaf of columns to the rows first..last. sums (rows, 1 + c), with ones and with v, in units of exp(tops)."""
     low, high = node * LEAF, min(columns.points.shape[1], node * LEAF + LEAF)

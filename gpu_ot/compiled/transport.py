@@ -12,8 +12,8 @@ from .block import Measures, State, go, see
 from .crew import alone
 from .descent import begin
 from .exponential import exp64
-from .kernel import Kernel, aligned, narrow_exp, within_range
-from .machine import borrowing, compiled
+from .kernel import Kernel, aligned, narrow_exp, turn, within_range
+from .machine import compiled
 from .watch import DIVERGED, RUNNING, Watch
 
 LARGE, MOST = 1e100, 10**7
@@ -116,10 +116,6 @@ def solve(M, a, b, eps, tau_a, tau_b, start, weight, before_g, rtol, rule, stric
     return K, watch.f[0], watch.g[0], errors[:checks, 0], counts, status
 
 
-#: Rows and columns that are turned at once: both fit a few lines of the cache.
-TILE = 8
-
-
 class Found(NamedTuple):
     """What `solve_some` writes for B problems: plans (B, n, m), f (B, n), g (B, m), log u = f / eps + log a and log v, <P, M> and
     <P, f + g> and eps <P, log a⊗b> (B, 3), errors (B, checks), and (iterations, sweeps, checks, status) (B, 4)."""
@@ -132,17 +128,6 @@ class Found(NamedTuple):
     sums: np.ndarray
     errors: np.ndarray
     ends: np.ndarray
-
-
-@borrowing
-def turn(M, out):
-    """out = M^T, tile by tile."""
-    n, m = M.shape
-    for low in range(0, n, TILE):
-        for left in range(0, m, TILE):
-            for j in range(left, min(left + TILE, m)):
-                for i in range(low, min(low + TILE, n)):
-                    out[j, i] = M[i, j]
 
 
 @compiled
