@@ -15,8 +15,8 @@ from numba.extending import overload  # pyright: ignore[reportMissingImports]
 from .exponential import exp32, exp64, log64
 from .machine import apart, borrowing, compiled, extreme, greater, lesser
 
-#: Eight rows up to this size stay in the first cache, and those of a length up to SHORT are best taken by eights.
-NEAR_BYTES, SHORT_BYTES = 2**15, 2**10
+#: Eight rows up to this size stay in the first cache.
+NEAR_BYTES = 2**15
 
 
 #: Bytes of a cache line; rows and columns that are turned at once, which fit a few of these.
@@ -250,8 +250,8 @@ def both(K, w, a, p, c, s, u, t, back):
     n, m = K.shape
     t[:] = K.dtype.type(0)
     whole = 0
-    if m * K.itemsize <= SHORT_BYTES or (p > 0 and 12 * m * K.itemsize <= NEAR_BYTES):
-        whole = _eights(K, w, a, p, c, s, u, t, back)
+    if p > 0 and 12 * m * K.itemsize <= NEAR_BYTES:
+        whole = _eights(K, w, a, p, c, s, u, t)
     elif 8 * m * K.itemsize <= NEAR_BYTES:
         whole = _fours(K, w, a, p, c, s, u, t, back)
     zero, blocks = K.dtype.type(0), n // 4
@@ -334,45 +334,29 @@ def _fours(K, w, a, p, c, s, u, t, back):
 
 
 @apart
-def _eights(K, w, a, p, c, s, u, t, back):
-    """`both` for all eights of rows, whose number is returned: the eight before are added meanwhile."""
+def _eights(K, w, a, p, c, s, u, t):
+    """`both` for a relaxed marginal and all eights of rows, whose logarithms are then taken at once."""
     n, m = K.shape
     zero, whole = K.dtype.type(0), n // 8 * 8
-    if not whole:
-        return 0
-    u0, u1, u2, u3, u4, u5, u6, u7 = zero, zero, zero, zero, zero, zero, zero, zero
-    last = n // 8 - 1
-    q = 8 * last if back else 0
     for block in range(n // 8):
-        i = 8 * (last - block) if back else 8 * block
-        s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
+        for half in range(2):
+            i = 8 * block + 4 * half
+            q = i - 8 if block else i
+            u0, u1, u2, u3 = u[q], u[q + 1], u[q + 2], u[q + 3]
+            if not block:
+                u0, u1, u2, u3 = zero, zero, zero, zero
+            s0, s1, s2, s3 = zero, zero, zero, zero
+            for j in range(m):
+                s0 += K[i, j] * w[j]
+                s1 += K[i + 1, j] * w[j]
+                s2 += K[i + 2, j] * w[j]
+                s3 += K[i + 3, j] * w[j]
+                t[j] += (u0 * K[q, j] + u1 * K[q + 1, j]) + (u2 * K[q + 2, j] + u3 * K[q + 3, j])
+            s[i], s[i + 1], s[i + 2], s[i + 3] = s0, s1, s2, s3
+        for r in range(8 * block, min(8 * block + 8, n)):
+            u[r] = a[r] * exp64(c[r] - p * log64(s[r]))
+    for i in range(max(0, whole - 8), whole):
+        last = u[i]
         for j in range(m):
-            z = w[j]
-            s0 += K[i, j] * z
-            s1 += K[i + 1, j] * z
-            s2 += K[i + 2, j] * z
-            s3 += K[i + 3, j] * z
-            s4 += K[i + 4, j] * z
-            s5 += K[i + 5, j] * z
-            s6 += K[i + 6, j] * z
-            s7 += K[i + 7, j] * z
-            t[j] += ((u0 * K[q, j] + u1 * K[q + 1, j]) + (u2 * K[q + 2, j] + u3 * K[q + 3, j])) + (
-                (u4 * K[q + 4, j] + u5 * K[q + 5, j]) + (u6 * K[q + 6, j] + u7 * K[q + 7, j])
-            )
-        s[i], s[i + 1], s[i + 2], s[i + 3] = s0, s1, s2, s3
-        s[i + 4], s[i + 5], s[i + 6], s[i + 7] = s4, s5, s6, s7
-        if p == 0:
-            u0, u1, u2, u3 = a[i] / s0, a[i + 1] / s1, a[i + 2] / s2, a[i + 3] / s3
-            u4, u5, u6, u7 = a[i + 4] / s4, a[i + 5] / s5, a[i + 6] / s6, a[i + 7] / s7
-            u[i], u[i + 1], u[i + 2], u[i + 3] = u0, u1, u2, u3
-            u[i + 4], u[i + 5], u[i + 6], u[i + 7] = u4, u5, u6, u7
-        else:  # logarithms at once: a loop that the compiler cannot count beforehand
-            for r in range(i, min(i + 8, n)):
-                u[r] = a[r] * exp64(c[r] - p * log64(s[r]))
-            u0, u1, u2, u3, u4, u5, u6, u7 = u[i], u[i + 1], u[i + 2], u[i + 3], u[i + 4], u[i + 5], u[i + 6], u[i + 7]
-        q = i
-    for j in range(m):
-        t[j] += ((u0 * K[q, j] + u1 * K[q + 1, j]) + (u2 * K[q + 2, j] + u3 * K[q + 3, j])) + (
-            (u4 * K[q + 4, j] + u5 * K[q + 5, j]) + (u6 * K[q + 6, j] + u7 * K[q + 7, j])
-        )
+            t[j] += last * K[i, j]
     return whole
