@@ -156,14 +156,33 @@ def absorb_at(k, g, eps):
     k.at[0] = eps
 
 
+@apart
+def _absorb_at_columns(k, eps, t):
+    """K at the f0 that is there and the cheapest pair of each column, whose softmin is t."""
+    n, m = k.C.shape
+    k.g0[:] = np.inf
+    for i in range(n):
+        here = k.f0[i]
+        for j in range(m):
+            z = k.C[i, j] - here
+            k.g0[j] = z if z < k.g0[j] else k.g0[j]
+    t[:] = 0
+    for i in range(n):
+        _absorb_row(k, i, 1 / eps)
+        for j in range(m):
+            t[j] += k.K[i, j]
+    k.at[0] = eps
+    for j in range(m):
+        t[j] = k.g0[j] - eps * log64(t[j])
+
+
 @compiled
 def first(k, f, a, eps, out):
     """out = the softmin of f + eps log a over rows, (H, m), which leaves K absorbed there where H = 1 and all weights are positive."""
-    n, m = k.C.shape
-    H, usable = len(f), True
+    H, n, usable = len(f), len(k.f0), True
     h0 = np.empty(n)
     for i in range(n):
-        h0[i] = f[0, i] + eps * math.log(a[0, i])
+        h0[i] = f[0, i] + eps * log64(a[0, i])
         usable &= math.isfinite(h0[i])
     if H > 1 or not usable:
         level = np.empty(n)
@@ -174,21 +193,7 @@ def first(k, f, a, eps, out):
         k.at[0] = np.nan
         return
     k.f0[:] = h0
-    k.g0[:] = np.inf
-    for i in range(n):
-        for j in range(m):
-            z = k.C[i, j] - h0[i]
-            k.g0[j] = z if z < k.g0[j] else k.g0[j]
-    t = out[0]
-    t[:] = 0
-    for i in range(n):
-        _absorb_row(k, i, 1 / eps)
-        K = k.K[i]
-        for j in range(m):
-            t[j] += K[j]
-    k.at[0] = eps
-    for j in range(m):
-        t[j] = k.g0[j] - eps * log64(t[j])
+    _absorb_at_columns(k, eps, out[0])
 
 
 @compiled

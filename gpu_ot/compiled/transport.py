@@ -11,9 +11,9 @@ from . import mixing
 from .block import Measures, State, go, see
 from .crew import alone
 from .descent import begin
-from .exponential import exp64
+from .exponential import exp64, log64
 from .kernel import Kernel, aligned, narrow_exp, turn, within_range
-from .machine import compiled
+from .machine import apart, compiled
 from .watch import DIVERGED, RUNNING, Watch
 
 LARGE, MOST = 1e100, 10**7
@@ -57,6 +57,24 @@ def inner(P, M):
     return total
 
 
+@apart
+def _scale(K, u, w):
+    """K_ij = u_i K_ij w_j."""
+    for i in range(len(u)):
+        here = u[i]
+        for j in range(len(w)):
+            K[i, j] = here * K[i, j] * w[j]
+
+
+@apart
+def _scaled(K, u, w, P):
+    """P_ij = u_i K_ij w_j."""
+    for i in range(len(u)):
+        here = u[i]
+        for j in range(len(w)):
+            P[i, j] = here * K[i, j] * w[j]
+
+
 @compiled
 def write_plan(k, problem, state, P):
     """P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps), by the kernel where there is one. P may be K."""
@@ -72,10 +90,10 @@ def write_plan(k, problem, state, P):
             u[i] = a[i] * exp64((f[i] - k.f0[i]) * scale) if a[i] > 0 else 0.0
             mass += u[i]
         if within_range(total, w[0]) and within_range(mass, w[0]):
-            for i in range(n):
-                here = u[i]
-                for j in range(m):
-                    P[i, j] = here * k.K[i, j] * w[j]
+            if P.ctypes.data == k.K.ctypes.data:
+                _scale(P, u, w)
+            else:
+                _scaled(k.K, u, w, P)
             return
     zero, h = P.dtype.type(0), np.empty(m)
     for j in range(m):
@@ -130,6 +148,22 @@ class Found(NamedTuple):
     ends: np.ndarray
 
 
+@apart
+def _sums(P, C, f, g, log_a, log_b):
+    """<P, C>, <P, f + g> and <P, log_a + log_b>."""
+    linear, dual, entropy = 0.0, 0.0, 0.0
+    for i in range(len(f)):
+        mass = 0.0
+        for j in range(len(g)):
+            mass += P[i, j]
+            linear += float(P[i, j]) * float(C[i, j])
+            dual += P[i, j] * g[j]
+            entropy += P[i, j] * log_b[j]
+        dual += mass * f[i]
+        entropy += mass * log_a[i]
+    return linear, dual, entropy
+
+
 @compiled
 def solve_some(low, high, M, a, b, eps, rtol, rule, tuning, dropped, safe, max_iter, every, found):
     """Problems low to high by `solve`, each turned so that its columns are the exact ones, from g = 0: plain iterations, each problem as
@@ -153,22 +187,13 @@ def solve_some(low, high, M, a, b, eps, rtol, rule, tuning, dropped, safe, max_i
         found.errors[p, : len(errors)] = errors
         found.f[p], found.g[p] = f, g
         for i in range(n):
-            log_a[i] = math.log(wa[i]) if wa[i] > 0 else 0.0
+            log_a[i] = log64(wa[i]) if wa[i] > 0 else 0.0
             found.log_u[p, i] = f[i] / eps + log_a[i] if wa[i] > 0 else -np.inf
             f[i] = f[i] if wa[i] > 0 else 0.0
         for j in range(m):
-            log_b[j] = math.log(wb[j]) if wb[j] > 0 else 0.0
+            log_b[j] = log64(wb[j]) if wb[j] > 0 else 0.0
             found.log_v[p, j] = g[j] / eps + log_b[j] if wb[j] > 0 else -np.inf
             g[j] = g[j] if wb[j] > 0 else 0.0
         turn(Q, found.P[p])
-        linear, dual, entropy = 0.0, 0.0, 0.0
-        for i in range(n):
-            P, C, mass = found.P[p, i], M[p, i], 0.0
-            for j in range(m):
-                mass += P[j]
-                linear += float(P[j]) * float(C[j])
-                dual += P[j] * g[j]
-                entropy += P[j] * log_b[j]
-            dual += mass * f[i]
-            entropy += mass * log_a[i]
+        linear, dual, entropy = _sums(found.P[p], M[p], f, g, log_a, log_b)
         found.sums[p, 0], found.sums[p, 1], found.sums[p, 2] = linear, dual, eps * entropy
