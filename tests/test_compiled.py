@@ -422,13 +422,13 @@ def test_exp_is_exact_to_the_last_digit_or_two():
 @pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
 def test_both_products_in_one_read(dtype, p, n, m, back):
     """Rows that eight of which fit the first cache, and longer ones."""
-    from gpu_ot.compiled import kernel
+    from gpu_ot.compiled import visits
 
     rng = np.random.default_rng(n + m)
     K, w, a = (rng.random(shape).astype(dtype) for shape in ((n, m), m, n))
     c = rng.standard_normal(n)
     s, u, t = (np.full(size, np.nan, dtype) for size in (n, n, m))
-    kernel.both(K, w, a, p, c, s, u, t, back)
+    visits.both(K, w, a, p, c, s, u, t, back)
     rows = K.astype(float) @ w
     scaled = a / rows if p == 0 else a * np.exp(c - p * np.log(rows))
     for found, exact in ((s, rows), (u, scaled), (t, K.T.astype(float) @ scaled)):

@@ -8,7 +8,7 @@ import torch
 
 import gpu_ot
 from gpu_ot import KL, Problem, SqEuclidean, solve
-from gpu_ot.geometry import multiscale, tilepairs
+from gpu_ot.geometry import mesh, multiscale, tilepairs
 from gpu_ot.geometry.chunked import Chunked
 from gpu_ot.geometry.pairs import Pairs
 from gpu_ot.geometry.products import kernels_refused
@@ -119,7 +119,7 @@ def test_solves_in_any_unit(form, place, penalty):
 def _by(problem, tol):
     """A solve whose multiscale backend takes tiles by torch, whether or not there is machine code."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(multiscale, "by_torch", lambda problem: True)
+        patched.setattr(mesh, "by_torch", lambda problem: True)
         s = solve(problem, backend="multiscale", tol=tol)
     assert isinstance(s.geometry, Pairs)
     return s

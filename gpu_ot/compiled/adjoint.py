@@ -15,8 +15,9 @@ import math
 import numpy as np
 
 from .crew import alone
-from .kernel import Kernel, aligned, both, first, largest, smallest
+from .kernel import Kernel, aligned, first, largest, smallest
 from .machine import borrowing, compiled
+from .visits import both
 
 
 @compiled

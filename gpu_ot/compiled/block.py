@@ -12,20 +12,10 @@ import numpy as np
 
 from .crew import both_shared
 from .exponential import exp64, log64
-from .kernel import (
-    absorb_and_both,
-    absorb_at,
-    aligned,
-    both,
-    copy,
-    largest,
-    smallest,
-    softmin_columns,
-    softmin_rows,
-    within_range,
-)  # fmt: skip
+from .kernel import absorb_at, aligned, copy, largest, smallest, softmin_columns, softmin_rows, within_range
 from .machine import apart, borrowing, compiled, inlined
 from .mixing import forget, propose
+from .visits import absorb_and_both, both
 from .watch import EXP_FAR, FAR, RUNNING, at_most, change, judge, log_mass, marginal, seen
 
 

@@ -15,8 +15,8 @@ from llvmlite import ir  # pyright: ignore[reportMissingImports]
 from numba import types  # pyright: ignore[reportMissingImports]
 from numba.extending import intrinsic  # pyright: ignore[reportMissingImports]
 
-from .kernel import both
 from .machine import borrowing, compiled
+from .visits import both
 
 #: Bytes of a chunk of rows; how often a helper looks for work before it leaves; and so many chunks too late send all helpers away.
 CHUNK_BYTES, PATIENCE, LATENESS = 2**20, 10_000_000, 5
@@ -110,7 +110,7 @@ def _chunk(K, crew, hand, i):
 
 @borrowing
 def both_shared(K, w, a, p, c, s, u, t, crew):
-    """`kernel.both`, with whoever helps."""
+    """`visits.both`, with whoever helps."""
     (n, m), hands, chunks = K.shape, len(crew.found), crew.done.shape[1] // APART
     for j in range(m):
         crew.given[j], t[j] = w[j], 0

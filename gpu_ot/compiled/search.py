@@ -12,9 +12,10 @@ from .block import Measures, State, go
 from .crew import alone
 from .descent import begin, descend
 from .exponential import exp64, log64
-from .kernel import Kernel, aligned, softmin_rows, sums_of_rows, within_range
+from .kernel import Kernel, aligned, softmin_rows, within_range
 from .machine import compiled
 from .symmetric import go_symmetric
+from .visits import sums_of_rows
 from .watch import RUNNING, Watch
 
 #: Checks of one call.

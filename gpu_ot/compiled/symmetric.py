@@ -8,9 +8,10 @@ import numpy as np
 
 from .block import Room, damp, normalize
 from .exponential import exp64, log64
-from .kernel import absorb_at, copy, softmin_rows, sums_of_rows, within_range
+from .kernel import absorb_at, copy, softmin_rows, within_range
 from .machine import borrowing, compiled
 from .mixing import propose
+from .visits import sums_of_rows
 from .watch import FAR, RUNNING, at_most, judge, marginal
 
 
