@@ -37,6 +37,9 @@ def run(args: argparse.Namespace) -> None:
         if each.wait():
             raise BackendError(f"the compiler ended with status {each.returncode}, see above")
         args.progress(done, len(running), time.perf_counter() - start, "types")
+    for dtype in TYPES:  # one index lists what there is of a function, and of two writers at once one is lost
+        if status := subprocess.call([*command, dtype]):
+            raise BackendError(f"the compiler ended with status {status}, see above")
     print(f"compiled in {time.perf_counter() - start:.0f} s")
 
 

@@ -221,8 +221,7 @@ def declared(done, backend, grad):
     return 1 + resolved + strides + unrolled + (6 if grad == "implicit" else 0) + (4 if backend == "dense" else 0)
 
 
-@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
-@pytest.mark.parametrize("penalty", [KL(), KL(0.5)], ids=str)
+@pytest.mark.parametrize("batch, penalty", [((), KL(0.5)), ((2,), KL())], ids=str)
 def test_multiscale(seen, on_the_cpu, batch, penalty):
     """Tiles, their list and the kernel on the device: as on the CPU, with a read for each sweep's list."""
     with on_the_cpu():
@@ -237,8 +236,7 @@ def test_multiscale(seen, on_the_cpu, batch, penalty):
     assert done.transport().is_cuda and done.sharp_cost.is_cuda and "pairs_kernel" in {name for name, _ in seen.compiled}
 
 
-@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
-@pytest.mark.parametrize("penalty", [KL(), KL(0.5)], ids=str)
+@pytest.mark.parametrize("batch, penalty", [((), KL(0.5)), ((2,), KL())], ids=str)
 def test_mesh(seen, on_the_cpu, monkeypatch, batch, penalty):
     """What torch makes on a CPU; the host reads what the meshes need once, and nothing from then on."""
     monkeypatch.setattr("gpu_ot.geometry.mesh.by_torch", lambda problem: True)
