@@ -12,7 +12,7 @@ from .block import Measures, State, go, see
 from .crew import alone
 from .descent import begin
 from .exponential import exp64, log64
-from .kernel import Kernel, aligned, narrow_exp, turn, within_range
+from .kernel import Kernel, aligned, copy, narrow_exp, turn, within_range
 from .machine import apart, compiled
 from .watch import DIVERGED, RUNNING, Watch
 
@@ -59,20 +59,11 @@ def inner(P, M):
 
 @apart
 def _scale(K, u, w):
-    """K_ij = u_i K_ij w_j."""
+    """K_ij = u_i K_ij w_j: in vectors, which a compiler makes none of where it cannot tell K from another array."""
     for i in range(len(u)):
         here = u[i]
         for j in range(len(w)):
             K[i, j] = here * K[i, j] * w[j]
-
-
-@apart
-def _scaled(K, u, w, P):
-    """P_ij = u_i K_ij w_j."""
-    for i in range(len(u)):
-        here = u[i]
-        for j in range(len(w)):
-            P[i, j] = here * K[i, j] * w[j]
 
 
 @compiled
@@ -90,10 +81,9 @@ def write_plan(k, problem, state, P):
             u[i] = a[i] * exp64((f[i] - k.f0[i]) * scale) if a[i] > 0 else 0.0
             mass += u[i]
         if within_range(total, w[0]) and within_range(mass, w[0]):
-            if P.ctypes.data == k.K.ctypes.data:
-                _scale(P, u, w)
-            else:
-                _scaled(k.K, u, w, P)
+            if P.ctypes.data != k.K.ctypes.data:
+                copy(k.K, P)
+            _scale(P, u, w)
             return
     zero, h = P.dtype.type(0), np.empty(m)
     for j in range(m):
